@@ -21,7 +21,7 @@ class ModelDimensions:
     rms_norm_eps: float = 1e-6
 
 
-# Published configurations of Qwen3 (their config.json), checked against shared/REFERENCES.md.
+# Published configurations of Qwen3 (config.json of each model).
 MODELS = {
     model.name: model
     for model in (

@@ -37,6 +37,10 @@ VARIABLES = (
 )  # fmt: skip
 
 
+# What is measured with: a run changes data/ and figures/, which says nothing of the code.
+CODE = ("maco_lib", "notebooks", "requirements", "run_all.sh")
+
+
 def provenance(root: pathlib.Path | str, machine: Machine | None = None) -> dict[str, Any]:
     """All that is recorded beside a dataset measured by the checkout at `root`; every value can be written as JSON."""
     root = pathlib.Path(root)
@@ -88,15 +92,15 @@ def digest(paths: list[pathlib.Path], root: pathlib.Path) -> str:
 
 
 def git_state(root: pathlib.Path) -> dict[str, Any]:
-    """Commit of the checkout at `root` and whether its tracked files differ from it; both None outside git."""
+    """Commit of the checkout at `root` and whether what is measured with (`CODE`) differs from it; both None outside git."""
     commit = _git(root, "rev-parse", "HEAD")
-    status = _git(root, "status", "--porcelain", "--untracked-files=no") if commit else None
+    status = _git(root, "status", "--porcelain", "--untracked-files=no", "--", *CODE) if commit else None
     return {"commit": commit, "dirty": None if status is None else bool(status)}
 
 
 def _git(root: pathlib.Path, *arguments: str) -> str | None:
     try:
-        done = subprocess.run(["git", "-C", str(root), *arguments], capture_output=True, text=True, timeout=30)
+        done = subprocess.run(["git", "-C", str(root), *arguments], capture_output=True, text=True, timeout=30, check=False)
     except FileNotFoundError:  # git is not installed
         return None
     return done.stdout.strip() if done.returncode == 0 else None

@@ -2,7 +2,7 @@
 
 import statistics
 import threading
-from typing import Any
+from typing import Any, Self
 
 import psutil
 import pynvml
@@ -24,11 +24,11 @@ class Sampler:
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run, daemon=True)
 
-    def __enter__(self) -> "Sampler":
+    def __enter__(self) -> Self:
         self._thread.start()
         return self
 
-    def __exit__(self, *exception: Any) -> None:
+    def __exit__(self, *exception: object) -> None:
         self._stop.set()
         self._thread.join()
 

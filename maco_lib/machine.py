@@ -148,7 +148,8 @@ def os_name() -> str:
 
 def container() -> str | None:
     """The kind of container this process runs in, None outside one (as far as the common markers tell)."""
-    for marker, kind in (("/.dockerenv", "docker"), ("/run/.containerenv", "podman"), ("/.singularity.d", "singularity")):
+    markers = {"/.dockerenv": "docker", "/run/.containerenv": "podman", "/.singularity.d": "singularity"}
+    for marker, kind in markers.items():
         if os.path.exists(marker):
             return kind
     if "KUBERNETES_SERVICE_HOST" in os.environ:

@@ -49,7 +49,7 @@ def provenance(root: pathlib.Path | str, machine: Machine | None = None) -> dict
         "time": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "command": [pathlib.Path(sys.argv[0]).name, *sys.argv[1:]],
         "git": git_state(root),
-        "source_sha256": digest(sorted((root / "maco_lib").rglob("*.py")), root),
+        "source_sha256": source_digest(root),
         "lock_sha256": digest(sorted(path for path in (root / "requirements").glob("*") if path.is_file()), root),
         "versions": versions(),
         "environment": {name: os.environ[name] for name in VARIABLES if name in os.environ},
@@ -89,6 +89,11 @@ def digest(paths: list[pathlib.Path], root: pathlib.Path) -> str:
         content = hashlib.sha256(path.read_bytes()).hexdigest()
         total.update(f"{path.relative_to(root).as_posix()} {content}\n".encode())
     return total.hexdigest()
+
+
+def source_digest(root: pathlib.Path) -> str:
+    """SHA-256 over the library's sources, to tell whether the code moved since a table was written."""
+    return digest(sorted((root / "maco_lib").rglob("*.py")), root)
 
 
 def git_state(root: pathlib.Path) -> dict[str, Any]:

@@ -1,0 +1,136 @@
+"""What every rank of an experiment does: read the specification, join the group, measure each point, report it.
+
+An experiment program is `def measure(point, context) -> Result` and `worker.main(measure)`. torchrun starts it with the
+path of a specification written by `maco_lib.study.launch`; rank 0 appends every finished point to the journal at once.
+"""
+
+import argparse
+import contextlib
+import datetime
+import json
+import os
+import pathlib
+import threading
+import time
+import zlib
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from maco_lib.study.journal import append_line
+from maco_lib.study.supervise import die_with_parent
+
+HEARTBEAT_S = 5.0
+COLLECTIVE_TIMEOUT_S = 120.0
+
+
+@dataclass
+class Samples:
+    """Raw values of one quantity: `values[rank][iteration]`, told apart from others of the point by `labels`."""
+
+    quantity: str
+    values: list[list[float]]
+    labels: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass
+class Result:
+    """Rows of the reported table for one point (the index and key columns are filled in by the store) and its samples."""
+
+    rows: list[dict[str, Any]]
+    samples: list[Samples] = field(default_factory=list)
+
+
+@dataclass
+class Context:
+    """What a measurement knows of its surroundings. `state` lives as long as the process: engines, buffers, groups."""
+
+    rank: int
+    num_ranks: int
+    device: torch.device
+    group: dist.ProcessGroup | None
+    events: pathlib.Path
+    state: dict[str, Any] = field(default_factory=dict)
+    doing: str = ""
+
+    def note(self, doing: str) -> None:
+        """Tell the progress bar what is going on; shown with the heartbeat."""
+        self.doing = doing
+        self.report("note", doing=doing)
+
+    def report(self, event: str, **details: Any) -> None:
+        if self.rank == 0:
+            append_line(self.events, {"event": event, "time": time.time(), **details})
+
+
+@contextlib.contextmanager
+def heartbeat(context: Context):
+    stop = threading.Event()
+
+    def beat() -> None:
+        while not stop.wait(HEARTBEAT_S):
+            context.report("alive", doing=context.doing)
+
+    thread = threading.Thread(target=beat, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        stop.set()
+        thread.join()
+
+
+@contextlib.contextmanager
+def joined(num_ranks: int, kind: str):
+    """This rank's device and process group (None for a single rank); NCCL on GPUs, gloo on CPUs."""
+    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+    if kind == "cuda":
+        device = torch.device("cuda", local_rank)
+        torch.cuda.set_device(device)
+    else:
+        device = torch.device("cpu")
+    if num_ranks == 1:
+        yield device, None
+        return
+    backend = {"cuda": "nccl", "cpu": "gloo"}[kind]
+    timeout = datetime.timedelta(seconds=COLLECTIVE_TIMEOUT_S)
+    dist.init_process_group(backend, timeout=timeout, device_id=device if kind == "cuda" else None)
+    try:
+        yield device, dist.group.WORLD
+    finally:
+        dist.destroy_process_group()
+
+
+def main(measure: Callable[[dict, Context], Result]) -> None:
+    """Entry point of an experiment program under torchrun: `python -m maco_lib.experiments.<program> SPECIFICATION`."""
+    parser = argparse.ArgumentParser(description=main.__doc__)
+    parser.add_argument("specification", type=pathlib.Path)
+    specification = json.loads(parser.parse_args().specification.read_text())
+    die_with_parent()
+    rank, num_ranks = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+    with joined(num_ranks, specification["kind"]) as (device, group):
+        context = Context(rank, num_ranks, device, group, pathlib.Path(specification["events"]))
+        with heartbeat(context):
+            context.report("started", num_ranks=num_ranks)
+            for entry in specification["points"]:
+                context.doing = entry["label"]
+                torch.manual_seed(zlib.crc32(f"{entry['key']}/{specification['launch']}/{rank}".encode()))
+                begin = time.time()
+                result = measure(entry["point"], context)
+                if rank == 0:
+                    line = {
+                        "key": entry["key"],
+                        "point": entry["point"],
+                        "launch": specification["launch"],
+                        "repeat": specification["repeat"],
+                        "started": datetime.datetime.fromtimestamp(begin, datetime.UTC).isoformat(timespec="seconds"),
+                        "seconds": round(time.time() - begin, 3),
+                        "rows": result.rows,
+                        "samples": [vars(samples) for samples in result.samples],
+                    }
+                    append_line(pathlib.Path(specification["journal"]), line)
+                context.report("point", label=entry["label"])
+            context.report("finished")

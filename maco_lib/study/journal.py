@@ -1,0 +1,44 @@
+"""Append-only JSON lines: the record of finished points, and the events that feed the progress bar."""
+
+import json
+import os
+import pathlib
+from collections.abc import Iterator
+from typing import Any
+
+
+def append_line(path: pathlib.Path, record: dict[str, Any]) -> None:
+    """Append one record as one line, in a single write that reached the disk when this returns."""
+    data = (json.dumps(record, allow_nan=True, separators=(",", ":")) + "\n").encode()
+    descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+    try:
+        os.write(descriptor, data)
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def read_lines(path: pathlib.Path) -> Iterator[dict[str, Any]]:
+    """The records of `path`, oldest first; none if there is no such file. A line cut off by a kill is left out.
+
+    Raises ValueError naming the file and line when a whole line is not JSON.
+    """
+    if not path.exists():
+        return
+    for number, line in enumerate(path.read_text().splitlines(keepends=True), 1):
+        if not line.endswith("\n"):
+            return
+        try:
+            yield json.loads(line)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{path.name}, line {number} is damaged: {error}") from None
+
+
+def drop_torn_line(path: pathlib.Path) -> None:
+    """Cut off a last line that a kill left unfinished, so that the next append starts on a line of its own."""
+    if not path.exists():
+        return
+    data = path.read_bytes()
+    whole = data.rfind(b"\n") + 1
+    if whole < len(data):
+        os.truncate(path, whole)

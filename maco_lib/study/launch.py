@@ -1,0 +1,163 @@
+"""Measure what is missing of a dataset: torchrun children, each watched, timed out and killed with all it started."""
+
+import contextlib
+import fcntl
+import os
+import pathlib
+import secrets
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from typing import Any
+
+from maco_lib.machine import Machine
+from maco_lib.provenance import provenance
+from maco_lib.sampler import Sampler
+from maco_lib.study import sections
+from maco_lib.study.files import CHECKOUT, write_json
+from maco_lib.study.journal import drop_torn_line, read_lines
+from maco_lib.study.progress import Progress
+from maco_lib.study.spec import Dataset, Parameters, Point
+from maco_lib.study.store import Store
+
+START_TIMEOUT_S = 180.0
+POLL_S = 0.1
+LOG_LINES = 25
+
+
+class LaunchError(RuntimeError):
+    """An experiment program failed, hung or was killed; the message carries the end of its log."""
+
+
+def label(point: Point) -> str:
+    return " ".join(str(value) for value in point.values())
+
+
+def plan(dataset: Dataset, parameters: Parameters, machine: Machine) -> list[Point]:
+    """The dataset's points for these parameters; raises ValueError on more ranks than devices or on a repeated point."""
+    num_ranks = dataset.num_ranks(parameters, machine)
+    devices = machine.num_devices if machine.kind == "cuda" else max(2, machine.num_devices)
+    if num_ranks > devices:
+        kind = "GPUs" if machine.kind == "cuda" else "CPU cores (2 ranks always fit)"
+        raise ValueError(f"{dataset.name}: num_ranks = {num_ranks}, but this machine has {machine.num_devices} {kind}")
+    points = [{**point, "num_ranks": num_ranks} for point in dataset.points(parameters, machine)]
+    keys = [dataset.key(point) for point in points]
+    if len(set(keys)) < len(keys):
+        twice = next(point for point, key in zip(points, keys, strict=True) if keys.count(key) > 1)
+        raise ValueError(f"{dataset.name}: the parameters ask for the same point twice: {twice}")
+    return points
+
+
+def missing(store: Store, name: str, dataset: Dataset, points: list[Point], num_launches: int) -> list[tuple[Point, int]]:
+    """The (point, repeat) pairs not measured yet, in the order in which they would be."""
+    done = store.measured(name, dataset.name)
+    return [(point, repeat) for repeat in range(num_launches) for point in points
+            if (dataset.key(point), repeat) not in done]
+
+
+@contextlib.contextmanager
+def alone(store: Store, name: str) -> Iterator[None]:
+    """Only one run at a time may measure into a machine's folder; RuntimeError if another does."""
+    with open(store.journal_folder(name) / "lock", "w") as stream:
+        try:
+            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise RuntimeError(f"another run is measuring into data/{name}; wait for it or stop it") from None
+        yield
+
+
+def measure(store: Store, name: str, dataset: Dataset, parameters: Parameters, machine: Machine,
+            force: bool = False) -> int:
+    """Measure the missing points (all of them with `force`) and store the table; returns how many were measured.
+
+    Finished points survive any failure in the journal, and the next call goes on from there.
+    """
+    points = plan(dataset, parameters, machine)
+    with alone(store, name):
+        journal = store.journal(name, dataset.name)
+        drop_torn_line(journal)
+        todo = [(point, repeat) for repeat in range(parameters.num_launches) for point in points] if force else \
+            missing(store, name, dataset, points, parameters.num_launches)
+        launches: dict[tuple, list[Point]] = {}
+        for point, repeat in todo:
+            launches.setdefault((repeat, *dataset.group(point)), []).append(point)
+        with Progress(dataset.name, len(points) * parameters.num_launches, len(todo)) as progress:
+            for (repeat, *_), entries in launches.items():
+                launch(store, name, dataset, entries, repeat, machine, progress)
+        keys = [dataset.key(point) for point in points]
+        current = store.record(name, sections.table(dataset.name)[0].name).get("tables", {}).get(dataset.name, {})
+        if todo or journal.exists() or current.get("keys") != keys:
+            store.merge_journal(name, dataset, keys)
+    return len(todo)
+
+
+def launch(store: Store, name: str, dataset: Dataset, points: list[Point], repeat: int, machine: Machine,
+           progress: Progress) -> None:
+    """One torchrun of the dataset's program over `points`; raises LaunchError unless every one was measured."""
+    folder = store.journal_folder(name)
+    identifier = f"{time.strftime('%Y%m%dT%H%M%S', time.gmtime())}-{secrets.token_hex(2)}"
+    events, log = folder / f"{identifier}.events", folder / f"{identifier}.log"
+    num_ranks = points[0]["num_ranks"]
+    specification = {
+        "kind": machine.kind, "launch": identifier, "repeat": repeat, "events": str(events),
+        "journal": str(store.journal(name, dataset.name)),
+        "points": [{"key": dataset.key(point), "point": point, "label": label(point)} for point in points],
+    }
+    specification_path = folder / f"{identifier}.spec.json"
+    write_json(specification_path, specification)
+    program = f"maco_lib.experiments.{dataset.program}"
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(num_ranks), "-m", program]
+    facts = {"table": dataset.name, "program": program, "num_ranks": num_ranks, "machine_folder": name,
+             **provenance(CHECKOUT, machine), "command": f"torchrun --standalone --nproc-per-node {num_ranks} -m {program}"}
+    facts_path = folder / f"{identifier}.json"
+    write_json(facts_path, facts)  # before the start: a point in the journal always finds its launch
+    supervisor = [sys.executable, "-m", "maco_lib.study.supervise", sys.executable, *torchrun, str(specification_path)]
+    begin = time.monotonic()
+    with open(log, "wb") as output, Sampler() as sampler:
+        process = subprocess.Popen(supervisor, stdin=subprocess.PIPE, stdout=output, stderr=subprocess.STDOUT,
+                                   env=child_environment(machine, num_ranks), start_new_session=True)
+        try:
+            why = watch(process, events, progress, dataset.point_timeout_s, len(points))
+        finally:
+            process.stdin.close()
+            process.wait()
+    write_json(facts_path, {**facts, "seconds": round(time.monotonic() - begin, 1), "sampled": sampler.summary()})
+    if why:
+        tail = "\n".join(log.read_text(errors="replace").splitlines()[-LOG_LINES:])
+        raise LaunchError(f"{program} {why}. Its log is {os.path.relpath(log, store.root)} and ends:\n{tail}")
+    for path in (events, log, specification_path):
+        path.unlink()
+
+
+def child_environment(machine: Machine, num_ranks: int) -> dict[str, str]:
+    """The environment of the ranks: this package importable, and the cores shared out fairly among the ranks."""
+    path = os.pathsep.join(part for part in (str(CHECKOUT), os.environ.get("PYTHONPATH")) if part)
+    threads = max(1, len(os.sched_getaffinity(0)) // num_ranks)
+    return {"OMP_NUM_THREADS": str(threads), "PYTHONUNBUFFERED": "1", **os.environ, "PYTHONPATH": path}
+
+
+def watch(process: subprocess.Popen, events: pathlib.Path, progress: Progress, point_timeout_s: float,
+          num_points: int) -> str | None:
+    """Follow the events until the program ends; returns what went wrong, or None.
+
+    A point may take `point_timeout_s`, start-up START_TIMEOUT_S more; a program past that is stopped.
+    """
+    seen = finished = 0
+    deadline = time.monotonic() + START_TIMEOUT_S + point_timeout_s
+    while True:
+        ended = process.poll() is not None
+        lines: list[dict[str, Any]] = list(read_lines(events))
+        for event in lines[seen:]:
+            progress.show(event)
+            if event["event"] == "point":
+                finished += 1
+                deadline = time.monotonic() + point_timeout_s
+        seen = len(lines)
+        if ended:
+            if process.returncode != 0:
+                return f"ended with status {process.returncode} after {finished} of {num_points} points"
+            return None if finished == num_points else f"ended after {finished} of {num_points} points"
+        if time.monotonic() > deadline:
+            return f"finished no point for {point_timeout_s:.0f} s (after {finished} of {num_points}) and was stopped"
+        time.sleep(POLL_S)

@@ -1,0 +1,158 @@
+"""What a notebook of the study does: begin, measure what is missing, show tables and figures, complete.
+
+    run = notebook.begin("overlap", profile="standard", machine="auto", num_ranks=None)
+    run.measure()
+    run.table("overlap")
+    run.figure("overlap_published")
+    run.complete()
+
+The same calls serve JupyterLab and the runner. Where there is nothing to measure on, the stored results of a reference
+machine are shown instead, and say so.
+"""
+
+import os
+import time
+from typing import Any
+
+import pandas as pd
+from IPython.display import HTML, Image, Markdown, display
+
+from maco_lib.machine import Machine, this_machine
+from maco_lib.study import figures, launch
+from maco_lib.study.sections import section as find_section
+from maco_lib.study.sections import table as find_table
+from maco_lib.study.spec import Parameters, Section, check_rows
+from maco_lib.study.status import COMPLETE, RUNNING, UNAVAILABLE, input_digest, stale_tables
+from maco_lib.study.store import DataError, Store, utc_now
+from maco_lib.study.supervise import die_with_parent
+
+
+def begin(section: str, profile: str = "standard", machine: str = "auto", **parameters: Any) -> "Run":
+    """Open a section: validate the parameters (None: as the profile says), choose the machine folder, show both.
+
+    `machine`: "auto" for this host's own folder, or the name of a folder in data/. Raises ValueError naming an unknown
+    section, profile, parameter, machine or a value of the wrong type, with the valid ones.
+    """
+    if os.environ.get("MACO_RUN_ID"):
+        die_with_parent()
+    entry, store, here = find_section(section), Store(), this_machine()
+    own = store.folder_for(here)
+    if machine != "auto" and machine != own and machine in store.machines() and store.machine(machine)["hardware"] != here.name:
+        run = Run(store, entry, here, machine, profile, entry.resolve(profile, here, parameters), view_only=True)
+    else:
+        folder = store.folder_for(here, machine)
+        run = Run(store, entry, here, folder, profile, entry.resolve(profile, here, parameters))
+    run.show_parameters(parameters)
+    return run
+
+
+class Run:
+    """One section being run on one machine; `begin` makes it."""
+
+    def __init__(self, store: Store, section: Section, machine: Machine, folder: str, profile: str,
+                 parameters: Parameters, view_only: bool = False):
+        self.store, self.section, self.machine, self.folder = store, section, machine, folder
+        self.profile, self.parameters, self.view_only = profile, parameters, view_only
+        self.reasons: dict[str, str] = {}
+        self.begun = time.monotonic()
+
+    def show_parameters(self, given: dict[str, Any]) -> None:
+        """The parameters in force, and where each came from."""
+        rows = [(name, repr(value), "set here" if given.get(name) is not None else f"profile {self.profile}",
+                 type(self.parameters).model_fields[name].description or "")
+                for name, value in self.parameters.model_dump().items()]
+        display(Markdown(f"**{self.section.title}** on `{self.folder}`" + (" (stored results)" if self.view_only else "")))
+        display(table_of(pd.DataFrame(rows, columns=["parameter", "value", "from", "meaning"])))
+
+    def measure(self) -> None:
+        """Measure what is missing of every table of the section, then compute the derived ones.
+
+        A table this machine cannot measure is left out, with the reason. Raises LaunchError when a program fails.
+        """
+        if self.view_only:
+            print(f"Nothing is measured: these are the stored results of {self.folder}.")
+            return
+        self.store.claim(self.machine, self.folder)
+        self.write_record(RUNNING)
+        force = os.environ.get("MACO_FORCE") == "1"
+        for dataset in self.section.datasets:
+            reason = dataset.unavailable(self.parameters, self.machine)
+            if reason:
+                self.reasons[dataset.name] = reason
+                print(f"{dataset.name}: cannot be measured here: {reason}")
+                continue
+            begin = time.monotonic()
+            count = launch.measure(self.store, self.folder, dataset, self.parameters, self.machine, force)
+            print(f"{dataset.name}: {count} points measured in {time.monotonic() - begin:.0f} s" if count else
+                  f"{dataset.name}: every point is already stored")
+        for derived in self.section.derived:
+            self.compute(derived)
+
+    def compute(self, derived) -> None:
+        """Write a derived table from its inputs, or note why it cannot be."""
+        for table in derived.inputs:
+            owner = find_table(table)[0].name
+            elsewhere = self.store.record(self.folder, owner).get("verdict", {}).get("state") == UNAVAILABLE
+            if table in self.reasons or (owner != self.section.name and elsewhere):
+                self.reasons[derived.name] = f"it needs {table}, which cannot be measured here"
+                return
+        tables = {table: self.store.read(self.folder, table) for table in derived.inputs}
+        rows = derived.compute(tables, self.parameters)
+        facts = {"inputs_sha256": input_digest(self.store, self.folder, derived, self.parameters)}
+        check_rows(derived, rows, derived.name)
+        self.store.write_table(self.folder, derived, rows, facts)
+
+    def source(self, table: str) -> str:
+        """The machine folder that `table` is shown from: this one, or a reference where it cannot be measured here."""
+        if table not in self.reasons:
+            return self.folder
+        others = [name for name in self.store.machines() if (self.store.data / name / f"{table}.csv").exists()]
+        if not others:
+            raise DataError(f"{table} cannot be measured here ({self.reasons[table]}), and data/ holds no machine that has it")
+        reference = max(others, key=lambda name: (self.store.machine(name)["kind"] == "cuda", self.store.machine(name)["num_devices"]))
+        display(Markdown(f"*Stored results of the reference machine `{reference}`: {self.reasons[table]}.*"))
+        return reference
+
+    def table(self, name: str) -> pd.DataFrame:
+        """The reported table, checked against its schema and checksum."""
+        return self.store.read(self.source(name), name)
+
+    def figure(self, name: str) -> None:
+        """Draw figures/<machine>/<name>.{svg,pdf,png,csv} and show it at its printed size."""
+        specification = figures.FIGURES[name]
+        source = next((found for found in map(self.source, specification.tables) if found != self.folder), self.folder)
+        paths = figures.write(self.store, source, name)
+        display(Image(data=next(path for path in paths if path.suffix == ".png").read_bytes(), embed=True))
+        display(Markdown(f"*{specification.caption}*"))
+
+    def complete(self) -> None:
+        """The section's own verdict: every expected point stored, schemas pass, every declared figure drawn."""
+        if self.view_only:
+            return
+        if self.reasons:
+            # Without its main table a section has nothing of its own to report.
+            lost = [name for name in self.section.tables if name in self.reasons]
+            if lost:
+                self.write_record(UNAVAILABLE, "; ".join(f"{name}: {self.reasons[name]}" for name in lost))
+                print(f"Section {self.section.name} cannot be measured here.")
+                return
+        problems = stale_tables(self.store, self.folder, self.section, self.machine, self.parameters,
+                                self.store.record(self.folder, self.section.name))
+        problems += [f"figure {name}.{suffix} was not written" for name in self.section.figures
+                     for suffix in ("svg", "pdf", "png", "csv")
+                     if not (self.store.figures / self.folder / f"{name}.{suffix}").exists()]
+        if problems:
+            raise RuntimeError(f"section {self.section.name} is not complete: " + "; ".join(problems))
+        self.write_record(COMPLETE)
+        print(f"Section {self.section.name} is complete.")
+
+    def write_record(self, state: str, error: str = "") -> None:
+        record = self.store.record(self.folder, self.section.name)
+        record.update(profile=self.profile, parameters=self.parameters.model_dump(), verdict={
+            "state": state, "error": error, "at": utc_now(), "seconds": round(time.monotonic() - self.begun, 1),
+            "run": os.environ.get("MACO_RUN_ID", "by hand")})
+        self.store.write_record(self.folder, self.section.name, record)
+
+
+def table_of(rows: pd.DataFrame) -> HTML:
+    return HTML(rows.to_html(index=False, border=0))

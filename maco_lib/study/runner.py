@@ -1,0 +1,190 @@
+"""Run the study: every section's notebook in a supervised child, judged by its own verdict, then the report."""
+
+import json
+import os
+import pathlib
+import secrets
+import subprocess
+import sys
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import yaml
+
+from maco_lib.machine import Machine, this_machine
+from maco_lib.study.files import CHECKOUT
+from maco_lib.study.journal import read_lines
+from maco_lib.study.launch import plan
+from maco_lib.study.progress import View
+from maco_lib.study.sections import SECTIONS
+from maco_lib.study.sections import section as find_section
+from maco_lib.study.spec import PROFILES, Parameters, Section
+from maco_lib.study.status import COMPLETE, FAILED, UNAVAILABLE, section_status
+from maco_lib.study.store import DataError, Store, utc_now
+
+POLL_S = 0.2
+
+
+@dataclass(frozen=True)
+class Job:
+    """One section to run, with the parameters given on the command line and those in force."""
+
+    section: Section
+    given: Mapping[str, Any]
+    parameters: Parameters
+
+
+def parse_overrides(assignments: list[str]) -> dict[str, Any]:
+    """`name=value` pairs; a value is read as YAML, so `[1, 8]` is a list and `true` a truth value."""
+    overrides = {}
+    for assignment in assignments:
+        name, equals, text = assignment.partition("=")
+        if not equals or not name:
+            raise ValueError(f"-p takes name=value, not {assignment!r}")
+        try:
+            overrides[name] = yaml.safe_load(text)
+        except yaml.YAMLError:
+            raise ValueError(f"-p {name}: {text!r} is not a value") from None
+    return overrides
+
+
+def prepare(only: list[str], profile: str, overrides: Mapping[str, Any], machine: Machine) -> list[Job]:
+    """What would run, checked before anything does; raises ValueError naming the bad name or value and the valid ones.
+
+    An override goes to every chosen section that has a parameter of that name.
+    """
+    if profile not in PROFILES:
+        raise ValueError(f"unknown profile {profile!r}; the profiles are {', '.join(PROFILES)}")
+    chosen = [SECTIONS[name] for name in SECTIONS if name in {find_section(wanted).name for wanted in only or SECTIONS}]
+    known = sorted({name for entry in chosen for name in entry.parameters.model_fields})
+    for name in overrides:
+        if name not in known:
+            raise ValueError(f"no chosen section has a parameter {name!r}; valid: {', '.join(known)}")
+    jobs = []
+    for entry in chosen:
+        given = {name: value for name, value in overrides.items() if name in entry.parameters.model_fields}
+        parameters = entry.resolve(profile, machine, given)
+        for dataset in entry.datasets:
+            if not dataset.unavailable(parameters, machine):
+                plan(dataset, parameters, machine)
+        jobs.append(Job(entry, given, parameters))
+    return jobs
+
+
+def run(only: list[str], profile: str, overrides: Mapping[str, Any], machine_name: str, force: bool,
+        keep_going: bool) -> int:
+    """Run what is not fresh, write the report; returns the exit status, non-zero if a section or the report failed."""
+    store, machine = Store(), this_machine()
+    folder = store.folder_for(machine, machine_name)
+    jobs = prepare(only, profile, overrides, machine)
+    print(f"Machine {folder}, profile {profile}: {', '.join(job.section.name for job in jobs)}", flush=True)
+    failed: list[str] = []
+    for job in jobs:
+        if force:
+            store.forget_damaged(folder, job.section.name)
+        broken = [name for name in job.section.needs if name in failed]
+        status = section_status(store, folder, job.section, machine, job.parameters)
+        if broken:
+            error = f"not run: it needs section {broken[0]}, which failed"
+        elif status.settled and not force and figures_exist(store, folder, job.section, status.state):
+            print(f"{job.section.name}: {status.state}, nothing to measure {status.detail}".rstrip(), flush=True)
+            continue
+        else:
+            error = run_section(store, folder, job, profile, force)
+        if error:
+            failed.append(job.section.name)
+            record_failure(store, folder, job, profile, error)
+            print(f"{job.section.name}: FAILED: {error}", file=sys.stderr, flush=True)
+            if not keep_going:
+                break
+    problems = write_report(store)
+    return 1 if failed or problems else 0
+
+
+def figures_exist(store: Store, folder: str, section: Section, state: str) -> bool:
+    return state == "unavailable" or all(
+        (store.figures / folder / f"{name}.png").exists() for name in section.figures)
+
+
+def run_section(store: Store, folder: str, job: Job, profile: str, force: bool) -> str | None:
+    """Execute the notebook in a supervised child; returns what went wrong, or None when its verdict is good."""
+    begin, run_id = time.monotonic(), secrets.token_hex(8)
+    journal = store.journal_folder(folder)
+    events, output = journal / f"{job.section.name}.run.events", journal / job.section.notebook
+    events.unlink(missing_ok=True)
+    parameters = {"profile": profile, "machine": folder, **job.given}
+    command = [sys.executable, "-m", "maco_lib.study.supervise", sys.executable, "-m", "maco_lib.study.execute",
+               os.path.join("notebooks", job.section.notebook), str(output), json.dumps(parameters)]
+    environment = {**child_environment_for_kernel(store), "MACO_RUN_ID": run_id, "MACO_EVENTS": str(events),
+                   "MACO_FORCE": "1" if force else "0"}
+    print(f"{job.section.name}: {job.section.title}", flush=True)
+    log = journal / f"{job.section.name}.run.log"
+    with open(log, "wb") as stream:
+        process = subprocess.Popen(command, cwd=CHECKOUT, env=environment, stdin=subprocess.PIPE, stdout=stream,
+                                   stderr=subprocess.STDOUT, start_new_session=True)
+        try:
+            view, seen, ended = View(), 0, False
+            while not ended:
+                ended = process.poll() is not None
+                lines = list(read_lines(events))
+                for event in lines[seen:]:
+                    view.show(event)
+                seen = len(lines)
+                time.sleep(POLL_S)
+        finally:
+            process.stdin.close()
+            process.wait()
+    error = judge(store, folder, job.section, run_id, process.returncode, log)
+    if error:
+        return f"{error} (executed so far: {os.path.relpath(output, store.root)})"
+    executed = store.data / folder / "executed"
+    executed.mkdir(exist_ok=True)
+    os.replace(output, executed / job.section.notebook)
+    for path in (events, log):
+        path.unlink(missing_ok=True)
+    state = store.record(folder, job.section.name)["verdict"]["state"]
+    print(f"{job.section.name}: {state} in {time.monotonic() - begin:.0f} s", flush=True)
+    return None
+
+
+def child_environment_for_kernel(store: Store) -> dict[str, str]:
+    """The notebook's kernel sees this package and this study root; threads are the launcher's business."""
+    path = os.pathsep.join(part for part in (str(CHECKOUT), os.environ.get("PYTHONPATH")) if part)
+    return {**os.environ, "PYTHONPATH": path, "MACO_ROOT": str(store.root), "PYDEVD_DISABLE_FILE_VALIDATION": "1"}
+
+
+def judge(store: Store, folder: str, section: Section, run_id: str, status: int, log: pathlib.Path) -> str | None:
+    """Our own verdict: the last cell of this very run wrote its completion record, and the process ended well."""
+    if status != 0:
+        lines = [line for line in log.read_text(errors="replace").splitlines() if line.strip()]
+        return "\n".join(lines[-30:]) or f"its process ended with status {status}"
+    verdict = store.record(folder, section.name).get("verdict", {})
+    if verdict.get("run") != run_id or verdict.get("state") not in (COMPLETE, UNAVAILABLE):
+        return "its notebook ended without reaching its completion record"
+    return None
+
+
+def record_failure(store: Store, folder: str, job: Job, profile: str, error: str) -> None:
+    """Note the failed attempt beside the stored data, which stays as it was."""
+    try:
+        record = store.record(folder, job.section.name)
+    except DataError as damaged:
+        print(f"{job.section.name}: {damaged}; it is written anew", file=sys.stderr)
+        record = {}
+    record.update(profile=profile, parameters=job.parameters.model_dump(),
+                  verdict={"state": FAILED, "error": error, "at": utc_now(), "seconds": 0.0, "run": "runner"})
+    store.claim(this_machine(), folder)
+    store.write_record(folder, job.section.name, record)
+
+
+def write_report(store: Store) -> list[str]:
+    """REPORT.md, HTML and PDF; prints and returns what could not be written."""
+    from maco_lib.study import publish, report
+
+    problems = report.build(store.root, redraw=False)
+    publish.build(store.root)
+    for problem in problems:
+        print(f"report: {problem}", file=sys.stderr)
+    return problems

@@ -1,0 +1,121 @@
+"""What a section of the study is, said once: its parameters, the points it measures, its tables and its figures.
+
+A section is declared in `maco_lib/study/sections/<name>.py` without importing torch; the program that measures it is
+`maco_lib/experiments/<program>.py`.
+"""
+
+import hashlib
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import pandas as pd
+import pandera.pandas as pa
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from maco_lib.machine import Machine
+
+PROFILES = ("smoke", "standard", "full")
+Profile = Literal["smoke", "standard", "full"]
+Point = dict[str, Any]
+
+
+class Parameters(BaseModel):
+    """Base of every section's parameters: typed, closed (an unknown name is an error) and immutable."""
+
+    model_config = ConfigDict(strict=True, extra="forbid", frozen=True)
+
+    num_ranks: int | None = Field(None, ge=1, description="ranks to start; None: every GPU, or 2 on a CPU")
+    num_launches: int = Field(1, ge=1, description="separate process launches per point; rows are medians over them")
+
+
+def point_key(dataset: str, method_version: int, point: Mapping[str, Any]) -> str:
+    """Identity of one measured point: 16 hex digits of the SHA-256 over what was asked, not over how the code looks."""
+    text = json.dumps([dataset, method_version, point], sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """A table filled by the program `maco_lib.experiments.<program>` on `num_ranks` ranks, one or more rows a point.
+
+    `index` names the columns that identify a row; every other column is a value. `group(point)` says which points share
+    a process launch. `finish` adds the columns that need more than one point's rows. `unavailable` says in one sentence why this machine cannot measure the dataset, or returns None.
+    """
+
+    name: str
+    program: str
+    method_version: int
+    schema: pa.DataFrameSchema
+    index: tuple[str, ...]
+    points: Callable[[Any, Machine], list[Point]]
+    num_ranks: Callable[[Any, Machine], int]
+    unavailable: Callable[[Any, Machine], str | None] = lambda parameters, machine: None
+    group: Callable[[Point], tuple] = lambda point: ()
+    finish: Callable[[pd.DataFrame], pd.DataFrame] = lambda rows: rows
+    point_timeout_s: float = 300.0
+
+    def key(self, point: Mapping[str, Any]) -> str:
+        return point_key(self.name, self.method_version, point)
+
+
+@dataclass(frozen=True)
+class Derived:
+    """A table computed from other tables of the same machine, without measuring anything."""
+
+    name: str
+    method_version: int
+    schema: pa.DataFrameSchema
+    index: tuple[str, ...]
+    inputs: tuple[str, ...]
+    compute: Callable[[Mapping[str, pd.DataFrame], Any], pd.DataFrame]
+
+
+@dataclass(frozen=True)
+class Section:
+    """One notebook of the study. `profiles[profile][machine.kind]` overrides the parameters' defaults."""
+
+    name: str
+    title: str
+    notebook: str
+    parameters: type[Parameters]
+    profiles: Mapping[str, Mapping[str, Mapping[str, Any]]]
+    datasets: tuple[Dataset, ...] = ()
+    derived: tuple[Derived, ...] = ()
+    figures: tuple[str, ...] = ()
+    needs: tuple[str, ...] = field(default=())
+
+    @property
+    def tables(self) -> tuple[str, ...]:
+        return tuple(table.name for table in (*self.datasets, *self.derived))
+
+    def resolve(self, profile: str, machine: Machine, overrides: Mapping[str, Any] | None = None) -> Parameters:
+        """The parameters in force: the class's defaults, then the profile's for this kind of machine, then `overrides`.
+
+        An override of None means "as the profile says". Raises ValueError naming an unknown profile or parameter, or the
+        value of the wrong type, with the valid ones.
+        """
+        if profile not in PROFILES:
+            raise ValueError(f"unknown profile {profile!r}; the profiles are {', '.join(PROFILES)}")
+        given = {name: value for name, value in (overrides or {}).items() if value is not None}
+        unknown = sorted(set(given) - set(self.parameters.model_fields))
+        if unknown:
+            valid = ", ".join(self.parameters.model_fields)
+            raise ValueError(f"section {self.name!r} has no parameter {unknown[0]!r}; its parameters are {valid}")
+        values = {**self.profiles[profile][machine.kind], **given}
+        try:
+            return self.parameters(**values)
+        except ValidationError as error:
+            lines = [f"{'.'.join(map(str, issue['loc']))} = {issue['input']!r}: {issue['msg']}" for issue in error.errors()]
+            raise ValueError(f"section {self.name!r}: " + "; ".join(lines)) from None
+
+
+def check_rows(table: Dataset | Derived, rows: pd.DataFrame, source: str) -> pd.DataFrame:
+    """Validate `rows` against the table's schema; raises ValueError naming `source`, the column and the value."""
+    try:
+        return table.schema.validate(rows, lazy=True)
+    except pa.errors.SchemaErrors as error:
+        cases: Sequence = error.failure_cases[["column", "check", "failure_case"]].astype(str).values.tolist()
+        shown = "; ".join(f"column {column}: {check} fails for {case}" for column, check, case in cases[:5])
+        raise ValueError(f"{source}: {len(cases)} schema failures: {shown}") from None

@@ -1,0 +1,300 @@
+"""The store: what was measured, per machine folder, as tables that say how they came about.
+
+For each table `data/<machine>/` holds `<table>.csv` (the reported rows, one per point and arm), `<table>.launches.csv`
+(the same per process launch: what the reported rows are aggregated from), `<table>.parquet` (raw samples), and for each
+section `<section>.json` (parameters, verdict, provenance of every launch, checksums of the files).
+"""
+
+import datetime
+import hashlib
+import io
+import json
+import os
+import pathlib
+import re
+from collections.abc import Iterable
+from typing import Any
+
+import pandas as pd
+
+from maco_lib.machine import Machine
+from maco_lib.provenance import source_digest
+from maco_lib.study import sections
+from maco_lib.study.files import CHECKOUT, sha256, study_root, write_atomically, write_json
+from maco_lib.study.journal import read_lines
+from maco_lib.study.spec import Dataset, Derived, check_rows
+
+FLOAT_FORMAT = "%.6g"
+TABLE_SUFFIXES = (".csv", ".launches.csv", ".parquet")
+LAUNCH_COLUMNS = ["point_key", "repeat", "launch", "method_version"]
+
+
+class DataError(Exception):
+    """A stored file is missing, damaged, or not what was written; the message names it and what to do."""
+
+
+def utc_now() -> str:
+    return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+
+
+def aggregate(rows: pd.DataFrame, index: Iterable[str]) -> pd.DataFrame:
+    """Reported rows from per-launch rows: median over launches, intervals widened to cover every launch's interval.
+
+    Columns with `_lo` or `_hi` take the least or greatest value, `correct` is true where it is in every launch, a text
+    takes its first non-empty value; `num_launches` counts the launches.
+    """
+    by = ["point_key", *index]
+    rules: dict[str, Any] = {}
+    for column in rows.columns.difference([*by, *LAUNCH_COLUMNS, "num_launches"], sort=False):
+        if rows[column].dtype == bool or column == "correct":
+            rules[column] = "all"
+        elif not pd.api.types.is_numeric_dtype(rows[column]):
+            rules[column] = lambda values: next((value for value in values if pd.notna(value) and value != ""), "")
+        elif re.search(r"_lo(_|$)", column):
+            rules[column] = "min"
+        elif re.search(r"_hi(_|$)", column):
+            rules[column] = "max"
+        else:
+            rules[column] = "median"
+    groups = rows.groupby(by, sort=False, dropna=False)
+    result = groups.agg(rules)
+    result["num_launches"] = groups["launch"].nunique()
+    return result.reset_index()
+
+
+class Store:
+    """The data folder below `root` (default: `study_root()`)."""
+
+    def __init__(self, root: pathlib.Path | None = None):
+        self.root = pathlib.Path(root) if root is not None else study_root()
+        self.data = self.root / "data"
+        self.figures = self.root / "figures"
+
+    # -- machine folders ---------------------------------------------------------------------------------------------
+
+    def machines(self) -> list[str]:
+        """Names of the folders that hold measurements, in alphabetical order."""
+        return sorted(path.parent.name for path in self.data.glob("*/machine.json"))
+
+    def machine(self, name: str) -> dict[str, Any]:
+        """What `data/<name>/machine.json` says: kind, name of the hardware, identities, description."""
+        return self._read_json(self.data / name / "machine.json")
+
+    def folder_for(self, machine: Machine, wanted: str = "auto") -> str:
+        """The folder name in which `machine` may measure; raises ValueError naming the valid ones.
+
+        "auto" is the folder of this very host, else the first free name: a folder measured by another host of the same
+        hardware is left alone unless `wanted` names it.
+        """
+        taken = {name: self.machine(name) for name in self.machines()}
+        same_hardware = [name for name, entry in taken.items() if entry["hardware"] == machine.name]
+        own = [name for name in same_hardware if machine.identity in taken[name]["identities"]]
+        candidates = [machine.name, *(f"{machine.name}-{letter}" for letter in "bcdefghijklmnopqrstuvwxyz")]
+        automatic = own[0] if own else next((name for name in candidates if name not in taken), None)
+        if wanted == "auto":
+            if automatic is None:
+                raise ValueError(f"every name from {candidates[0]} to {candidates[-1]} is taken; name one with --machine")
+            return automatic
+        valid = sorted({*same_hardware, *([automatic] if automatic else [])})
+        if wanted not in valid:
+            raise ValueError(f"machine {wanted!r} is not one this host ({machine.name}) can measure in; "
+                             f"valid: auto, {', '.join(valid)}")
+        return wanted
+
+    def claim(self, machine: Machine, name: str) -> None:
+        """Record that `machine` measures in `data/<name>/`."""
+        path = self.data / name / "machine.json"
+        entry = self._read_json(path) if path.exists() else {"identities": []}
+        identities = entry["identities"]
+        if machine.identity not in identities:
+            entry = {"name": name, "hardware": machine.name, "kind": machine.kind, "num_devices": machine.num_devices,
+                     "identities": [*identities, machine.identity], "description": machine.description}
+            write_json(path, entry)
+
+    # -- reading -----------------------------------------------------------------------------------------------------
+
+    def record(self, name: str, section: str) -> dict[str, Any]:
+        """`data/<name>/<section>.json`, or {} if the section was never run there."""
+        path = self.data / name / f"{section}.json"
+        return self._read_json(path) if path.exists() else {}
+
+    def read(self, name: str, table: str) -> pd.DataFrame:
+        """The reported table; raises DataError naming the file if it is missing, changed, or breaks its schema."""
+        _, entry = sections.table(table)
+        rows = self._parse(name, table, f"{table}.csv")
+        try:
+            return check_rows(entry, rows, f"data/{name}/{table}.csv")
+        except ValueError as error:
+            raise DataError(str(error)) from None
+
+    def launches(self, name: str, table: str) -> pd.DataFrame:
+        """The same rows per process launch, without the columns that `Dataset.finish` adds."""
+        return self._parse(name, table, f"{table}.launches.csv")
+
+    def samples(self, name: str, table: str) -> pd.DataFrame:
+        """Raw samples: point_key, repeat, launch, the labels, quantity, rank, iteration, value."""
+        path = self._checked(name, table, f"{table}.parquet")
+        try:
+            return pd.read_parquet(path)
+        except (OSError, ValueError) as error:
+            raise DataError(f"{self._shown(path)} cannot be read: {error}") from None
+
+    def checksum(self, name: str, table: str) -> str:
+        """SHA-256 of the reported table, once it is known to be the one that was written."""
+        return sha256(self._checked(name, table, f"{table}.csv"))
+
+    def _parse(self, name: str, table: str, filename: str) -> pd.DataFrame:
+        _, entry = sections.table(table)
+        path = self._checked(name, table, filename)
+        try:
+            rows = pd.read_csv(path)
+        except ValueError as error:
+            raise DataError(f"{self._shown(path)} cannot be read: {error}") from None
+        texts = [column for column, kind in entry.schema.columns.items() if "str" in str(kind.dtype) and column in rows]
+        return rows.assign(**{column: rows[column].fillna("").astype(str) for column in [*texts, "error"] if column in rows})
+
+    def _checked(self, name: str, table: str, filename: str) -> pathlib.Path:
+        """The file's path, once it is known to be the one that was written."""
+        section, _ = sections.table(table)
+        path = self.data / name / filename
+        hint = f"measure it with: python -m maco_lib run --only {section.name}"
+        if not path.exists():
+            raise DataError(f"{self._shown(path)} is missing; {hint}")
+        record = self.record(name, section.name)
+        recorded = {record.get(part, {}).get(filename) for part in ("files", "replacing")} - {None}
+        if not recorded:
+            raise DataError(f"{self._shown(path)} has no checksum in {section.name}.json; {hint} --force")
+        if sha256(path) not in recorded:
+            raise DataError(f"{self._shown(path)} was changed after it was written (its SHA-256 is not the recorded one); "
+                            f"restore it, or {hint} --force")
+        return path
+
+    def _read_json(self, path: pathlib.Path) -> dict[str, Any]:
+        try:
+            return json.loads(path.read_text())
+        except (OSError, ValueError) as error:
+            raise DataError(f"{self._shown(path)} cannot be read: {error}") from None
+
+    def _shown(self, path: pathlib.Path) -> str:
+        return os.path.relpath(path, self.root)
+
+    # -- the journal of a running measurement ------------------------------------------------------------------------
+
+    def journal_folder(self, name: str) -> pathlib.Path:
+        folder = self.data / name / ".journal"
+        folder.mkdir(parents=True, exist_ok=True)
+        return folder
+
+    def journal(self, name: str, table: str) -> pathlib.Path:
+        return self.journal_folder(name) / f"{table}.jsonl"
+
+    def measured(self, name: str, table: str) -> set[tuple[str, int]]:
+        """(point key, repeat) of every finished measurement, stored or still in the journal."""
+        done = {(line["key"], line["repeat"]) for line in read_lines(self.journal(name, table))}
+        if (self.data / name / f"{table}.launches.csv").exists():
+            rows = self.launches(name, table)
+            done |= set(zip(rows["point_key"], rows["repeat"], strict=True))
+        return done
+
+    # -- writing -----------------------------------------------------------------------------------------------------
+
+    def forget_damaged(self, name: str, section: str) -> None:
+        """Remove the section's files that can no longer be trusted, so that a forced run can write them anew."""
+        folder, tables = self.data / name, sections.section(section).tables
+        try:
+            self.record(name, section)
+        except DataError:
+            (folder / f"{section}.json").unlink()
+        for table in tables:
+            present = [path for path in (folder / f"{table}{suffix}" for suffix in TABLE_SUFFIXES) if path.exists()]
+            try:
+                for path in present:
+                    self._checked(name, table, path.name)
+            except DataError:
+                for path in present:
+                    path.unlink()
+
+    def merge_journal(self, name: str, dataset: Dataset, keys: list[str]) -> None:
+        """Fold the journal into the stored table; report the points `keys`. The newest launch of a repeat replaces older.
+
+        Rows of points outside `keys` stay in `<table>.launches.csv`, so that going back to earlier parameters measures
+        nothing; rows of an older method version are dropped.
+        """
+        lines = list(read_lines(self.journal(name, dataset.name)))
+        new_rows, new_samples = journal_frames(lines, dataset)
+        folder = self.data / name
+        rows, samples = [new_rows], [new_samples]
+        if (folder / f"{dataset.name}.launches.csv").exists():
+            replaced = {(line["key"], line["repeat"]) for line in lines}
+            for frames, old in ((rows, self.launches(name, dataset.name)), (samples, self.samples(name, dataset.name))):
+                pairs = pd.Series(list(zip(old["point_key"], old["repeat"], strict=True)), index=old.index)
+                frames.insert(0, old[~pairs.isin(replaced)])
+        all_rows = pd.concat([frame for frame in rows if len(frame)], ignore_index=True)
+        all_rows = all_rows[all_rows["method_version"] == dataset.method_version]
+        all_samples = pd.concat([frame for frame in samples if len(frame)], ignore_index=True)
+        all_samples = all_samples[all_samples["launch"].isin(all_rows["launch"])]
+        order = {key: position for position, key in enumerate(keys)}
+        reported = all_rows[all_rows["point_key"].isin(order)]
+        reported = reported.sort_values("point_key", key=lambda column: column.map(order), kind="stable")
+        reported = dataset.finish(aggregate(reported, dataset.index))
+        self.write_table(name, dataset, reported, {"keys": keys}, all_rows, all_samples, lines)
+
+    def write_table(self, name: str, table: Dataset | Derived, reported: pd.DataFrame, facts: dict[str, Any],
+                    launches: pd.DataFrame | None = None, samples: pd.DataFrame | None = None,
+                    lines: Iterable[dict] = ()) -> None:
+        """Validate and write one table's files and its part of the section's record."""
+        section, _ = sections.table(table.name)
+        check_rows(table, reported, f"{table.name}.csv, not written")
+        contents = {f"{table.name}.csv": as_csv(reported)}
+        if launches is not None:
+            contents[f"{table.name}.launches.csv"] = as_csv(launches)
+        if samples is not None:
+            buffer = io.BytesIO()
+            samples.to_parquet(buffer, index=False, compression="zstd")
+            contents[f"{table.name}.parquet"] = buffer.getvalue()
+        folder = self.data / name
+        record = self.record(name, section.name)
+        files = record.setdefault("files", {})
+        record["replacing"] = {filename: files[filename] for filename in contents if filename in files}
+        files.update({filename: hashlib.sha256(content).hexdigest() for filename, content in contents.items()})
+        record.setdefault("tables", {})[table.name] = {
+            "method_version": table.method_version, "written": utc_now(), "num_rows": len(reported),
+            "source_sha256": source_digest(CHECKOUT), **facts}
+        started = record.setdefault("launches", {})
+        for launch in {line["launch"] for line in lines}:
+            started[launch] = self._read_json(self.journal_folder(name) / f"{launch}.json")
+        if launches is not None:
+            used = set(launches["launch"])
+            record["launches"] = {launch: facts for launch, facts in started.items()
+                                  if launch in used or facts.get("table") != table.name}
+        # A kill between these steps leaves every file either as it was or as recorded, and the journal to merge again.
+        self.write_record(name, section.name, record)
+        for filename, content in contents.items():
+            write_atomically(folder / filename, content)
+        del record["replacing"]
+        self.write_record(name, section.name, record)
+        self.journal(name, table.name).unlink(missing_ok=True)
+
+    def write_record(self, name: str, section: str, record: dict[str, Any]) -> None:
+        write_json(self.data / name / f"{section}.json", {"section": section, **record})
+
+
+def as_csv(rows: pd.DataFrame) -> bytes:
+    return rows.to_csv(index=False, float_format=FLOAT_FORMAT, lineterminator="\n").encode()
+
+
+def journal_frames(lines: list[dict[str, Any]], dataset: Dataset) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """Per-launch rows and raw samples of journal lines; a later line for the same point and repeat replaces the earlier."""
+    latest = {(line["key"], line["repeat"]): line for line in lines}
+    rows, samples = [], []
+    for (key, repeat), line in latest.items():
+        common = {"point_key": key, "repeat": repeat, "launch": line["launch"]}
+        point = {name: value for name, value in line["point"].items() if name in dataset.schema.columns}
+        rows += [{**common, "method_version": dataset.method_version, **point, "error": "", **row, "num_launches": 1}
+                 for row in line["rows"]]
+        for entry in line["samples"]:
+            for rank, values in enumerate(entry["values"]):
+                labels = {f"label_{name}": str(value) for name, value in entry["labels"].items()}
+                samples.append(pd.DataFrame({**common, **labels, "quantity": entry["quantity"], "rank": rank,
+                                             "iteration": range(len(values)), "value": values}))
+    return pd.DataFrame(rows), pd.concat(samples, ignore_index=True) if samples else pd.DataFrame()

@@ -17,8 +17,8 @@ from maco_lib.machine import this_machine
 from maco_lib.stats import median_interval
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
-# Greatest error allowed in an element of a matmul of standard normal operands, in units of its deviation √k: bf16 rounds
-# the result to 8 bits, of elements up to about 6 deviations; fp32 only accumulates its rounding.
+# Greatest error allowed in an element of a matmul of standard normal operands, in units of its deviation √k: bf16
+# rounds the result to 8 bits, of elements up to about 6 deviations; fp32 only accumulates its rounding.
 TOLERANCES = {"bf16": 6 * 2**-8, "fp32": 1e-3}
 BURST_US = 2000.0
 MAX_BURST = 200

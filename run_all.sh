@@ -1,20 +1,23 @@
 #!/usr/bin/env bash
 # Measure this machine, draw the figures and write REPORT.md.
 #
-#   ./run_all.sh                            everything, in the profile for this machine; goes on where it stopped
-#   ./run_all.sh --profile smoke            the quickest pass (smoke, standard or full)
+#   ./run_all.sh                            measure what is missing; an interrupted run goes on where it stopped
+#   ./run_all.sh --profile smoke            the quickest pass (smoke, standard or full; standard is the default)
 #   ./run_all.sh --only overlap,bandwidth   some sections
-#   ./run_all.sh --report-only              figures and report from the stored data; needs no GPU
-#   ./run_all.sh --help                     this text and every option of `python -m maco_lib run`
+#   ./run_all.sh --force                    measure again what is stored already
+#   ./run_all.sh --keep-going               go on with the other sections when one fails
+#   ./run_all.sh --only overlap -p num_ranks=2   set a parameter of a section
+#   ./run_all.sh --machine NAME             go on in data/NAME instead of this host's own folder
+#   ./run_all.sh --report-only              figures and report from the stored data; measures nothing, needs no GPU
 #
-# The environment: MACO_PYTHON if set, else the active one if it has what MACO needs, else .venv, made on the first run.
+# The environment: MACO_PYTHON if set, else the active one if it has what MACO needs, else .venv, made on the first start.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")"
 source requirements/environment.sh
 
 if [[ ${1:-} == --help || ${1:-} == -h ]]; then
     sed -n '2,/^set -e/{/^#/s/^# \{0,1\}//p}' run_all.sh
-    echo
+    exit
 fi
 prepare_environment
 if [[ ${1:-} == --report-only ]]; then

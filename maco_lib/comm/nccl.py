@@ -1,0 +1,55 @@
+"""NCCL through torch.distributed: the default on GPUs, and the same with a limit on its CTAs.
+
+Wins at large sizes and for every collective but all-reduce. Its CTAs compete with a matmul for the SMs; a limit of N
+CTAs (`nccl_cta<N>`, a communicator of its own) leaves more of them to the matmul and lowers its own bandwidth.
+
+Collectives run on the current stream (torch 2.8 and later, `async_op=False`), so the priority of an overlapped NCCL
+kernel is that of the side stream it is issued on; the option `is_high_priority_stream` would not change it.
+"""
+
+import weakref
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+
+from maco_lib.comm import c10d
+from maco_lib.comm.record import Operation
+
+
+@dataclass(frozen=True)
+class Nccl:
+    """`max_ctas`: None for the caller's group as it is, else the largest number of CTAs of a collective."""
+
+    name: str
+    max_ctas: int | None = None
+    needs: str = "an NVIDIA GPU per rank and a process group with the NCCL backend"
+
+    def unavailable(self, collective: str, device: torch.device, group: dist.ProcessGroup) -> str | None:
+        """Why it cannot run here, or None."""
+        if device.type != "cuda":
+            return f"NCCL runs on GPUs, these ranks are on {device.type}"
+        if "nccl" not in dist.get_backend(group):
+            return f"the process group's backend is {dist.get_backend(group)}, not nccl"
+        return None
+
+    def operation(
+        self, name: str, numel: int, dtype: torch.dtype, device: torch.device, group: dist.ProcessGroup
+    ) -> Operation:
+        """The collective on fresh buffers; collective itself when the limited communicator has yet to be made."""
+        limited = group if self.max_ctas is None else limited_group(group, self.max_ctas)
+        return c10d.operation(name, numel, dtype, device, limited)
+
+
+_LIMITED: "weakref.WeakKeyDictionary[dist.ProcessGroup, dict[int, dist.ProcessGroup]]" = weakref.WeakKeyDictionary()
+
+
+def limited_group(group: dist.ProcessGroup, max_ctas: int) -> dist.ProcessGroup:
+    """A group of the same ranks whose collectives use at most `max_ctas` CTAs; made once. Collective."""
+    made = _LIMITED.setdefault(group, {})
+    if max_ctas not in made:
+        options = dist.ProcessGroupNCCL.Options()
+        options.config.min_ctas = 1
+        options.config.max_ctas = max_ctas
+        made[max_ctas] = dist.new_group(dist.get_process_group_ranks(group), backend="nccl", pg_options=options)
+    return made[max_ctas]

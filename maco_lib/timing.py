@@ -1,0 +1,265 @@
+"""Time several ways of doing the same ("arms") against each other, on all ranks of a group at once.
+
+Arms are interleaved in random blocks within one process, so drift of clocks and neighbours hits all of them alike. What
+an arm's `prepare` does (restoring data that a run changes) and the barrier before each sample stay outside the timed
+region. How a sample is taken (`Timing.timing`):
+
+    graph      GPU, protocol "device": CUDA events around the replay of a CUDA graph that holds `repeats` runs of the arm
+    backlog    the same around the runs issued eagerly, where the arm cannot be captured
+    host       CPU: the host's clock around one run. Protocol "published": the same on a GPU, with a synchronisation of
+               the host before and after, as the published study did
+
+The first two are issued behind a kernel that keeps the GPU busy until the host has issued the whole block, so no host
+is in the loop. Caches are as `prepare` and the previous sample left them (warm).
+"""
+
+import random
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+PROTOCOLS = ("device", "published")
+# A replay much shorter than the launch of a graph (several µs) would measure the launch: fill it with more runs.
+MIN_REPLAY_US = 200.0
+MAX_REPEATS = 16
+# Samples issued behind one backlog: their launches must fit in the GPU's queue of about a thousand.
+MAX_BURST = 40
+SLEEP_CYCLES_PER_US = 2000
+
+
+@dataclass(frozen=True)
+class Arm:
+    """A way of doing something. `run` is timed; `prepare`, before each sample, is not. Both use the current stream."""
+
+    name: str
+    run: Callable[[], object]
+    prepare: Callable[[], object] | None = None
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Samples of one arm. `values[rank][iteration]` in µs of one run; `blocks[iteration]` is the block of the sample.
+
+    `repeats`: runs in each sample, whose mean it is. `num_late`: samples that the host issued late (backlog ran out).
+    """
+
+    values: list[list[float]]
+    blocks: list[int]
+    timing: str
+    repeats: int = 1
+    num_late: int = 0
+
+    @property
+    def slowest(self) -> np.ndarray:
+        """Per iteration the maximum over the ranks, in µs: the group is done when its last rank is."""
+        return np.max(self.values, axis=0)
+
+
+def gather(value: Any, group: dist.ProcessGroup | None) -> list[Any]:
+    """Every rank's `value`, by rank, on every rank."""
+    if group is None:
+        return [value]
+    values = [None] * group.size()
+    dist.all_gather_object(values, value, group=group)
+    return values
+
+
+def first_error(error: str, group: dist.ProcessGroup | None) -> str:
+    """The same verdict on every rank: the first rank's error that is not empty, or ""."""
+    return next((f"rank {rank}: {text}" for rank, text in enumerate(gather(error, group)) if text), "")
+
+
+def decided(value: Any, group: dist.ProcessGroup | None) -> Any:
+    """Rank 0's `value` on every rank."""
+    return gather(value, group)[0]
+
+
+def synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def interleave(
+    arms: Sequence[Arm],
+    *,
+    group: dist.ProcessGroup | None,
+    device: torch.device,
+    protocol: str = "device",
+    iterations: int | None = None,
+    budget_s: float = 1.0,
+    min_iterations: int = 5,
+    max_iterations: int = 200,
+    num_blocks: int = 10,
+    warmup: int = 2,
+) -> dict[str, Timing]:
+    """Time `arms` interleaved; every rank of `group` (None: this process alone) calls it with the same arguments.
+
+    iterations: samples of each arm, rounded up to whole blocks; None: as many as fit into `budget_s` seconds, between
+    `min_iterations` and `max_iterations`. Rank 0 decides it and the order of the arms in each block. Returns, on every
+    rank, arm name -> `Timing`. Raises ValueError on an unknown protocol, repeated names or counts below 1.
+    """
+    check_request(arms, protocol, iterations, min_iterations, max_iterations, num_blocks, warmup)
+    on_device = protocol == "device" and device.type == "cuda"
+    estimates_us = {arm.name: estimate_us(arm, warmup, group, device) for arm in arms}
+    samplers = {}
+    for arm in arms:
+        make = DeviceSampler if on_device else HostSampler
+        samplers[arm.name] = make(arm, estimates_us[arm.name], group, device)
+    if iterations is None:
+        round_us = sum(samplers[arm.name].repeats * estimates_us[arm.name] for arm in arms)
+        iterations = decided(min(max_iterations, max(min_iterations, int(budget_s * 1e6 / round_us))), group)
+    num_blocks = min(num_blocks, iterations)
+    per_block = -(-iterations // num_blocks)
+    shuffler = random.Random(decided(random.getrandbits(32), group))
+    mine: dict[str, list[float]] = {arm.name: [] for arm in arms}
+    for _ in range(num_blocks):
+        for arm in shuffler.sample(list(arms), len(arms)):
+            mine[arm.name] += samplers[arm.name].sample(per_block)
+    blocks = np.repeat(np.arange(num_blocks), per_block).tolist()
+    results = {}
+    every_rank = gather((mine, {name: sampler.num_late for name, sampler in samplers.items()}), group)
+    for name, sampler in samplers.items():
+        values = [samples[name] for samples, _ in every_rank]
+        num_late = max(late[name] for _, late in every_rank)
+        results[name] = Timing(values, blocks, sampler.timing, sampler.repeats, num_late)
+        sampler.close()
+    return results
+
+
+def check_request(arms, protocol, iterations, min_iterations, max_iterations, num_blocks, warmup) -> None:
+    if protocol not in PROTOCOLS:
+        raise ValueError(f"unknown protocol {protocol!r}; the protocols are {', '.join(PROTOCOLS)}")
+    names = [arm.name for arm in arms]
+    if not names or len(set(names)) < len(names):
+        raise ValueError(f"arms need names of their own, got {names}")
+    counts = {"min_iterations": min_iterations, "num_blocks": num_blocks, "warmup": warmup}
+    counts["iterations"] = min_iterations if iterations is None else iterations
+    for name, count in counts.items():
+        if count < 1:
+            raise ValueError(f"{name} = {count} is below 1")
+    if max_iterations < min_iterations:
+        raise ValueError(f"max_iterations = {max_iterations} is below min_iterations = {min_iterations}")
+
+
+def estimate_us(arm: Arm, warmup: int, group: dist.ProcessGroup | None, device: torch.device) -> float:
+    """Warm the arm up and return about how long a run takes on the slowest rank, in µs; the same on every rank."""
+    for _ in range(warmup):
+        if arm.prepare:
+            arm.prepare()
+        synchronize(device)
+        begin = time.perf_counter()
+        arm.run()
+        synchronize(device)
+        elapsed_us = (time.perf_counter() - begin) * 1e6
+    return max(gather(elapsed_us, group))
+
+
+class Barrier:
+    """All ranks arrive before any goes on: the host on a CPU, the current stream on a GPU."""
+
+    def __init__(self, group: dist.ProcessGroup | None, device: torch.device):
+        self.group = group
+        self.token = torch.zeros(1, device=device)
+
+    def __call__(self) -> None:
+        if self.group is not None:
+            dist.all_reduce(self.token, group=self.group)
+
+
+class HostSampler:
+    """The host's clock around each run."""
+
+    timing, repeats, num_late = "host", 1, 0
+
+    def __init__(self, arm: Arm, about_us: float, group: dist.ProcessGroup | None, device: torch.device):
+        self.arm = arm
+        self.device = device
+        self.barrier = Barrier(group, device)
+
+    def sample(self, count: int) -> list[float]:
+        values = []
+        for _ in range(count):
+            if self.arm.prepare:
+                self.arm.prepare()
+            self.barrier()
+            synchronize(self.device)
+            begin = time.perf_counter()
+            self.arm.run()
+            synchronize(self.device)
+            values.append((time.perf_counter() - begin) * 1e6)
+        return values
+
+    def close(self) -> None:
+        """Nothing to release."""
+
+
+class DeviceSampler:
+    """CUDA events around graph replays (or eager runs) that wait behind a backlog."""
+
+    def __init__(self, arm: Arm, about_us: float, group: dist.ProcessGroup | None, device: torch.device):
+        self.arm = arm
+        self.device = device
+        self.barrier = Barrier(group, device)
+        self.repeats = min(MAX_REPEATS, max(1, round(MIN_REPLAY_US / about_us)))
+        self.graph, why = capture(arm.run, self.repeats)
+        if first_error(why, group):
+            self.graph = None
+        self.timing = "backlog" if self.graph is None else "graph"
+        self.num_late = 0
+        self.backlog_us = self.issue_us = 0.0
+        # Two bursts without backlog warm the replay up; the second shows how long the host takes to issue a sample.
+        self.burst(2)
+        self.burst(4)
+        self.backlog_us = 2 * max(gather(self.issue_us, group))
+        self.num_late = 0
+
+    def sample(self, count: int) -> list[float]:
+        values = []
+        while len(values) < count:
+            values += self.burst(min(MAX_BURST, count - len(values)))
+        return values
+
+    def burst(self, count: int) -> list[float]:
+        begins = [torch.cuda.Event(enable_timing=True) for _ in range(count)]
+        ends = [torch.cuda.Event(enable_timing=True) for _ in range(count)]
+        torch.cuda._sleep(int(self.backlog_us * count * SLEEP_CYCLES_PER_US))
+        issued = time.perf_counter()
+        for begin, end in zip(begins, ends, strict=True):
+            if self.arm.prepare:
+                self.arm.prepare()
+            self.barrier()
+            begin.record()
+            if self.graph is not None:
+                self.graph.replay()
+            else:
+                for _ in range(self.repeats):
+                    self.arm.run()
+            end.record()
+        self.issue_us = (time.perf_counter() - issued) * 1e6 / count
+        self.num_late += sum(begin.query() for begin in begins)
+        torch.cuda.synchronize(self.device)
+        return [begin.elapsed_time(end) * 1e3 / self.repeats for begin, end in zip(begins, ends, strict=True)]
+
+    def close(self) -> None:
+        """Release the graph: it must be gone before its communicator is."""
+        if self.graph is not None:
+            self.graph.reset()
+
+
+def capture(run: Callable[[], object], repeats: int) -> tuple[torch.cuda.CUDAGraph | None, str]:
+    """A CUDA graph of `repeats` runs, or None and why it could not be captured."""
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    try:
+        # Other threads (NCCL's watchdog) may go on calling CUDA while this one captures.
+        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+            for _ in range(repeats):
+                run()
+    except RuntimeError as error:
+        return None, str(error)
+    return graph, ""

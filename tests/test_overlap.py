@@ -1,0 +1,119 @@
+"""The overlap primitive as a user meets it: right results, several in flight, errors that say what is wrong."""
+
+import pytest
+import torch
+import torch.distributed as dist
+from ranks import run_ranks
+
+from maco_lib.overlap import overlap, start
+
+
+def device_of(rank: int) -> torch.device:
+    return torch.device("cuda", rank) if dist.get_backend() == "nccl" else torch.device("cpu")
+
+
+def ones(rank: int, *shape: int) -> torch.Tensor:
+    return torch.full(shape, float(rank + 1), device=device_of(rank))
+
+
+def results_are_right(rank: int, num_ranks: int) -> None:
+    total = sum(range(1, num_ranks + 1))
+    a, b = torch.randn(2, 64, 64, device=device_of(rank))
+    tensor = ones(rank, 1000)
+    product, summed = overlap(lambda: a @ b, tensor)
+    assert torch.equal(product, a @ b)
+    assert summed is tensor and (summed == total).all()
+
+    scattered = start(ones(rank, 4 * num_ranks, 3), "reduce_scatter").wait()
+    assert scattered.shape == (4, 3) and (scattered == total).all()
+    gathered = start(ones(rank, 4, 3), "all_gather").wait()
+    assert gathered.shape == (4 * num_ranks, 3)
+    assert gathered[::4, 0].tolist() == [other + 1.0 for other in range(num_ranks)]
+    exchanged = start(ones(rank, num_ranks, 5), "all_to_all").wait()
+    assert exchanged[:, 0].tolist() == [other + 1.0 for other in range(num_ranks)]
+
+
+def several_are_in_flight(rank: int, num_ranks: int) -> None:
+    total = sum(range(1, num_ranks + 1))
+    tensors = [ones(rank, 10_000) * (index + 1) for index in range(8)]
+    handles = [start(tensor, check=index == 0) for index, tensor in enumerate(tensors)]
+    for index, handle in reversed(list(enumerate(handles))):
+        assert (handle.wait() == total * (index + 1)).all()
+        assert handle.wait() is tensors[index]  # waiting twice is harmless
+
+
+def errors_are_clear(rank: int, num_ranks: int) -> None:
+    def message(call) -> str:
+        with pytest.raises(ValueError) as caught:
+            call()
+        return str(caught.value)
+
+    x = ones(rank, 8)
+    assert "'sum'" in message(lambda: start(x, "sum")) and "all_to_all" in message(lambda: start(x, "sum"))
+    assert "contiguous" in message(lambda: start(ones(rank, 4, 4).t()[:, :2]))
+    assert "torch.int64" in message(lambda: start(torch.zeros(3, dtype=torch.long)))
+    assert "torch.bfloat16" in message(lambda: start(torch.zeros(3, dtype=torch.long)))
+    assert "list" in message(lambda: start([1.0]))
+    assert "(3,)" in message(lambda: start(ones(rank, 3), "reduce_scatter"))
+    elsewhere = torch.zeros(8, device="meta" if x.device.type == "cpu" else "cpu")
+    assert f"on {elsewhere.device}" in message(lambda: start(elsewhere))
+    wrong = message(lambda: start(ones(rank, 8 + rank), check=True))
+    assert "rank 0 calls all_reduce of (8,)" in wrong and "rank 1 calls all_reduce of (9,)" in wrong
+
+    def fail():
+        raise KeyError("compute failed")
+
+    with pytest.raises(KeyError):
+        overlap(fail, x)
+    assert (x == sum(range(1, num_ranks + 1))).all()  # the collective was finished all the same
+
+
+def group_of_one_is_the_identity(rank: int, num_ranks: int) -> None:
+    groups = [dist.new_group([other]) for other in range(num_ranks)]
+    x = ones(rank, 6)
+    for name in ("all_reduce", "reduce_scatter", "all_gather", "all_to_all"):
+        assert start(x, name, groups[rank]).wait() is x
+    with pytest.raises(ValueError, match="not in the group"):
+        start(x, group=groups[1 - rank])
+
+
+def primitives(rank: int, num_ranks: int) -> None:
+    results_are_right(rank, num_ranks)
+    several_are_in_flight(rank, num_ranks)
+    errors_are_clear(rank, num_ranks)
+    group_of_one_is_the_identity(rank, num_ranks)
+
+
+def test_overlap_on_two_gloo_ranks():
+    run_ranks(primitives)
+
+
+def test_without_a_process_group_the_tensor_comes_back():
+    x = torch.randn(4)
+    product, same = overlap(lambda: 6 * 7, x)
+    assert product == 42 and same is x
+
+
+def captured(rank: int, num_ranks: int) -> None:
+    a = torch.randn(512, 512, device=device_of(rank))
+    tensor, product = ones(rank, 4096), torch.empty_like(a)
+    start(tensor.clone()).wait()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+        overlap(lambda: torch.mm(a, a, out=product), tensor)
+    tensor.fill_(rank + 1.0)
+    graph.replay()
+    torch.cuda.synchronize()
+    assert (tensor == sum(range(1, num_ranks + 1))).all() and torch.allclose(product, a @ a)
+    graph.reset()
+
+
+@pytest.mark.gpu(num_gpus=2)
+def test_overlap_on_two_gpus():
+    run_ranks(primitives, backend="nccl")
+
+
+@pytest.mark.gpu(num_gpus=2)
+def test_overlap_is_captured_in_a_graph():
+    run_ranks(captured, backend="nccl")

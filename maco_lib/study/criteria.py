@@ -1,0 +1,62 @@
+"""When a published claim counts as reproduced: the verdicts, the criteria, and the ratios they are applied to.
+
+What a verdict means: "reproduced": the statement, and where it names a ratio that ratio or more, holds for what was measured
+on this machine; "not reproduced": it was measured and does not hold; "not testable here": what it speaks of was not or cannot
+be measured on this machine. Absolute times and rates of other hardware are compared, never judged. The criteria
+are CRITERIA, and the constants above it.
+"""
+
+from dataclasses import dataclass
+
+REPRODUCED, NOT_REPRODUCED, NOT_TESTABLE = "reproduced", "not reproduced", "not testable here"
+
+RATIO_TOLERANCE = 0.05
+BANDWIDTH_TOLERANCE = 0.10
+HIGH_BENEFIT = 1.05
+NVLINK_SHARE = 0.5
+
+CRITERIA = {
+    "speedup": f"a printed speedup is reproduced if the measured 95 % interval lies above 1 and reaches the printed ratio less "
+    f"{RATIO_TOLERANCE:.0%}; more than printed counts as reproduced. Section 1's ratios are judged in the published protocol "
+    "with the published technique, two streams.",
+    "bandwidth": f"a printed bandwidth is reproduced if the measured interval of 2 S / t touches it ± {BANDWIDTH_TOLERANCE:.0%} "
+    "(it is printed as “~”).",
+    "nvlink": f"“consistent with NVLink” is reproduced if the printed busbw at the largest size is at least {NVLINK_SHARE:.0%} "
+    "of what the machine's default backend reaches over NVLink; without a link limit in the environment table it is not "
+    "testable.",
+    "benefit": f"a benefit is high where the possible gain, sequential ÷ ideal, and the predicted gain both reach "
+    f"{HIGH_BENEFIT:.2f}×, low where the predicted gain does not.",
+    "reason": "a reason for vLLM's speedup is reproduced if the arm that has it is faster than the arm that lacks it, intervals "
+    "apart; a reason that no pair of arms isolates is not testable.",
+}
+
+@dataclass(frozen=True)
+class Ratio:
+    """A measured ratio of two times with its 95 % interval, and both times for the reader."""
+
+    value: float
+    low: float
+    high: float
+    times: str
+
+    def __str__(self) -> str:
+        return f"{self.value:.2f}× [{self.low:.2f}, {self.high:.2f}] ({self.times})"
+
+
+Finding = tuple[str, str]
+
+
+def milliseconds(value: float) -> str:
+    """Three digits, in the unit that fits: 0.0621 -> "62.1 µs"."""
+    if value >= 1000:
+        return f"{value / 1000:.3g} s"
+    return f"{value:.3g} ms" if value >= 1 else f"{value * 1000:.3g} µs"
+
+
+def decide(holds: bool) -> str:
+    return REPRODUCED if holds else NOT_REPRODUCED
+
+
+def reaches(ratio: Ratio, printed: float) -> bool:
+    """The criterion "speedup"."""
+    return ratio.low > 1 and ratio.high >= printed * (1 - RATIO_TOLERANCE)

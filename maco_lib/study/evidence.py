@@ -1,0 +1,97 @@
+"""All that is stored of one machine, read once for the report and the claims: tables, and why a table cannot be used."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import pandas as pd
+
+from maco_lib.machine import Machine
+from maco_lib.study.sections import SECTIONS
+from maco_lib.study.status import COMPLETE, FAILED, RUNNING, UNAVAILABLE, recorded_parameters, stale_tables
+from maco_lib.study.store import DataError, Store
+
+
+class Missing(Exception):
+    """A table that a statement needs is not there; the message is the reason, for a reader."""
+
+
+@dataclass(frozen=True)
+class SectionState:
+    """How a section stands: `state` is complete, failed, stale, unavailable, interrupted or missing; `error` says why."""
+
+    state: str
+    error: str = ""
+    profile: str = ""
+    seconds: float = 0.0
+    at: str = ""
+
+    @property
+    def usable(self) -> bool:
+        return self.state == COMPLETE
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """One machine: its description, its tables by name, and by name of a table the reason it cannot be used."""
+
+    name: str
+    kind: str
+    description: dict[str, Any]
+    sections: dict[str, SectionState]
+    versions: dict[str, str]
+    records: dict[str, dict[str, Any]] = field(repr=False)
+    tables: dict[str, pd.DataFrame] = field(repr=False)
+    reasons: dict[str, str] = field(repr=False)
+
+    def table(self, name: str) -> pd.DataFrame:
+        """The table; raises Missing with the reason when it cannot be used."""
+        if name not in self.tables:
+            raise Missing(self.reasons[name])
+        return self.tables[name]
+
+
+def load(store: Store, name: str) -> tuple[Evidence, list[str]]:
+    """Everything of data/`name`/, and one problem for each file that is damaged. What is broken is left out, not raised."""
+    entry = store.machine(name)
+    description = entry["description"]
+    memory = description.get("gpu_memory_bytes") or description["ram_bytes"]
+    machine = Machine(entry["kind"], entry["num_devices"], entry["hardware"], "", memory, description)
+    sections, records, tables, reasons, versions, problems = {}, {}, {}, {}, {}, []
+    for section in SECTIONS.values():
+        try:
+            records[section.name] = store.record(name, section.name)
+            sections[section.name] = state_of(store, name, section, machine, records[section.name])
+        except DataError as error:
+            problems.append(str(error))
+            records[section.name], sections[section.name] = {}, SectionState(FAILED, str(error))
+        for launch in records[section.name].get("launches", {}).values():
+            versions.update(launch.get("versions", {}))
+        for table in section.tables:
+            if table not in records[section.name].get("tables", {}):
+                state = sections[section.name]
+                reasons[table] = f"section {section.name} is {state.state}" + (f": {state.error}" if state.error else "")
+                continue
+            try:
+                tables[table] = store.read(name, table)
+            except DataError as error:
+                reasons[table] = str(error)
+                problems.append(str(error))
+                sections[section.name] = SectionState(FAILED, str(error))
+    return Evidence(name, entry["kind"], description, sections, versions, records, tables, reasons), problems
+
+
+def state_of(store: Store, name: str, section, machine: Machine, record: dict[str, Any]) -> SectionState:
+    """The section's recorded verdict; "stale" where it was complete and the stored tables are not what is asked now."""
+    if not record:
+        return SectionState("missing", "never run on this machine")
+    verdict = record.get("verdict", {"state": RUNNING, "error": ""})
+    facts = {"profile": record.get("profile", ""), "seconds": verdict.get("seconds", 0.0), "at": verdict.get("at", "")}
+    if verdict["state"] == RUNNING:
+        return SectionState("interrupted", "a run began and did not end", **facts)
+    if verdict["state"] in (FAILED, UNAVAILABLE):
+        return SectionState(verdict["state"], verdict["error"], **facts)
+    try:
+        stale = stale_tables(store, name, section, machine, recorded_parameters(section, record), record)
+    except ValueError as error:
+        stale = [str(error)]
+    return SectionState("stale", "; ".join(stale), **facts) if stale else SectionState(COMPLETE, **facts)

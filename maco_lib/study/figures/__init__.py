@@ -1,0 +1,133 @@
+"""The figures of the study: drawn from stored tables only, equal byte for byte for equal data."""
+
+import pathlib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import pandas as pd
+from matplotlib.figure import Figure
+
+from maco_lib.study import published
+from maco_lib.study.figures import bandwidth, environment, inference, overlap, style, when_to_overlap
+from maco_lib.study.store import DataError, Store
+
+Draw = Callable[[Mapping[str, pd.DataFrame], str], tuple[Figure, pd.DataFrame]]
+
+
+@dataclass(frozen=True)
+class FigureSpec:
+    """One figure: the section it belongs to, the tables it is drawn from ("published.X": the published study's numbers)."""
+
+    name: str
+    section: str
+    tables: tuple[str, ...]
+    caption: str
+    draw: Draw
+
+
+FIGURES: dict[str, FigureSpec] = {
+    spec.name: spec
+    for spec in (
+        FigureSpec(
+            "environment_ceilings", "environment", ("environment",),
+            "Measured ceilings of this machine, against which everything else is judged.",
+            environment.ceilings,
+        ),
+        FigureSpec(
+            "overlap_published", "overlap", ("overlap", "published.overlap"),
+            "The four published configurations: time of every method with its 95 % interval and its speedup over the "
+            "sequential arm, in both protocols. Dashed: the ideal, max(T_comp, best T_comm).",
+            overlap.published_configurations,
+        ),
+        FigureSpec(
+            "overlap_synchronisation", "overlap", ("overlap", "published.overlap"),
+            "The published protocol's speedup in two parts: what comes from removing the host's wait between the two "
+            "sequential steps, and what comes from the overlap.",
+            overlap.synchronisation,
+        ),
+        FigureSpec(
+            "overlap_heatmap", "overlap", ("overlap",),
+            "Collective size × matmul size: the ideal speedup, the measured one, and the fraction of ideal reached.",
+            overlap.heatmap,
+        ),
+        FigureSpec(
+            "overlap_timeline", "overlap", ("overlap_timeline",),
+            "Profiler lanes of rank 0 on a common time axis, sequential above overlapped.",
+            overlap.timeline,
+        ),
+        FigureSpec(
+            "inference_latency", "inference", ("inference", "published.inference"),
+            "End-to-end latency of batch 1 per arm, split into time to first token and the remaining tokens; 95 % "
+            "interval of the sum. Diamonds: the published latencies, of other hardware.",
+            inference.latency,
+        ),
+        FigureSpec(
+            "inference_attribution", "inference", ("inference", "published.inference"),
+            "The way from transformers eager to vLLM at batch 1, one step at a time; the factors multiply to the whole.",
+            inference.attribution,
+        ),
+        FigureSpec(
+            "inference_batch", "inference", ("inference",),
+            "Throughput and time per output token over batch size. Dashed: batch 1 scaled linearly.",
+            inference.batch,
+        ),
+        FigureSpec(
+            "bandwidth_busbw", "bandwidth", ("bandwidth", "environment"),
+            "Bus bandwidth over message size for every collective and backend, below the machine's limits.",
+            bandwidth.busbw,
+        ),
+        FigureSpec(
+            "bandwidth_published", "bandwidth", ("bandwidth", "published.bandwidth"),
+            "The published sizes: effective bandwidth (2 S / t), algbw and busbw, measured and published.",
+            bandwidth.published_sizes,
+        ),
+        FigureSpec(
+            "when_map", "when_to_overlap", ("when_to_overlap",),
+            "Where overlap helps, hurts, or is undecided, per method, and the border that the model predicts.",
+            when_to_overlap.verdict_map,
+        ),
+        FigureSpec(
+            "when_prediction", "when_to_overlap", ("when_to_overlap",),
+            "Predicted over measured overlapped time with the interval of the prediction; filled: held out of the fit.",
+            when_to_overlap.prediction,
+        ),
+        FigureSpec(
+            "when_models", "when_to_overlap", ("model_shares",),
+            "Share of communication in a layer, and the predicted and ideal gain from overlapping it, per model.",
+            when_to_overlap.models,
+        ),
+    )
+}  # fmt: skip
+
+
+def figure_spec(name: str) -> FigureSpec:
+    """The figure called `name`; raises ValueError with the valid names."""
+    if name not in FIGURES:
+        raise ValueError(f"unknown figure {name!r}; the figures are {', '.join(FIGURES)}")
+    return FIGURES[name]
+
+
+def draw(store: Store, machine_name: str, figure_name: str) -> tuple[Figure, pd.DataFrame]:
+    """Draw one figure of one machine: the figure and the numbers in it.
+
+    Raises DataError naming the table and the machine when an input is missing or damaged, or has nothing to draw.
+    """
+    spec = figure_spec(figure_name)
+    tables = {}
+    for name in spec.tables:
+        try:
+            source, _, table = name.rpartition(".")
+            tables[name] = published.numbers(store.root, table) if source else store.read(machine_name, table)
+        except (DataError, OSError, ValueError) as error:
+            raise DataError(f"figure {figure_name} of {machine_name} needs the table {name}: {error}") from None
+    try:
+        with style.styled():
+            return spec.draw(tables, machine_name)
+    except style.NothingToDraw as error:
+        raise DataError(f"figure {figure_name} of {machine_name}: {error}") from None
+
+
+def write(store: Store, machine_name: str, figure_name: str) -> list[pathlib.Path]:
+    """Draw one figure and write figures/<machine>/<name>.{svg,pdf,png,csv}; returns the paths."""
+    figure, data = draw(store, machine_name, figure_name)
+    return style.save(figure, data, store.figures / machine_name, figure_name)

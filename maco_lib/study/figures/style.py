@@ -1,0 +1,234 @@
+"""How every figure looks and how it is written: one table of colours and markers, two widths, files equal byte for byte."""
+
+import contextlib
+import io
+import pathlib
+import re
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+
+import matplotlib
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.axis import Axis
+from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
+
+from maco_lib.study.files import write_atomically
+
+NARROW_IN, WIDE_IN = 3.3, 6.9  # one and two columns of a paper
+FORMATS = ("svg", "pdf", "png", "csv")
+
+# Okabe and Ito's palette: told apart with every common colour blindness.
+BLACK, ORANGE, SKY, GREEN = "#000000", "#E69F00", "#56B4E9", "#009E73"
+BLUE, VERMILLION, PURPLE, GREY = "#0072B2", "#D55E00", "#CC79A7", "#8C8C8C"
+LIGHT = "#D9D9D9"
+
+
+class NothingToDraw(ValueError):
+    """The tables are there but hold no row that this figure shows; the message says which rows."""
+
+
+def rows(table: pd.DataFrame, what: str) -> pd.DataFrame:
+    """`table` with a fresh index; raises NothingToDraw naming `what` when it is empty."""
+    if table.empty:
+        raise NothingToDraw(f"no {what}")
+    return table.reset_index(drop=True)
+
+
+@dataclass(frozen=True)
+class Look:
+    """The fixed appearance of one method, backend or arm."""
+
+    label: str
+    colour: str
+    marker: str
+
+
+LOOKS: dict[str, Look] = {
+    # overlap methods
+    "sequential": Look("sequential", BLACK, "s"),
+    "sequential_unsynchronised": Look("sequential, no host wait", GREY, "s"),
+    "two_stream": Look("two streams", BLUE, "o"),
+    "two_stream_priority": Look("two streams, priority", SKY, "^"),
+    "two_stream_cta": Look("two streams, {n} CTAs", PURPLE, "P"),
+    "two_shot_stream": Look("two-shot on a stream", GREEN, "v"),
+    "copy_engine_stream": Look("copy engine on a stream", ORANGE, "X"),
+    "auto": Look("planner", VERMILLION, "*"),
+    # communication backends
+    "nccl": Look("NCCL", BLUE, "D"),
+    "nccl_cta": Look("NCCL, {n} CTAs", PURPLE, "p"),
+    "nccl_symmetric": Look("NCCL, symmetric buffers", SKY, "D"),
+    "gloo": Look("gloo", ORANGE, "D"),
+    "symm_mem_one_shot": Look("symmetric one-shot", VERMILLION, ">"),
+    "symm_mem_two_shot": Look("symmetric two-shot", GREEN, "<"),
+    "copy_engine": Look("copy engine", ORANGE, "x"),
+    # inference arms
+    "transformers_eager": Look("transformers eager", BLACK, "h"),
+    "transformers_compiled": Look("transformers compiled", ORANGE, "d"),
+    "vllm_eager": Look("vLLM eager", SKY, "H"),
+    "vllm": Look("vLLM", BLUE, "*"),
+    # models
+    "Qwen3-0.6B-Base": Look("Qwen3-0.6B", SKY, "v"),
+    "Qwen3-8B": Look("Qwen3-8B", BLUE, "8"),
+    "Qwen3-32B": Look("Qwen3-32B", BLACK, "d"),
+    # verdicts
+    "helps": Look("helps", GREEN, "P"),
+    "hurts": Look("hurts", VERMILLION, "X"),
+    "undecided": Look("undecided", GREY, "o"),
+}
+CTA_MARKERS = {1: "1", 2: "2", 4: "P", 8: "X", 16: "p", 24: "d", 32: "h"}
+
+
+def look(name: str) -> Look:
+    """The appearance of `name`, the same in every figure; `..._cta<N>` differs in its marker by N.
+
+    Raises ValueError with the valid names for one that is not in the table.
+    """
+    if name in LOOKS:
+        return LOOKS[name]
+    family = re.fullmatch(r"(\w+_cta)(\d+)", name)
+    if family and family[1] in LOOKS:
+        base, count = LOOKS[family[1]], int(family[2])
+        return Look(base.label.format(n=count), base.colour, CTA_MARKERS.get(count, base.marker))
+    raise ValueError(f"no colour and marker for {name!r} in maco_lib/study/figures/style.py; it has {', '.join(LOOKS)}")
+
+
+RC = {
+    "font.family": "DejaVu Sans",  # comes with matplotlib
+    "font.size": 7,
+    "axes.titlesize": 7,
+    "axes.labelsize": 7,
+    "xtick.labelsize": 6.5,
+    "ytick.labelsize": 6.5,
+    "legend.fontsize": 6.5,
+    "legend.frameon": False,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.linewidth": 0.6,
+    "xtick.major.width": 0.6,
+    "ytick.major.width": 0.6,
+    "lines.linewidth": 1.1,
+    "lines.markersize": 4,
+    "axes.unicode_minus": True,
+    "figure.constrained_layout.use": True,
+    "figure.dpi": 200,
+    "savefig.dpi": 200,
+    "svg.hashsalt": "maco",
+    "svg.fonttype": "path",
+    "pdf.fonttype": 42,
+    "pdf.compression": 0,  # zlib differs between builds of Python, and the bytes with it
+}
+
+
+@contextlib.contextmanager
+def styled() -> Iterator[None]:
+    """Draw and save inside this: matplotlib's defaults with our settings, whatever the user's matplotlibrc says."""
+    with matplotlib.rc_context():
+        matplotlib.rcdefaults()
+        matplotlib.rcParams.update(RC)
+        yield
+
+
+def new(width_in: float, height_in: float) -> Figure:
+    """An empty figure of the printed size in inches (no pyplot: nothing global, nothing to close)."""
+    return Figure(figsize=(width_in, height_in))
+
+
+def save(figure: Figure, data: pd.DataFrame, folder: pathlib.Path, name: str) -> list[pathlib.Path]:
+    """Write `folder/name`.{svg,pdf,png,csv}, each complete or not at all; equal data gives equal bytes.
+
+    `data` holds the numbers drawn. Returns the four paths.
+    """
+    metadata = {
+        "svg": {"Date": None, "Creator": None},
+        "pdf": {"CreationDate": None, "Creator": None, "Producer": None},
+        "png": {"Software": None},
+    }
+    contents = {}
+    with styled():
+        for kind, facts in metadata.items():
+            buffer = io.BytesIO()
+            figure.savefig(buffer, format=kind, metadata=facts)
+            contents[kind] = buffer.getvalue()
+    contents["csv"] = data.to_csv(index=False, float_format="%.6g", lineterminator="\n").encode()
+    paths = [folder / f"{name}.{kind}" for kind in FORMATS]
+    for path, kind in zip(paths, FORMATS, strict=True):
+        write_atomically(path, contents[kind])
+    return paths
+
+
+def ordered(names: Iterable[str]) -> list[str]:
+    """The names once each, in the order of LOOKS, CTA variants by their number."""
+    families = list(LOOKS)
+
+    def place(name: str) -> tuple[int, int]:
+        look(name)
+        count = re.search(r"_cta(\d+)$", name)
+        return families.index(re.sub(r"_cta\d+$", "_cta", name)), int(count[1]) if count else 0
+
+    return sorted(set(names), key=place)
+
+
+def digits(value: float) -> str:
+    """Three digits without an exponent: 62.14 -> "62.1", 1006 -> "1006"."""
+    return f"{value:.0f}" if abs(value) >= 1000 else f"{value:.3g}"
+
+
+def time_unit(largest_us: float) -> tuple[float, str]:
+    """The unit for an axis up to `largest_us` microseconds: (microseconds per unit, its name)."""
+    for unit, scale in (("s", 1e6), ("ms", 1e3)):
+        if largest_us >= 2 * scale:
+            return scale, unit
+    return 1.0, "µs"
+
+
+def size_label(num_bytes: float) -> str:
+    """8388608 -> "8 MiB"."""
+    for unit, scale in (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)):
+        if num_bytes >= scale:
+            return f"{num_bytes / scale:.3g} {unit}"
+    return f"{num_bytes:.0f} B"
+
+
+def byte_axis(axis: Axes, sizes: list[float], most: int = 6) -> None:
+    """A base-2 logarithmic x axis in bytes, with at most `most` labelled sizes out of those measured."""
+    sizes = sorted(set(sizes))
+    step = -(-len(sizes) // most)
+    axis.set_xscale("log", base=2)
+    axis.set_xticks(sizes[::step], [size_label(size) for size in sizes[::step]])
+    axis.minorticks_off()
+
+
+def label_ends(axis: Axes, ends: list[tuple[float, float, str, str]], gap_pt: float = 7.5) -> None:
+    """Write the labels of lines, `(x, y, text, colour)`, at the right edge, moved apart so that none covers another.
+
+    Call it last, with the limits of the axes settled.
+    """
+    if not ends:
+        return
+    height_pt = axis.get_position().height * axis.figure.get_size_inches()[1] * 72
+    to_axes = axis.transScale + axis.transLimits
+    wanted = sorted(((to_axes.transform((x, y))[1], text, colour) for x, y, text, colour in ends))
+    gap = gap_pt / height_pt
+    places: list[float] = []
+    for place, _, _ in wanted:
+        places.append(max(place, places[-1] + gap) if places else max(place, 0.0))
+    overshoot = places[-1] - 1.0
+    for index in range(len(places) - 1, -1, -1):
+        if overshoot <= 0:
+            break
+        upper = 1.0 if index == len(places) - 1 else places[index + 1] - gap
+        places[index] = min(places[index], upper)
+    for place, (_, text, colour) in zip(places, wanted, strict=True):
+        axis.annotate(
+            text, (1, place), xycoords="axes fraction", xytext=(4, 0), textcoords="offset points",
+            color=colour, va="center", ha="left", fontsize=6.5, annotation_clip=False,
+        )  # fmt: skip
+
+
+def plain_log_ticks(axis: Axis, subs: tuple[float, ...] = (1.0, 2.0, 5.0)) -> None:
+    """Labels 1, 2, 5, 10, ... (or the multiples `subs` of the powers of ten) on a logarithmic axis."""
+    axis.set_major_locator(LogLocator(subs=subs))
+    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}" if value >= 1 else f"{value:g}"))
+    axis.set_minor_locator(NullLocator())

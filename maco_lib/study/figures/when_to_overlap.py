@@ -1,0 +1,156 @@
+"""Figures of section 4: where overlap pays, how well that is predicted, and what it means for models."""
+
+from collections.abc import Mapping
+
+import numpy as np
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+
+from maco_lib.study.figures import style
+
+COLUMNS = 3
+
+
+def verdict_map(tables: Mapping[str, pd.DataFrame], machine_name: str) -> tuple[Figure, pd.DataFrame]:
+    """Measured verdict over collective size and matmul size, a panel per method; dashed: the predicted border."""
+    table = style.rows(tables["when_to_overlap"], "row").drop_duplicates(["method", "comm_bytes", "matmul_n"])
+    table["predicted_speedup"] = table["t_seq_us"] / table["predicted_us"]
+    methods = style.ordered(table["method"])
+    columns = min(len(methods), COLUMNS)
+    lines = -(-len(methods) // COLUMNS)
+    figure = style.new(style.WIDE_IN if columns > 1 else style.NARROW_IN, 0.45 + 2.1 * lines)
+    axes = figure.subplots(lines, columns, squeeze=False, sharex=True, sharey=True).ravel()
+    for axis in axes[len(methods) :]:
+        axis.set_axis_off()
+    for axis, method in zip(axes, methods, strict=False):
+        points = table[table["method"] == method]
+        for name, group in points.groupby("measured_verdict"):
+            look = style.look(name)
+            axis.plot(group["matmul_n"], group["comm_bytes"], linestyle="", marker=look.marker, color=look.colour)
+        border(axis, points)
+        ns, sizes = sorted(table["matmul_n"].unique()), sorted(table["comm_bytes"].unique())
+        axis.set_xscale("log", base=2)
+        axis.set_yscale("log", base=2)
+        axis.minorticks_off()
+        axis.set_xticks(ns, [str(n) for n in ns], rotation=45)
+        step = -(-len(sizes) // 8)
+        axis.set_yticks(sizes[::step], [style.size_label(size) for size in sizes[::step]])
+        axis.margins(0.1)
+        axis.set_title(style.look(method).label)
+    for place, axis in enumerate(axes[: len(methods)]):
+        if place % columns == 0:
+            axis.set_ylabel("all-reduce size")
+        if place + columns >= len(methods):
+            axis.set_xlabel("matmul n (n × n × n)")
+            axis.tick_params(labelbottom=True)
+    handles = [
+        Line2D([], [], linestyle="", marker=style.look(name).marker, color=style.look(name).colour, label=name)
+        for name in ("helps", "hurts", "undecided")
+    ]
+    handles.append(Line2D([], [], color=style.BLACK, linestyle=(0, (4, 2)), label="predicted border"))
+    figure.legend(handles=handles, loc="outside upper left", ncols=4 if columns > 1 else 2, handlelength=1.6)
+    names = ["method", "comm_bytes", "matmul_n", "t_seq_us", "measured_us", "predicted_us", "predicted_speedup",
+             "measured_verdict", "verdict", "held_out"]  # fmt: skip
+    return figure, table[names]
+
+
+def border(axis: Axes, points: pd.DataFrame) -> None:
+    """The line where the predicted time equals the sequential one; a sentence where there is none among the points."""
+    speedup = points["predicted_speedup"]
+    if speedup.min() < 1 < speedup.max():
+        x, y = np.log2(points["matmul_n"]), np.log2(points["comm_bytes"])
+        flat = Figure().subplots().tricontour(x, y, speedup, levels=[1.0])
+        for line in flat.get_paths()[0].to_polygons(closed_only=False):
+            axis.plot(2 ** line[:, 0], 2 ** line[:, 1], color=style.BLACK, linestyle=(0, (4, 2)), linewidth=1)
+    else:
+        word = "shorter" if speedup.min() >= 1 else "longer"
+        axis.annotate(f"predicted {word} everywhere", (0.5, 0.015), xycoords="axes fraction", ha="center", fontsize=6)
+
+
+def prediction(tables: Mapping[str, pd.DataFrame], machine_name: str) -> tuple[Figure, pd.DataFrame]:
+    """Predicted over measured overlapped time; hollow: in the fit, filled: held out; the band is ±10 %."""
+    table = style.rows(tables["when_to_overlap"], "row")
+    scale, unit = style.time_unit(table["measured_us"].median() * 4)
+    methods = style.ordered(table["method"])
+    figure = style.new(style.NARROW_IN, 2.3 + 0.13 * len(methods))
+    axis = figure.subplots()
+    axis.axhspan(0.9, 1.1, color=style.LIGHT, linewidth=0)
+    axis.axhline(1, color=style.BLACK, linewidth=0.7)
+    handles = []
+    for method in methods:
+        look = style.look(method)
+        for held_out, face in ((False, "white"), (True, look.colour)):
+            rows = table[(table["method"] == method) & (table["held_out"] == held_out)]
+            middle, low, high = (rows[f"predicted_{end}us"] / rows["measured_us"] for end in ("", "lo_", "hi_"))
+            axis.errorbar(rows["measured_us"] / scale, middle, [middle - low, high - middle], linestyle="",
+                          marker=look.marker, color=look.colour, markerfacecolor=face, elinewidth=0.4, markersize=3.5,
+                          markeredgewidth=0.7)  # fmt: skip
+        error = table[(table["method"] == method) & table["held_out"]]["error"].abs()
+        text = f"{look.label}: median error held out {error.median():.1%}" if len(error) else f"{look.label}: none held out"
+        handles.append(Line2D([], [], linestyle="", marker=look.marker, color=look.colour, label=text))
+    axis.set_xscale("log")
+    axis.set_yscale("log", base=2)
+    style.plain_log_ticks(axis.xaxis, subs=(1.0, 3.0))
+    ends = [table[f"predicted_{end}_us"] / table["measured_us"] for end in ("lo", "hi")]
+    ticks = [0.25, 0.35, 0.5, 0.7, 0.8, 0.9, 1, 1.1, 1.25, 1.5, 2, 3, 4]
+    low, high = min(ends[0].min(), 0.88) * 0.98, max(ends[1].max(), 1.12) * 1.02
+    axis.set_ylim(low, high)
+    axis.set_yticks([tick for tick in ticks if low <= tick <= high], [f"{t:g}" for t in ticks if low <= t <= high])
+    axis.minorticks_off()
+    axis.set_xlabel(f"measured overlapped time ({unit})")
+    axis.set_ylabel("predicted / measured")
+    figure.legend(handles=handles, loc="outside upper left", handlelength=1)
+    names = ["method", "configuration", "comm_bytes", "matmul_n", "held_out", "measured_us", "predicted_us",
+             "predicted_lo_us", "predicted_hi_us", "error"]  # fmt: skip
+    return figure, table[names]
+
+
+def models(tables: Mapping[str, pd.DataFrame], machine_name: str) -> tuple[Figure, pd.DataFrame]:
+    """Communication's share of a layer (above) and the gain from overlapping it (below), per phase and tp.
+
+    Hollow markers are extrapolated; dashed lines are the ideal gain.
+    """
+    table = style.rows(tables["model_shares"], "row").sort_values("tokens", kind="stable")
+    panels = list(table[["phase", "tp"]].drop_duplicates().sort_values(["phase", "tp"]).itertuples(index=False))
+    figure = style.new(style.WIDE_IN, 3.6)
+    axes = figure.subplots(2, len(panels), squeeze=False, sharey="row", sharex="col")
+    names = style.ordered(table["model"])
+    for column, (phase, tp) in enumerate(panels):
+        share, gain = axes[:, column]
+        cell = table[(table["phase"] == phase) & (table["tp"] == tp)]
+        for name in names:
+            look, line = style.look(name), cell[cell["model"] == name]
+            share.plot(line["tokens"], 100 * line["comm_share"], color=look.colour)
+            gain.plot(line["tokens"], line["gain"], color=look.colour)
+            gain.fill_between(line["tokens"], line["gain_lo"], line["gain_hi"], color=look.colour, alpha=0.2, linewidth=0)
+            gain.plot(line["tokens"], line["ideal_gain"], color=look.colour, linestyle=(0, (3, 2)), linewidth=0.7)
+            for axis, values in ((share, 100 * line["comm_share"]), (gain, line["gain"])):
+                for extrapolated in (False, True):
+                    chosen = line["extrapolated"] == extrapolated
+                    axis.plot(line["tokens"][chosen], values[chosen], linestyle="", marker=look.marker, markersize=3,
+                              color=look.colour, markerfacecolor="white" if extrapolated else look.colour)  # fmt: skip
+        gain.axhline(1, color=style.BLACK, linewidth=0.6)
+        tokens = sorted(cell["tokens"].unique())
+        gain.set_xscale("log", base=2)
+        gain.set_xticks(tokens[:: -(-len(tokens) // 5)], [f"{t}" if t < 1024 else f"{t // 1024}k" for t in
+                                                          tokens[:: -(-len(tokens) // 5)]])  # fmt: skip
+        gain.minorticks_off()
+        share.set_title(f"{phase}, TP {tp}")
+        gain.set_xlabel("batch" if phase == "decode" else "tokens")
+        for axis in (share, gain):
+            axis.grid(color=style.LIGHT, linewidth=0.4)
+            axis.set_axisbelow(True)
+    axes[0, 0].set_ylabel("communication share\nof a layer (%)")
+    axes[0, 0].set_ylim(0, 100)
+    axes[1, 0].set_ylabel("gain (×)\nsolid: predicted, dashed: ideal")
+    handles = [
+        Line2D([], [], color=style.look(name).colour, marker=style.look(name).marker, label=style.look(name).label)
+        for name in names
+    ]
+    handles.append(Line2D([], [], color=style.GREY, marker="o", markerfacecolor="white", label="extrapolated"))
+    figure.legend(handles=handles, loc="outside upper left", ncols=4)
+    columns = ["model", "phase", "tp", "batch", "tokens", "comm_share", "gain", "gain_lo", "gain_hi", "ideal_gain",
+               "extrapolated"]  # fmt: skip
+    return figure, table[columns]

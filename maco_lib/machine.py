@@ -58,7 +58,7 @@ def machine_name(gpus: list[str]) -> str:
 
 
 def short_gpu_name(name: str) -> str:
-    """The model without brand, form factor and memory: "NVIDIA A100-SXM4-80GB" -> "a100", "NVIDIA RTX A6000" -> "rtx-a6000"."""
+    """The model without brand, form factor and memory: "NVIDIA A100-SXM4-80GB" -> "a100"."""
     words = [word for word in re.split(r"[^a-z0-9]+", name.lower()) if word and word not in BRANDS]
     model = next((index for index, word in enumerate(words) if re.search(r"\d", word)), len(words) - 1)
     return "-".join(words[: model + 1] + [word for word in words[model + 1 :] if word in VARIANTS]) or "gpu"
@@ -67,8 +67,8 @@ def short_gpu_name(name: str) -> str:
 def host_identity(gpu_uuids: list[str], cpu: str) -> str:
     """16 hex digits that stay the same on this host and differ on every other one.
 
-    Images of virtual machines are cloned with their /etc/machine-id, so a random token kept in the user's state folder is
-    part of it.
+    Images of virtual machines are cloned with their /etc/machine-id, so a random token kept in the user's state folder
+    is part of it.
     """
     machine_id = pathlib.Path("/etc/machine-id")
     parts = [machine_id.read_text().strip() if machine_id.exists() else "", *gpu_uuids, cpu, host_token()]

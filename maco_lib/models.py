@@ -5,8 +5,10 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class ModelDimensions:
-    """A decoder of the Qwen3 family. `hidden`, `intermediate`, `head_dim` are widths in elements; `tied` embeddings share
-    the input's and the output's matrix."""
+    """A decoder of the Qwen3 family.
+
+    `hidden`, `intermediate`, `head_dim` are widths in elements; `tied`: the embedding is also the output's matrix.
+    """
 
     name: str
     hidden: int

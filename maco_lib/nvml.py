@@ -1,4 +1,4 @@
-"""What the NVIDIA driver says of the GPUs this process may use, through NVML: no CUDA context is made, no torch imported."""
+"""What the NVIDIA driver says of the GPUs this process may use, through NVML; no CUDA context is made."""
 
 import contextlib
 import itertools
@@ -8,9 +8,10 @@ from typing import Any
 
 import pynvml
 
-# Data rate of one NVLink per direction in GB/s, by compute capability: NVIDIA's data sheets divided by their number of links
-# (P100 80/4, V100 150/6, A100 300/12, RTX A6000 56.25/4, H100 and H200 450/18, B200 and B300 900/18). NVML reports the
-# signalling rate (26.562 GB/s for 25), which no payload reaches, so it is kept beside this one and not used as the limit.
+# Data rate of one NVLink per direction in GB/s, by compute capability: NVIDIA's data sheets divided by their number of
+# links (P100 80/4, V100 150/6, A100 300/12, RTX A6000 56.25/4, H100 and H200 450/18, B200 and B300 900/18). NVML
+# reports the signalling rate (26.562 GB/s for 25), which no payload reaches, so it is kept beside this one and not used
+# as the limit.
 NVLINK_GB_PER_S = {
     (6, 0): 20.0, (7, 0): 25.0, (8, 0): 25.0, (8, 6): 14.0625, (9, 0): 25.0, (10, 0): 50.0, (10, 3): 50.0,
 }  # fmt: skip
@@ -81,7 +82,7 @@ def active_links(handle) -> list[int]:
 
 
 def link_limit_gb_per_s(handle) -> tuple[str, float | None]:
-    """How one GPU reaches its peers ("NVLink" or "PCIe") and the limit of that in GB/s per direction (None: not known)."""
+    """How one GPU reaches its peers ("NVLink" or "PCIe"), and the limit in GB/s per direction (None: not known)."""
     links = active_links(handle)
     if links:
         rate = NVLINK_GB_PER_S.get(tuple(pynvml.nvmlDeviceGetCudaComputeCapability(handle)))
@@ -138,7 +139,8 @@ def describe(gpus: list) -> dict[str, Any]:
         "num_nvlinks": len(active_links(first)),
         "nvlink_signalling_gb_per_s": nvlink_signalling_gb_per_s(first),
         "link_limit_gb_per_s": limit,
-        "pcie": f"gen{ask(pynvml.nvmlDeviceGetMaxPcieLinkGeneration, first)} x{ask(pynvml.nvmlDeviceGetMaxPcieLinkWidth, first)}",
+        "pcie_generation": ask(pynvml.nvmlDeviceGetMaxPcieLinkGeneration, first),
+        "pcie_width": ask(pynvml.nvmlDeviceGetMaxPcieLinkWidth, first),
         "power_limit_w": _thousandth(ask(pynvml.nvmlDeviceGetEnforcedPowerLimit, first)),
         "max_sm_clock_mhz": ask(pynvml.nvmlDeviceGetMaxClockInfo, first, pynvml.NVML_CLOCK_SM),
     }

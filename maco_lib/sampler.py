@@ -14,8 +14,8 @@ class Sampler:
     """Samples every visible GPU (or the CPU) in a thread, from `with Sampler() as sampler:` to the end of the block.
 
     `sampler.summary()` then gives, per device, the number of samples and the median, least and greatest value of each
-    quantity: {"num_samples": 40, "period_s": 0.5, "devices": [{"sm_clock_mhz": {"median": 1980, "min": …, "max": …}, …}]}.
-    Quantities a device does not report are left out.
+    quantity: {"num_samples": 40, "period_s": 0.5, "devices": [{"sm_clock_mhz": {"median": 1980, "min": …, "max": …},
+    …}]}. Quantities a device does not report are left out.
     """
 
     def __init__(self, period_s: float = 0.5):

@@ -63,12 +63,6 @@ def test_split_depends_on_the_set_of_shapes_only():
     assert len(kept_out) == 3 and kept_out < set(shapes)
 
 
-def test_verdict_needs_the_whole_interval_on_one_side():
-    assert model.verdict(10, 8, 9) == "helps"
-    assert model.verdict(10, 9, 11) == "undecided"
-    assert model.verdict(10, 11, 12) == "hurts"
-
-
 def bandwidth_table(ranks: int) -> pd.DataFrame:
     sizes = 2.0 ** np.arange(13, 31, 2)
     time_us = 15 + 2 * (ranks - 1) / ranks * sizes / 350e3

@@ -1,4 +1,4 @@
-"""How long a matmul and an all-reduce take alone, for shapes that were not measured, from a machine's own measurements."""
+"""How long a matmul and an all-reduce of any size take alone, from a machine's own measurements."""
 
 import math
 from dataclasses import dataclass
@@ -11,7 +11,10 @@ BYTES_PER_ELEMENT = {"bf16": 2, "fp32": 4}
 
 @dataclass(frozen=True)
 class Curve:
-    """Times in µs at measured sizes: straight lines between them in logarithms of both, constant below, proportional above."""
+    """Times in µs at measured sizes.
+
+    Straight lines between them in logarithms of both; constant below the least, proportional above the greatest.
+    """
 
     sizes: tuple[float, ...]
     times_us: tuple[float, ...]
@@ -36,7 +39,8 @@ class MatmulCost:
     """time = max(time of a square matmul of as many operations, bytes moved / memory bandwidth): a measured roofline.
 
     `square`: µs by operations (2n³). `bytes_per_us`: memory copy, read and write counted. `error`: median
-    |predicted / measured − 1| over the measured rectangular matmuls, which the model never sees (NaN if there are none).
+    |predicted / measured − 1| over the measured rectangular matmuls, which the model never sees (NaN if there are
+    none).
     """
 
     dtype: str
@@ -44,9 +48,13 @@ class MatmulCost:
     bytes_per_us: float
     error: float = math.nan
 
+    @property
+    def element_bytes(self) -> int:
+        return BYTES_PER_ELEMENT[self.dtype]
+
     def time_us(self, m: int, n: int, k: int) -> float:
         """Time in µs of (m, k) @ (k, n) on one device: operands read once, result written once."""
-        moved = BYTES_PER_ELEMENT[self.dtype] * (m * k + k * n + m * n)
+        moved = self.element_bytes * (m * k + k * n + m * n)
         return max(self.square(2.0 * m * n * k), moved / self.bytes_per_us)
 
     @classmethod
@@ -64,7 +72,8 @@ class MatmulCost:
         if square.empty or copy.empty:
             missing = f"square matmul of dtype {dtype!r}" if square.empty else "memory_copy"
             raise ValueError(
-                f"table environment has no {missing}; measure it with: python -m maco_lib run --only environment --force"
+                f"table environment has no {missing}; "
+                "measure it with: python -m maco_lib run --only environment --force"
             )
         curve = Curve(tuple(2.0 * square["n"].astype(float) ** 3), tuple(square["time_us"].astype(float)))
         cost = cls(dtype, curve, float(copy["value"].max()) * 1e3)
@@ -76,8 +85,9 @@ class MatmulCost:
 class AllReduceCost:
     """Time of an all-reduce over `ranks` by bytes per rank, with the fastest backend of each size or with `backend`.
 
-    A curve through the measured sizes rather than a latency-bandwidth line, because libraries change algorithm and protocol
-    with the size and a line through 8 KiB and 1 GiB misses the middle; `curve.left_out_error()` says how good it is.
+    A curve through the measured sizes rather than a latency-bandwidth line, because libraries change algorithm and
+    protocol with the size and a line through 8 KiB and 1 GiB misses the middle; `curve.left_out_error()` says how good
+    it is.
     """
 
     backend: str
@@ -87,11 +97,17 @@ class AllReduceCost:
     def time_us(self, num_bytes: float, ranks: int | None = None) -> float:
         """Time in µs to sum `num_bytes` per rank over `ranks` (default: as many as measured).
 
-        For another number of ranks the size is scaled until each link carries as many bytes, 2(P−1)/P·S: an extrapolation
-        that leaves the latency as it is.
+        For another number of ranks the size is scaled until each link carries as many bytes, 2(P−1)/P·S: an
+        extrapolation that leaves the latency as it is.
         """
-        scale = busbw_factor(ranks) / busbw_factor(self.ranks) if ranks else 1.0
-        return self.curve(num_bytes * scale)
+        return self.curve(self._scaled(num_bytes, ranks))
+
+    def covers(self, num_bytes: float, ranks: int | None = None) -> bool:
+        """Whether that size, scaled like this, is at most the greatest measured; below the least the latency counts."""
+        return self._scaled(num_bytes, ranks) <= self.curve.sizes[-1]
+
+    def _scaled(self, num_bytes: float, ranks: int | None) -> float:
+        return num_bytes * (busbw_factor(ranks) / busbw_factor(self.ranks) if ranks else 1.0)
 
     @classmethod
     def from_bandwidth(cls, bandwidth: pd.DataFrame, backend: str | None = None) -> "AllReduceCost":

@@ -1,0 +1,169 @@
+"""Whether overlapping pays for given shapes, from what a machine measured: `python -m maco_lib advise`.
+
+python -m maco_lib advise --m 4096 --n 5120 --k 25600 --tp 2          a row-parallel matmul and its all-reduce
+python -m maco_lib advise --model Qwen3-32B --tokens 4096 --tp 2      a layer of a model
+"""
+
+import argparse
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:  # the command line imports this module for every command; pandas is loaded when advice is asked for
+    import pandas as pd
+
+    from maco_lib.study.store import Store
+
+TABLES = ("when_to_overlap", "bandwidth", "environment")
+NOTE = (
+    "The gain counts on other work to run beside the all-reduce: another micro-batch, or the same matmul in chunks.\n"
+    "Attention, norms and activations are left out, so the true share of communication is smaller."
+)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--m", type=int, help="tokens: rows of the activations")
+    parser.add_argument("--n", type=int, help="output features of the matmul: columns of the all-reduced tensor")
+    parser.add_argument("--k", type=int, help="input features of the whole matmul; each rank has k / tp")
+    parser.add_argument("--model", help="instead of m, n, k: a layer of this model, for example Qwen3-32B")
+    parser.add_argument("--tokens", type=int, help="with --model: tokens in one forward pass")
+    parser.add_argument("--tp", type=int, required=True, help="tensor-parallel size: ranks of the all-reduce")
+    parser.add_argument("--dtype", default="bf16", help="bf16 or fp32 (default: %(default)s)")
+    parser.add_argument(
+        "--machine", default="auto", help="folder in data/ whose measurements count (default: this host's)"
+    )
+
+
+def main(options: argparse.Namespace) -> int:
+    """Print the advice; returns the exit status. Raises ValueError naming a wrong value and the valid ones."""
+    from maco_lib.study.store import Store
+
+    check(options)
+    store = Store()
+    folder = machine_folder(store, options.machine)
+    tables = {name: store.read(folder, name) for name in TABLES}
+    if options.model:
+        rows = advise(tables, options.tp, options.dtype, model_name=options.model, tokens=options.tokens)
+        what = f"one layer of {options.model}, {options.tokens} tokens"
+    else:
+        rows = advise(tables, options.tp, options.dtype, shape=(options.m, options.n, options.k))
+        what = f"({options.m}, {options.k}) @ ({options.k}, {options.n}) and its all-reduce"
+    print(f"{what}, tp {options.tp}, {options.dtype}, by the measurements of {folder}\n")
+    print(as_text(rows))
+    print(f"\n{NOTE}")
+    if rows["extrapolated"].any():
+        print(f"Extrapolated: {folder} measured neither that many ranks nor that many bytes, or only one of them.")
+    return 0
+
+
+def check(options: argparse.Namespace) -> None:
+    """Raise ValueError unless the options name one question with sensible sizes."""
+    shape, layer = (options.m, options.n, options.k), (options.model, options.tokens)
+    if None not in shape and layer == (None, None):
+        sizes = {"m": options.m, "n": options.n, "k": options.k}
+    elif None not in layer and shape == (None, None, None):
+        sizes = {"tokens": options.tokens}
+    else:
+        raise ValueError("give either --m, --n and --k, or --model and --tokens")
+    for name, size in sizes.items():
+        if size < 1:
+            raise ValueError(f"--{name} {size} must be at least 1")
+    if options.tp < 2:
+        raise ValueError(f"--tp {options.tp} has nothing to communicate; it must be at least 2")
+
+
+def machine_folder(store: "Store", wanted: str) -> str:
+    """The folder whose data to use; "auto": this host's own if it has the tables, else the one with most GPUs.
+
+    Raises ValueError naming the folders that have the tables.
+    """
+    from maco_lib.machine import this_machine
+
+    def devices(name: str) -> tuple[bool, int]:
+        entry = store.machine(name)
+        return entry["kind"] == "cuda", entry["num_devices"]
+
+    complete = [
+        name for name in store.machines() if all((store.data / name / f"{table}.csv").exists() for table in TABLES)
+    ]
+    if wanted == "auto" and complete:
+        own = store.folder_for(this_machine())
+        return own if own in complete else max(complete, key=devices)
+    if wanted not in complete:
+        raise ValueError(
+            f"machine {wanted!r} has no measurements to advise from; have: {', '.join(complete) or 'none'}; "
+            "measure this one with: python -m maco_lib run"
+        )
+    return wanted
+
+
+def advise(
+    tables: Mapping[str, "pd.DataFrame"],
+    tp: int,
+    dtype: str = "bf16",
+    shape: tuple[int, int, int] | None = None,
+    model_name: str | None = None,
+    tokens: int | None = None,
+) -> "pd.DataFrame":
+    """One row per measured technique: times alone (µs), share of communication, ideal and predicted gain, its error.
+
+    `tables` are `when_to_overlap`, `bandwidth` and `environment` of one machine. Either `shape` = (m, n, k) of the
+    whole row-parallel matmul, or `model_name` and `tokens`. `held_out_error` is the median |predicted / measured − 1|
+    of the technique on the points that its fit has not seen. Raises ValueError naming the wrong value and the valid
+    ones.
+    """
+    import pandas as pd
+
+    from maco_lib.models import model_dimensions
+    from maco_lib.overlap import model
+    from maco_lib.overlap.costs import BYTES_PER_ELEMENT, AllReduceCost, MatmulCost
+    from maco_lib.overlap.layers import ALL_REDUCES_PER_LAYER, layer_times_us
+    from maco_lib.study.sections.when_to_overlap import backend_of, fitted
+
+    if dtype not in BYTES_PER_ELEMENT:
+        raise ValueError(f"unknown dtype {dtype!r}; the dtypes are {', '.join(BYTES_PER_ELEMENT)}")
+    when, bandwidth = tables["when_to_overlap"], tables["bandwidth"]
+    matmul = MatmulCost.from_environment(tables["environment"], dtype)
+    rows = []
+    for method, judged in when.groupby("method", sort=False):
+        backend = backend_of(method, bandwidth)
+        all_reduce = AllReduceCost.from_bandwidth(bandwidth, backend)
+        if shape is None:
+            dimensions = model_dimensions(model_name)
+            t_comm, t_comp = layer_times_us(dimensions, tokens, tp, matmul, all_reduce)
+            num_bytes, joins = tokens * dimensions.hidden * matmul.element_bytes, ALL_REDUCES_PER_LAYER
+        else:
+            m, n, k = shape
+            if k % tp:
+                raise ValueError(f"tp = {tp} does not divide k = {k}")
+            num_bytes, joins = m * n * matmul.element_bytes, 1
+            t_comm, t_comp = all_reduce.time_us(num_bytes, tp), matmul.time_us(m, n, k // tp)
+        rows.append(
+            {
+                "method": method,
+                "t_matmul_us": t_comp,
+                "t_comm_us": t_comm,
+                **model.gain(t_comm, t_comp, fitted(when, method), joins),
+                "held_out_error": judged.loc[judged["held_out"], "error"].abs().median(),
+                "extrapolated": tp != all_reduce.ranks or not all_reduce.covers(num_bytes, tp),
+            }
+        )
+    return pd.DataFrame(rows)
+
+
+def as_text(rows: "pd.DataFrame") -> str:
+    """The rows as a table for a terminal."""
+    import pandas as pd
+
+    shown = pd.DataFrame(
+        {
+            "technique": rows["method"],
+            "matmul µs": rows["t_matmul_us"].map("{:.1f}".format),
+            "all-reduce µs": rows["t_comm_us"].map("{:.1f}".format),
+            "comm. share": rows["comm_share"].map("{:.0%}".format),
+            "ideal gain": rows["ideal_gain"].map("{:.2f}x".format),
+            "predicted gain": [f"{row.gain:.2f}x [{row.gain_lo:.2f}, {row.gain_hi:.2f}]" for row in rows.itertuples()],
+            "model's error": rows["held_out_error"].map("{:.1%}".format),
+            "verdict": rows["verdict"],
+        }
+    )
+    return shown.to_string(index=False)

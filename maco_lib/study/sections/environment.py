@@ -15,7 +15,7 @@ class EnvironmentParameters(Parameters):
     skinny_m: list[int] = Field([1, 64], description="m of the (m, n) @ (n, n) matmuls in bf16; n is skinny_n")
     skinny_n: int = Field(2048, ge=1, description="n of those; its n×n weights should not fit into a cache")
     copy_mib: int = Field(64, ge=1, description="size of the copied tensors in MiB")
-    repeats: int = Field(7, ge=3, description="timed repetitions of each; the median and its interval are reported")
+    budget_s: float = Field(0.3, gt=0, description="seconds to time each for; never fewer than 7 repetitions")
 
 
 def points(parameters: EnvironmentParameters, machine: Machine) -> list[Point]:
@@ -24,7 +24,7 @@ def points(parameters: EnvironmentParameters, machine: Machine) -> list[Point]:
     cores = machine.num_devices
     # Of a CPU both what one of two ranks can do and what the whole can do.
     thread_counts = [0] if cuda else sorted({max(1, cores // 2), cores})
-    base = {"peer": "", "repeats": parameters.repeats}
+    base = {"peer": "", "budget_s": parameters.budget_s}
     result = []
     for threads in thread_counts:
         device = {"device": "cuda:0" if cuda else "cpu", "threads": threads, **base}
@@ -69,6 +69,8 @@ SCHEMA = pa.DataFrameSchema(
         "value_hi": pa.Column(float, pa.Check.gt(0), nullable=True),
         "unit": pa.Column(str, pa.Check.isin(["TFLOP/s", "GB/s"])),
         "time_us": pa.Column(float, pa.Check.gt(0), nullable=True),
+        "iterations": pa.Column(float, pa.Check.ge(1), nullable=True),
+        "timing": pa.Column(str, pa.Check.isin(["graph", "backlog", "host", ""])),
         "source": pa.Column(str, pa.Check.isin(["measured", "nvml"])),
         "correct": pa.Column(bool),
         "error": pa.Column(str),
@@ -95,23 +97,24 @@ SECTION = Section(
     parameters=EnvironmentParameters,
     profiles={
         "smoke": {
-            "cpu": {"matmul_n": [128, 256], "skinny_m": [1], "skinny_n": 512, "copy_mib": 8, "repeats": 6},
-            "cuda": {"matmul_n": [1024, 2048], "skinny_m": [1], "skinny_n": 4096, "copy_mib": 64, "repeats": 6},
+            "cpu": {"matmul_n": [128, 256], "skinny_m": [1], "skinny_n": 512, "copy_mib": 8, "budget_s": 0.05},
+            "cuda": {"matmul_n": [1024, 2048], "skinny_m": [1], "skinny_n": 4096, "copy_mib": 64, "budget_s": 0.05},
         },
         "standard": {
             "cpu": {},
             "cuda": {
                 "matmul_n": [256, 512, 1024, 2048, 4096, 8192], "skinny_m": [1, 16, 64, 256], "skinny_n": 8192,
-                "copy_mib": 512, "repeats": 15,
+                "copy_mib": 512, "budget_s": 0.5,
             },
         },
         "full": {
             "cpu": {
-                "matmul_n": [256, 512, 1024, 2048, 4096], "skinny_m": [1, 16, 64, 256], "skinny_n": 4096, "repeats": 15,
+                "matmul_n": [256, 512, 1024, 2048, 4096], "skinny_m": [1, 16, 64, 256], "skinny_n": 4096,
+                "budget_s": 0.5,
             },
             "cuda": {
                 "matmul_n": [256, 512, 1024, 2048, 4096, 8192], "skinny_m": [1, 16, 64, 256], "skinny_n": 8192,
-                "copy_mib": 512, "repeats": 31,
+                "copy_mib": 512, "budget_s": 0.5,
             },
         },
     },

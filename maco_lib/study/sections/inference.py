@@ -1,0 +1,227 @@
+"""Section 2: LLM inference on one device: the published baseline, the published winner, and what lies between them."""
+
+from collections.abc import Mapping
+from importlib.util import find_spec
+from typing import Any, Literal
+
+import numpy as np
+import pandas as pd
+import pandera.pandas as pa
+from pydantic import Field, PositiveInt, field_validator
+
+from maco_lib.checkpoint import check_model, weight_bytes
+from maco_lib.experiments.engines import ARMS, BASELINE
+from maco_lib.machine import Machine
+from maco_lib.study.spec import Dataset, Derived, Parameters, Point, Section
+
+WINNER = "vllm"
+# Two ways from the published baseline to the published winner: what compilation and graphs give and what the engine and
+# its kernels give, each taken first once. Where the two disagree about a cause, its share depends on what came before.
+ROUTES = {
+    "compilation and graphs first": (BASELINE, "transformers_compiled", WINNER),
+    "engine and kernels first": (BASELINE, "vllm_eager", WINNER),
+}
+STEPS = {
+    (BASELINE, "transformers_compiled"): "static cache, torch.compile (on GPUs CUDA graphs)",
+    ("transformers_compiled", WINNER): "vLLM's engine, PagedAttention and kernels",
+    (BASELINE, "vllm_eager"): "vLLM's engine, PagedAttention and kernels",
+    ("vllm_eager", WINNER): "torch.compile (on GPUs CUDA graphs)",
+}
+
+
+class InferenceParameters(Parameters):
+    num_ranks: int | None = Field(None, ge=1, le=1, description="always one process on one device")
+    model: str = Field("Qwen3-0.6B-Base", description="a checkpoint folder, a hub name, or published dimensions with random weights")
+    arms: list[Literal[ARMS]] = Field(list(ARMS), min_length=1, description="engines to compare")
+    batches: list[PositiveInt] = Field([1, 8, 32], min_length=1, description="numbers of requests decoded together")
+    prompt_tokens: int = Field(6, ge=1, le=16384, description="tokens of each prompt; the published prompt has 6")
+    new_tokens: int = Field(32, ge=1, le=16384, description="tokens generated for each request, exactly")
+    dtype: Literal["bfloat16", "float16", "float32"] = Field("bfloat16", description="type of weights and activations")
+    num_warmups: int = Field(3, ge=1, description="untimed generations before each batch size")
+    num_repeats: int = Field(10, ge=1, description="timed generations at batch 1")
+    num_batched_repeats: int = Field(6, ge=1, description="timed generations at every other batch size")
+
+    @field_validator("model")
+    @classmethod
+    def model_exists(cls, model: str) -> str:
+        check_model(model)
+        return model
+
+
+def points(parameters: InferenceParameters, machine: Machine) -> list[Point]:
+    """Arm by arm, because each is a process of its own; raises ValueError when the weights alone exceed the memory."""
+    weights = weight_bytes(parameters.model)
+    # On a CPU the float32 reference lies in the same memory.
+    needed = (weights or 0) * {"bfloat16": 2, "float16": 2, "float32": 4}[parameters.dtype] // 2
+    needed += 2 * (weights or 0) if machine.kind == "cpu" else 0
+    if needed > machine.memory_bytes:
+        raise ValueError(f"model = {parameters.model!r} needs {needed / 1e9:.0f} GB for its weights alone, "
+                         f"and {machine.name} has {machine.memory_bytes / 1e9:.0f} GB")  # fmt: skip
+    return [
+        {
+            "arm": arm, "batch": batch, "prompt_tokens": parameters.prompt_tokens, "new_tokens": parameters.new_tokens,
+            "model": parameters.model, "dtype": parameters.dtype, "num_warmups": parameters.num_warmups,
+            "num_repeats": parameters.num_repeats if batch == 1 else parameters.num_batched_repeats,
+        }
+        for arm in parameters.arms
+        for batch in sorted(parameters.batches)
+    ]  # fmt: skip
+
+
+def unavailable(parameters: InferenceParameters, machine: Machine) -> str | None:
+    """Without transformers there is neither baseline nor reference. Without vLLM only its arms fail, and their rows
+    say so."""
+    absent = [name for name in ("torch", "transformers") if find_spec(name) is None]
+    return f"{' and '.join(absent)} cannot be imported in this environment" if absent else None
+
+
+def compare(rows: pd.DataFrame) -> pd.DataFrame:
+    """Add what needs two arms: `speedup` over transformers eager at the same batch and checkpoint, with an interval
+    made of both arms' interval ends (so wider than 95 %), and `tokens_equal_to_baseline`: how many of the first
+    request's leading tokens are the baseline's. NaN where the baseline has no result."""
+    by = ["batch", "prompt_tokens", "new_tokens", "model", "dtype", "checkpoint"]
+    columns = ["e2e_ms", "e2e_lo_ms", "e2e_hi_ms", "first_tokens"]
+    baseline = rows.loc[rows["arm"] == BASELINE, [*by, *columns]].drop_duplicates(by)
+    both = rows[[*by, *columns]].merge(baseline, on=by, how="left", suffixes=("", "_of_baseline"))
+    equal = [
+        np.nan if not ours or not isinstance(theirs, str) or not theirs else leading_equal(ours.split(), theirs.split())
+        for ours, theirs in zip(both["first_tokens"], both["first_tokens_of_baseline"], strict=True)
+    ]
+    return rows.assign(
+        speedup=(both["e2e_ms_of_baseline"] / both["e2e_ms"]).to_numpy(),
+        speedup_lo=(both["e2e_lo_ms_of_baseline"] / both["e2e_hi_ms"]).to_numpy(),
+        speedup_hi=(both["e2e_hi_ms_of_baseline"] / both["e2e_lo_ms"]).to_numpy(),
+        tokens_equal_to_baseline=np.asarray(equal, dtype=float),
+    )
+
+
+def leading_equal(ours: list[str], theirs: list[str]) -> int:
+    return next((place for place, pair in enumerate(zip(ours, theirs, strict=False)) if pair[0] != pair[1]), min(len(ours), len(theirs)))
+
+
+def attribute(tables: Mapping[str, pd.DataFrame], parameters: Any) -> pd.DataFrame:
+    """Each route's steps at each batch: `factor` = E2E before / after, and `log_share`, its part of the route's whole
+    factor on a logarithmic scale, so that the shares of a route add up to 1. A step between arms of which one failed
+    is left out.
+
+    The interval of `factor` is made of the ends of both arms' intervals, so it covers more than 95 %.
+    """
+    rows = tables["inference"]
+    rows = rows[rows["correct"]]
+    steps = []
+    for batch, arms in rows.groupby("batch"):
+        arms = arms.set_index("arm")
+        for route, names in ROUTES.items():
+            whole = arms.at[BASELINE, "e2e_ms"] / arms.at[WINNER, "e2e_ms"] if {BASELINE, WINNER} <= set(arms.index) else np.nan
+            for number, (source, target) in enumerate(zip(names, names[1:], strict=False), 1):
+                if source not in arms.index or target not in arms.index:
+                    continue
+                before, after = arms.loc[source], arms.loc[target]
+                factor = before["e2e_ms"] / after["e2e_ms"]
+                steps.append({
+                    "route": route, "batch": batch, "step": number, "adds": STEPS[source, target],
+                    "from_arm": source, "to_arm": target, "e2e_before_ms": before["e2e_ms"], "e2e_after_ms": after["e2e_ms"],
+                    "factor": factor, "factor_lo": before["e2e_lo_ms"] / after["e2e_hi_ms"],
+                    "factor_hi": before["e2e_hi_ms"] / after["e2e_lo_ms"], "ttft_factor": before["ttft_ms"] / after["ttft_ms"],
+                    "tpot_factor": before["tpot_ms"] / after["tpot_ms"], "log_share": np.log(factor) / np.log(whole),
+                })  # fmt: skip
+    return pd.DataFrame(steps, columns=list(ATTRIBUTION_SCHEMA.columns))
+
+
+POSITIVE = pa.Check.gt(0)
+MILLISECONDS = {
+    name: pa.Column(float, POSITIVE, nullable=True) for name in ("e2e_ms", "e2e_lo_ms", "e2e_hi_ms", "ttft_ms", "tpot_ms")
+}
+SCHEMA = pa.DataFrameSchema(
+    {
+        "point_key": pa.Column(str),
+        "arm": pa.Column(str, pa.Check.isin(ARMS)),
+        "batch": pa.Column(int, pa.Check.ge(1)),
+        "prompt_tokens": pa.Column(int, pa.Check.ge(1)),
+        "new_tokens": pa.Column(int, pa.Check.ge(1)),
+        "model": pa.Column(str),
+        "dtype": pa.Column(str),
+        **MILLISECONDS,
+        "tokens_per_s": pa.Column(float, POSITIVE, nullable=True),
+        "speedup": pa.Column(float, POSITIVE, nullable=True),
+        "speedup_lo": pa.Column(float, POSITIVE, nullable=True),
+        "speedup_hi": pa.Column(float, POSITIVE, nullable=True),
+        "start_s": pa.Column(float, POSITIVE, nullable=True),
+        "weights": pa.Column(str, pa.Check.isin(["local", "hub", "random", ""])),
+        "checkpoint": pa.Column(str),
+        "num_parameters": pa.Column(int, pa.Check.ge(0)),
+        "engine": pa.Column(str),
+        "threads": pa.Column(int, pa.Check.ge(0)),
+        "first_tokens": pa.Column(str),
+        "tokens_equal_to_baseline": pa.Column(float, pa.Check.ge(0), nullable=True),
+        "reference_gap": pa.Column(float, pa.Check.ge(0), nullable=True),
+        "correct": pa.Column(bool),
+        "error": pa.Column(str),
+        "num_launches": pa.Column(int, pa.Check.ge(1)),
+    },
+    checks=pa.Check(
+        lambda rows: rows["e2e_ms"].notna() == rows["correct"],
+        name="a correct arm has a time, a failed one has none",
+    ),
+    strict=False,
+    coerce=True,
+)
+ATTRIBUTION_SCHEMA = pa.DataFrameSchema(
+    {
+        "route": pa.Column(str, pa.Check.isin(list(ROUTES))),
+        "batch": pa.Column(int, pa.Check.ge(1)),
+        "step": pa.Column(int, pa.Check.ge(1)),
+        "adds": pa.Column(str),
+        "from_arm": pa.Column(str, pa.Check.isin(ARMS)),
+        "to_arm": pa.Column(str, pa.Check.isin(ARMS)),
+        "e2e_before_ms": pa.Column(float, POSITIVE),
+        "e2e_after_ms": pa.Column(float, POSITIVE),
+        "factor": pa.Column(float, POSITIVE),
+        "factor_lo": pa.Column(float, POSITIVE),
+        "factor_hi": pa.Column(float, POSITIVE),
+        "ttft_factor": pa.Column(float, POSITIVE),
+        "tpot_factor": pa.Column(float, POSITIVE, nullable=True),
+        "log_share": pa.Column(float, nullable=True),
+    },
+    strict=False,
+    coerce=True,
+)
+
+INFERENCE = Dataset(
+    name="inference",
+    program="maco_lib.experiments.inference",
+    method_version=1,
+    schema=SCHEMA,
+    index=("arm", "batch", "prompt_tokens", "new_tokens", "model", "dtype"),
+    points=points,
+    num_ranks=lambda parameters, machine: 1,
+    unavailable=unavailable,
+    group=lambda point: (point["arm"],),
+    finish=compare,
+    # The first point of an arm holds a download, the engine's start and a compilation.
+    point_timeout_s=900.0,
+)
+ATTRIBUTION = Derived(
+    name="inference_attribution",
+    method_version=1,
+    schema=ATTRIBUTION_SCHEMA,
+    index=("route", "batch", "step"),
+    inputs=("inference",),
+    compute=attribute,
+)
+
+TINY = {"model": "Qwen3-tiny", "batches": [1, 2], "new_tokens": 8, "num_warmups": 1, "num_repeats": 3, "num_batched_repeats": 2}
+SECTION = Section(
+    name="inference",
+    title="2. LLM inference",
+    notebook="02_inference.ipynb",
+    parameters=InferenceParameters,
+    profiles={
+        "smoke": {"cpu": TINY, "cuda": TINY},
+        "standard": {"cpu": {"num_warmups": 1, "num_repeats": 6, "num_batched_repeats": 2}, "cuda": {}},
+        "full": {"cpu": {}, "cuda": {"batches": [1, 8, 32, 128]}},
+    },
+    datasets=(INFERENCE,),
+    derived=(ATTRIBUTION,),
+    figures=("inference_latency", "inference_attribution", "inference_batch"),
+)

@@ -23,7 +23,8 @@ def overlap_table() -> pd.DataFrame:
     speedup = (t_comm + t_comp) / t_overlap
     rows = pd.DataFrame({
         "point_key": [f"{i:016x}" for i in range(len(comm))], "configuration": "sweep", "comm_bytes": comm * 2**20,
-        "matmul_n": comp, "protocol": "device", "method": "two_stream", "t_comm_us": t_comm, "t_comp_us": t_comp,
+        "matmul_n": comp, "protocol": "device", "method": "two_stream", "backend": "nccl",
+        "t_comm_us": t_comm, "t_comp_us": t_comp,
         "t_seq_us": t_comm + t_comp, "t_overlap_us": t_overlap, "t_overlap_lo_us": t_overlap * 0.99,
         "t_overlap_hi_us": t_overlap * 1.01, "ideal_us": np.maximum(t_comm, t_comp), "speedup": speedup,
         "speedup_lo": speedup * 0.99, "speedup_hi": speedup * 1.01, "num_launches": 1, "correct": True, "error": "",
@@ -67,7 +68,7 @@ def test_when_to_overlap_predicts_points_it_has_not_seen(tables):
 
 def test_too_few_shapes_name_the_table_and_the_need(tables):
     few = tables["overlap"].query("comm_bytes == 8 * 2**20 and matmul_n < 8192")
-    with pytest.raises(ValueError, match="table overlap has 3 shapes of method 'two_stream'.*4 are needed"):
+    with pytest.raises(ValueError, match="table overlap has at most 3 shapes.*4 are needed"):
         section.when_to_overlap({"overlap": few}, section.WhenParameters())
     with pytest.raises(ValueError, match="no correct row.*run --only overlap"):
         section.when_to_overlap({"overlap": few.assign(correct=False)}, section.WhenParameters())
@@ -128,6 +129,9 @@ def test_bad_shapes_models_and_types_are_named(tables):
         advise.advise(tables, tp=16, model_name="Qwen3-8B", tokens=1)
     with pytest.raises(ValueError, match="unknown model 'Qwen4'; the models are Qwen3-0.6B-Base"):
         advise.advise(tables, tp=2, model_name="Qwen4", tokens=1)
+    with pytest.raises(ValueError, match=r"all_reduce of gloo, of none that the techniques use \(nccl\)"):
+        others = {**tables, "bandwidth": tables["bandwidth"].assign(backend="gloo")}
+        advise.advise(others, tp=2, shape=(1, 1, 64))
     with pytest.raises(ValueError, match="unknown dtype 'fp8'; the dtypes are bf16, fp32"):
         advise.advise(tables, tp=2, dtype="fp8", shape=(1, 1, 64))
 

@@ -104,7 +104,7 @@ def advise(
     model_name: str | None = None,
     tokens: int | None = None,
 ) -> "pd.DataFrame":
-    """One row per measured technique: times alone (µs), share of communication, ideal and predicted gain, its error.
+    """One row per technique whose all-reduce was measured by itself: times alone in µs, share, gains and their error.
 
     `tables` are `when_to_overlap`, `bandwidth` and `environment` of one machine. Either `shape` = (m, n, k) of the
     whole row-parallel matmul, or `model_name` and `tokens`. `held_out_error` is the median |predicted / measured − 1|
@@ -123,9 +123,12 @@ def advise(
         raise ValueError(f"unknown dtype {dtype!r}; the dtypes are {', '.join(BYTES_PER_ELEMENT)}")
     when, bandwidth = tables["when_to_overlap"], tables["bandwidth"]
     matmul = MatmulCost.from_environment(tables["environment"], dtype)
+    measured = set(bandwidth.loc[bandwidth["collective"].eq("all_reduce") & bandwidth["correct"], "backend"])
     rows = []
     for method, judged in when.groupby("method", sort=False):
-        backend = backend_of(method, bandwidth)
+        backend = backend_of(when, method)
+        if backend not in measured:
+            continue
         all_reduce = AllReduceCost.from_bandwidth(bandwidth, backend)
         if shape is None:
             dimensions = model_dimensions(model_name)
@@ -146,6 +149,11 @@ def advise(
                 "held_out_error": judged.loc[judged["held_out"], "error"].abs().median(),
                 "extrapolated": tp != all_reduce.ranks or not all_reduce.covers(num_bytes, tp),
             }
+        )
+    if not rows:
+        raise ValueError(
+            f"table bandwidth has a correct all_reduce of {', '.join(sorted(measured)) or 'no backend'}, of none that the "
+            f"techniques use ({', '.join(when['backend'].unique())})"
         )
     return pd.DataFrame(rows)
 

@@ -53,20 +53,23 @@ def overlapped_rows(overlap: pd.DataFrame) -> pd.DataFrame:
 def when_to_overlap(tables: Mapping[str, pd.DataFrame], parameters: WhenParameters) -> pd.DataFrame:
     """Predicted beside measured overlapped times, one row per measured point and technique.
 
-    Every technique has its own fit, on the shapes that are not held out. `error` = predicted / measured − 1;
-    `new_n_error` is the same with a fit that has seen no point of that `matmul_n`. Verdicts weigh the interval against
-    the measured sequential time.
+    Every technique has its own fit, on the shapes that are not held out; one measured at fewer than 4 shapes is left
+    out. `error` = predicted / measured − 1; `new_n_error` is the same with a fit that has seen no point of that
+    `matmul_n`. Verdicts weigh the interval against the measured sequential time. Raises ValueError if no technique has
+    enough shapes.
     """
     rows = overlapped_rows(tables["overlap"])
     parts = []
-    for method, group in rows.groupby("method", sort=False):
-        if group["shape"].nunique() < MIN_SHAPES:
-            raise ValueError(
-                f"table overlap has {group['shape'].nunique()} shapes of method {method!r} in protocol 'device', "
-                f"{MIN_SHAPES} are needed to fit and judge the model; measure more with -p on the section overlap"
-            )
-        kept_out = group["shape"].isin(model.held_out(group["shape"]))
-        parts.append(judged(group, stretch_of(group[~kept_out]), kept_out))
+    for _, group in rows.groupby("method", sort=False):
+        if group["shape"].nunique() >= MIN_SHAPES:
+            kept_out = group["shape"].isin(model.held_out(group["shape"]))
+            parts.append(judged(group, stretch_of(group[~kept_out]), kept_out))
+    if not parts:
+        most = rows.groupby("method")["shape"].nunique().max()
+        raise ValueError(
+            f"table overlap has at most {most} shapes of a method in protocol 'device', {MIN_SHAPES} are needed to fit "
+            "and judge the model; measure more with the parameters configurations and sweep_* of section overlap"
+        )
     return pd.concat(parts, ignore_index=True)
 
 
@@ -75,7 +78,7 @@ def judged(group: pd.DataFrame, stretch: model.Stretch, kept_out: pd.Series) -> 
     measured, seq = group["t_overlap_us"], group["t_seq_us"]
     comm, comp = group["t_comm_us"], group["t_comp_us"]
     predicted, (low, high) = stretch.predict(comm, comp), stretch.interval(comm, comp)
-    names = ("point_key", "configuration", "comm_bytes", "matmul_n", "protocol", "method", "num_launches")
+    names = ("point_key", "configuration", "comm_bytes", "matmul_n", "protocol", "method", "backend", "num_launches")
     return pd.DataFrame({
         **{name: group[name] for name in names},
         "held_out": kept_out,
@@ -101,23 +104,8 @@ def new_n_prediction(group: pd.DataFrame) -> pd.Series:
     return result
 
 
-def backend_of(method: str, bandwidth: pd.DataFrame) -> str:
-    """The backend whose all-reduce the technique `method` runs; raises ValueError if it was not measured."""
-    library = "nccl" if bandwidth["backend"].eq("nccl").any() else "gloo"
-    if method.startswith("two_stream_cta"):
-        backend = f"nccl_cta{method.removeprefix('two_stream_cta')}"
-    else:
-        backend = {"two_shot_stream": "symm_mem_two_shot"}.get(method, library)
-    measured = sorted(bandwidth.loc[bandwidth["collective"].eq("all_reduce"), "backend"].unique())
-    if backend not in measured:
-        raise ValueError(
-            f"method {method!r} needs all_reduce by backend {backend!r}; measured are {', '.join(measured)}"
-        )
-    return backend
-
-
 def fitted(when: pd.DataFrame, method: str) -> model.Stretch:
-    """The stretch in the table `when_to_overlap` for `method`; raises ValueError naming the measured methods."""
+    """The stretch of `method` in the table `when_to_overlap`; raises ValueError naming the methods it has."""
     rows = when[when["method"] == method]
     if rows.empty:
         raise ValueError(
@@ -125,6 +113,11 @@ def fitted(when: pd.DataFrame, method: str) -> model.Stretch:
         )
     first = rows.iloc[0]
     return model.Stretch(first["sigma_comm"], first["sigma_comp"], first["delta_us"], first["spread"])
+
+
+def backend_of(when: pd.DataFrame, method: str) -> str:
+    """The backend whose all-reduce `method` ran."""
+    return when.loc[when["method"] == method, "backend"].iloc[0]
 
 
 def model_shares(tables: Mapping[str, pd.DataFrame], parameters: WhenParameters) -> pd.DataFrame:
@@ -135,7 +128,7 @@ def model_shares(tables: Mapping[str, pd.DataFrame], parameters: WhenParameters)
     tp that was not measured, or of more bytes than were, are marked `extrapolated`.
     """
     stretch = fitted(tables["when_to_overlap"], parameters.method)
-    backend = backend_of(parameters.method, tables["bandwidth"])
+    backend = backend_of(tables["when_to_overlap"], parameters.method)
     all_reduce = AllReduceCost.from_bandwidth(tables["bandwidth"], backend)
     matmul = MatmulCost.from_environment(tables["environment"], parameters.dtype)
     work = [("decode", batch, batch) for batch in parameters.decode_batches]
@@ -169,6 +162,7 @@ WHEN_TO_OVERLAP = Derived(
             "matmul_n": pa.Column(int, pa.Check.gt(0)),
             "protocol": pa.Column(str, pa.Check.eq("device")),
             "method": pa.Column(str),
+            "backend": pa.Column(str),
             "num_launches": pa.Column(int, pa.Check.ge(1)),
             "held_out": pa.Column(bool),
             **{

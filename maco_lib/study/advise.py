@@ -152,8 +152,8 @@ def advise(
         )
     if not rows:
         raise ValueError(
-            f"table bandwidth has a correct all_reduce of {', '.join(sorted(measured)) or 'no backend'}, of none that the "
-            f"techniques use ({', '.join(when['backend'].unique())})"
+            f"table bandwidth has a correct all_reduce of {', '.join(sorted(measured)) or 'no backend'}, of none that "
+            f"the techniques use ({', '.join(when['backend'].unique())})"
         )
     return pd.DataFrame(rows)
 

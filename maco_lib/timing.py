@@ -4,7 +4,7 @@ Arms are interleaved in random blocks within one process, so drift of clocks and
 an arm's `prepare` does (restoring data that a run changes) and the barrier before each sample stay outside the timed
 region. How a sample is taken (`Timing.timing`):
 
-    graph      GPU, protocol "device": CUDA events around the replay of a CUDA graph that holds `repeats` runs of the arm
+    graph      GPU, protocol "device": CUDA events around the replay of a CUDA graph of `repeats` runs of the arm
     backlog    the same around the runs issued eagerly, where the arm cannot be captured
     host       CPU: the host's clock around one run. Protocol "published": the same on a GPU, with a synchronisation of
                the host before and after, as the published study did

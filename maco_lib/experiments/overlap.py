@@ -1,0 +1,133 @@
+"""Measure section 1: an all-reduce and a matmul, one after the other and side by side, and each alone."""
+
+import math
+from typing import Any
+
+from maco_lib import stats
+from maco_lib.experiments import worker
+from maco_lib.experiments.overlap_methods import IDEAL_BACKENDS, METHODS, PUBLISHED
+from maco_lib.experiments.overlap_problem import Problem
+from maco_lib.experiments.overlap_stretch import stretch
+from maco_lib.experiments.worker import Context, Result, Samples
+from maco_lib.timing import Arm, Timing, interleave
+
+# Samples of the stretch factors, which are taken apart from the others.
+STRETCH_SAMPLES = {"cuda": 10, "cpu": 3}
+
+
+def measure(point: dict[str, Any], context: Context) -> Result:
+    problem = Problem(point, context)
+    methods = point["methods"].split(",")
+    arms, errors = checked_arms(problem, methods)
+    request = {name: point[name] for name in ("iterations", "budget_s", "min_iterations") if name in point}
+    timings = interleave(
+        arms, group=problem.group, device=problem.device, protocol=problem.protocol,
+        warmup=3 if context.device.type == "cuda" else 1, **request,
+    )  # fmt: skip
+    stretches = {}
+    if problem.protocol == "device":
+        overlapped = [name for name in methods if name in timings and METHODS["device"][name].overlapped]
+        num_samples = STRETCH_SAMPLES[context.device.type]
+        stretches = {name: stretch(problem, METHODS["device"][name], num_samples) for name in overlapped}
+    rows = [row(point, context, problem, name, timings, stretches, errors) for name in methods]
+    samples = [
+        Samples("time_us", [[round(value, 3) for value in rank] for rank in timing.values],
+                {"arm": name, "timing": timing.timing, "repeats": timing.repeats, "num_late": timing.num_late})
+        for name, timing in timings.items()
+    ]  # fmt: skip
+    return Result(rows, samples)
+
+
+def checked_arms(problem: Problem, methods: list[str]) -> tuple[list[Arm], dict[str, str]]:
+    """The arms that gave the right result, and arm or method -> what was wrong with the others."""
+    errors: dict[str, str] = {}
+    arms = []
+
+    def admit(arm: Arm, backend: str | None, computes: bool) -> None:
+        errors[arm.name] = problem.error(arm, backend, computes)
+        if not errors[arm.name]:
+            arms.append(arm)
+
+    admit(Arm("compute", problem.matmul), None, True)
+    ours = [problem.backend(METHODS[problem.protocol][name]) for name in methods]
+    alone = IDEAL_BACKENDS[problem.device.type] if problem.protocol == "device" else []
+    for backend in dict.fromkeys([problem.default, *alone, *ours]):
+        errors[f"comm:{backend}"] = problem.use(backend)
+        if errors[f"comm:{backend}"]:
+            continue
+        admit(problem.communication(backend), backend, False)
+        # The speedup over sequential NCCL is split at the same backend's sequential time.
+        if backend in ours and backend != problem.default:
+            admit(problem.sequential(f"sequential:{backend}", backend), backend, True)
+    for name, backend in zip(methods, ours, strict=True):
+        errors[name] = problem.unusable.get(backend, "")
+        if not errors[name]:
+            admit(problem.arm(name), backend, True)
+    return arms, errors
+
+
+def row(
+    point: dict,
+    context: Context,
+    problem: Problem,
+    name: str,
+    timings: dict[str, Timing],
+    stretches: dict[str, tuple[float, float]],
+    errors: dict[str, str],
+) -> dict[str, Any]:
+    """The reported row of one method: times with intervals, ratios to the ideal and to sequential."""
+    backend = problem.backend(METHODS[problem.protocol][name])
+    # The published study reports means; medians elsewhere.
+    statistic = "mean" if problem.protocol == "published" else "median"
+    summarise = stats.mean_interval if statistic == "mean" else stats.median_interval
+
+    def time(arm: str) -> tuple[float, float, float]:
+        return summarise(timings[arm].slowest) if arm in timings else (math.nan,) * 3
+
+    times = {"t_comm": f"comm:{backend}", "t_comp": "compute", "t_seq": "sequential", "t_overlap": name}
+    columns: dict[str, Any] = {}
+    for column, arm in times.items():
+        for bound, value in zip(("", "_lo", "_hi"), time(arm), strict=True):
+            columns[f"{column}{bound}_us"] = value
+    comm, comp = columns["t_comm_us"], columns["t_comp_us"]
+    sequential, mine = columns["t_seq_us"], columns["t_overlap_us"]
+    best = min((time(arm)[0] for arm in timings if arm.startswith("comm:")), default=math.nan)
+    ideal = max(comp, best) if comp == comp else math.nan
+    ratio = lo = hi = math.nan
+    if name in timings and "sequential" in timings:
+        reference, this = timings["sequential"], timings[name]
+        ratio, lo, hi = stats.paired_ratio(reference.slowest, this.slowest, this.blocks, statistic=statistic)
+    own = sequential if backend == problem.default else time(f"sequential:{backend}")[0]
+    sigma_comm, sigma_comp = stretches.get(name, (math.nan, math.nan))
+    return {
+        "configuration": point["configuration"],
+        "comm_bytes": point["comm_bytes"],
+        "matmul_n": point["matmul_n"],
+        "protocol": point["protocol"],
+        "method": name,
+        "backend": backend,
+        "dtype": point["dtype"],
+        "num_ranks": context.num_ranks,
+        "published_size": PUBLISHED.get(point["configuration"]) == (point["comm_bytes"], point["matmul_n"]),
+        "timing": timings[name].timing if name in timings else "",
+        **columns,
+        "t_comm_best_us": best,
+        "t_seq_backend_us": own,
+        "ideal_us": ideal,
+        "speedup": ratio,
+        "speedup_lo": lo,
+        "speedup_hi": hi,
+        "speedup_collective": sequential / own,
+        "speedup_overlap": own / mine,
+        "fraction_of_ideal": ideal / mine,
+        "eta": (comm + comp - mine) / min(comm, comp),
+        "sigma_comm": sigma_comm / comm,
+        "sigma_comp": sigma_comp / comp,
+        "verdict": "" if lo != lo else stats.verdict(lo, hi),
+        "correct": name in timings,
+        "error": errors[name],
+    }
+
+
+if __name__ == "__main__":
+    worker.main(measure)

@@ -1,0 +1,210 @@
+"""Section 1: independent work beside an all-reduce, as published, with better techniques, and over a grid of sizes."""
+
+from typing import Literal
+
+import pandera.pandas as pa
+from pydantic import Field
+
+from maco_lib.experiments.overlap_methods import DEVICE_METHODS, METHODS, PUBLISHED, SWEEP, SWEEP_METHODS
+from maco_lib.machine import Machine
+from maco_lib.study.sections.memory import BYTES_PER_ELEMENT, require, resolve_ranks, too_few_ranks
+from maco_lib.study.spec import Dataset, Parameters, Point, Section
+
+KIB, MIB = 2**10, 2**20
+
+
+class OverlapParameters(Parameters):
+    num_launches: int = Field(1, ge=1, description="separate process launches of every point, to see run-to-run spread")
+    configurations: list[str] = Field(list(PUBLISHED), description="which of the published configurations, as printed")
+    protocols: list[Literal["device", "published"]] = Field(["device", "published"], description="how they are timed")
+    shrink: int = Field(1, ge=1, description="divide the published matmul n by this and the bytes by its square")
+    dtype: Literal["bf16", "fp32"] = Field("bf16", description="type of all tensors; published: bf16")
+    budget_s: float = Field(1.0, gt=0, description="seconds of samples per configuration in the device protocol")
+    min_iterations: int = Field(10, ge=2, description="samples of each arm, at least, in the device protocol")
+    published_iterations: int = Field(50, ge=2, description="samples of each arm in the published protocol")
+    sweep_comm_bytes: list[int] = Field([], description="bytes of the all-reduced tensor in the sweep")
+    sweep_matmul_n: list[int] = Field([], description="n of the n×n matmul in the sweep")
+    sweep_budget_s: float = Field(0.2, gt=0, description="seconds of samples per point of the sweep")
+    timeline_configurations: list[str] = Field(["Large compute, large comm"], description="profiled configurations")
+
+
+def sizes(parameters: OverlapParameters, name: str) -> tuple[int, int]:
+    """(comm_bytes, matmul_n) of a published configuration; raises ValueError with the valid names."""
+    if name not in PUBLISHED:
+        raise ValueError(f"unknown configuration {name!r}; the published ones are {'; '.join(PUBLISHED)}")
+    comm_bytes, matmul_n = PUBLISHED[name]
+    return comm_bytes // parameters.shrink**2, matmul_n // parameters.shrink
+
+
+def check_sizes(parameters: OverlapParameters, machine: Machine, comm_bytes: int, matmul_n: int) -> None:
+    """Raise ValueError on sizes that mean nothing or do not fit into memory."""
+    itemsize = BYTES_PER_ELEMENT[parameters.dtype]
+    if comm_bytes < 16 or comm_bytes % 16:
+        raise ValueError(f"comm_bytes = {comm_bytes} is not a positive multiple of 16 bytes")
+    if matmul_n < 1:
+        raise ValueError(f"matmul_n = {matmul_n} is below 1")
+    # Sources of five backends and the reference in wider types; three matrices and one of them in float64.
+    needed = comm_bytes * (7 + 20 / itemsize) + matmul_n**2 * (3 * itemsize + 8)
+    ranks = resolve_ranks(parameters.num_ranks, machine)
+    require(f"comm_bytes = {comm_bytes} with matmul_n = {matmul_n}", needed, machine, ranks)
+
+
+def points(parameters: OverlapParameters, machine: Machine) -> list[Point]:
+    """Published configurations in each protocol, then the sweep (device protocol)."""
+    asked: list[Point] = []
+    for name in parameters.configurations:
+        comm_bytes, matmul_n = sizes(parameters, name)
+        shared = {"configuration": name, "comm_bytes": comm_bytes, "matmul_n": matmul_n}
+        for protocol in parameters.protocols:
+            if protocol == "device":
+                methods = DEVICE_METHODS[machine.kind]
+                how = {"budget_s": parameters.budget_s, "min_iterations": parameters.min_iterations}
+            else:
+                methods = list(METHODS["published"])
+                how = {"iterations": parameters.published_iterations}
+            asked.append({**shared, "protocol": protocol, "methods": ",".join(methods), **how})
+    for comm_bytes in parameters.sweep_comm_bytes:
+        for matmul_n in parameters.sweep_matmul_n:
+            cell = {"configuration": SWEEP, "comm_bytes": comm_bytes, "matmul_n": matmul_n, "protocol": "device"}
+            how = {"budget_s": parameters.sweep_budget_s, "min_iterations": parameters.min_iterations}
+            asked.append({**cell, "methods": ",".join(SWEEP_METHODS[machine.kind]), **how})
+    for point in asked:
+        check_sizes(parameters, machine, point["comm_bytes"], point["matmul_n"])
+    return [{**point, "dtype": parameters.dtype} for point in asked]
+
+
+def timeline_points(parameters: OverlapParameters, machine: Machine) -> list[Point]:
+    asked = []
+    for name in parameters.timeline_configurations:
+        comm_bytes, matmul_n = sizes(parameters, name)
+        check_sizes(parameters, machine, comm_bytes, matmul_n)
+        cell = {"configuration": name, "comm_bytes": comm_bytes, "matmul_n": matmul_n}
+        asked.append({**cell, "methods": "sequential,two_stream", "dtype": parameters.dtype})
+    return asked
+
+
+TIME = pa.Column(float, pa.Check.gt(0), nullable=True)
+RATIO = pa.Column(float, nullable=True)
+COMMON = {
+    "point_key": pa.Column(str),
+    "configuration": pa.Column(str, pa.Check.isin([*PUBLISHED, SWEEP])),
+    "comm_bytes": pa.Column(int, pa.Check.gt(0)),
+    "matmul_n": pa.Column(int, pa.Check.gt(0)),
+    "dtype": pa.Column(str, pa.Check.isin(list(BYTES_PER_ELEMENT))),
+    "num_ranks": pa.Column(int, pa.Check.ge(2)),
+    "num_launches": pa.Column(int, pa.Check.ge(1)),
+    "error": pa.Column(str),
+}
+TIMES = ("t_comm", "t_comp", "t_seq", "t_overlap")
+OVERLAP_SCHEMA = pa.DataFrameSchema(
+    {
+        **COMMON,
+        "protocol": pa.Column(str, pa.Check.isin(list(METHODS))),
+        "method": pa.Column(str),
+        "backend": pa.Column(str),
+        "published_size": pa.Column(bool),
+        "timing": pa.Column(str, pa.Check.isin(["graph", "backlog", "host", ""])),
+        **{f"{name}{bound}_us": TIME for name in TIMES for bound in ("", "_lo", "_hi")},
+        "t_comm_best_us": TIME,
+        "t_seq_backend_us": TIME,
+        "ideal_us": TIME,
+        "speedup": TIME,
+        "speedup_lo": RATIO,
+        "speedup_hi": RATIO,
+        "speedup_collective": TIME,
+        "speedup_overlap": TIME,
+        "fraction_of_ideal": TIME,
+        "eta": RATIO,
+        "sigma_comm": TIME,
+        "sigma_comp": TIME,
+        "verdict": pa.Column(str, pa.Check.isin(["helps", "hurts", "undecided", ""])),
+        "correct": pa.Column(bool),
+    },
+    strict=False,
+    coerce=True,
+)
+TIMELINE_SCHEMA = pa.DataFrameSchema(
+    {
+        **COMMON,
+        "method": pa.Column(str),
+        "rank": pa.Column(int, pa.Check.ge(0)),
+        "event": pa.Column(int, pa.Check.ge(0)),
+        "lane": pa.Column(str),
+        "name": pa.Column(str),
+        "category": pa.Column(str, pa.Check.isin(["comm", "compute"])),
+        "start_us": pa.Column(float, pa.Check.ge(0)),
+        "duration_us": pa.Column(float, pa.Check.ge(0)),
+        "correct": pa.Column(bool),
+    },
+    strict=False,
+    coerce=True,
+)
+
+
+def num_ranks(parameters: OverlapParameters, machine: Machine) -> int:
+    return resolve_ranks(parameters.num_ranks, machine)
+
+
+OVERLAP = Dataset(
+    name="overlap",
+    program="overlap",
+    method_version=1,
+    schema=OVERLAP_SCHEMA,
+    index=("configuration", "comm_bytes", "matmul_n", "protocol", "method"),
+    points=points,
+    num_ranks=num_ranks,
+    unavailable=too_few_ranks,
+)
+TIMELINE = Dataset(
+    name="overlap_timeline",
+    program="overlap_timeline",
+    method_version=1,
+    schema=TIMELINE_SCHEMA,
+    index=("configuration", "method", "rank", "event"),
+    points=timeline_points,
+    num_ranks=num_ranks,
+    unavailable=too_few_ranks,
+)
+SECTION = Section(
+    name="overlap",
+    title="1. Overlap of an all-reduce with a matmul",
+    notebook="01_overlap.ipynb",
+    parameters=OverlapParameters,
+    profiles={
+        "smoke": {
+            "cpu": {
+                "shrink": 16, "budget_s": 0.05, "min_iterations": 5, "published_iterations": 5,
+                "sweep_comm_bytes": [64 * KIB, MIB], "sweep_matmul_n": [64, 256], "sweep_budget_s": 0.03,
+            },
+            "cuda": {
+                "budget_s": 0.2, "published_iterations": 10, "sweep_budget_s": 0.05,
+                "sweep_comm_bytes": [MIB, 16 * MIB], "sweep_matmul_n": [1024, 4096],
+            },
+        },
+        "standard": {
+            "cpu": {
+                "budget_s": 5.0, "min_iterations": 5, "published_iterations": 5, "sweep_budget_s": 0.6,
+                "sweep_comm_bytes": [64 * KIB, 256 * KIB, MIB, 4 * MIB, 16 * MIB],
+                "sweep_matmul_n": [256, 512, 1024, 1536],
+            },
+            "cuda": {
+                "sweep_comm_bytes": [256 * KIB, MIB, 4 * MIB, 16 * MIB, 64 * MIB],
+                "sweep_matmul_n": [1024, 2048, 4096, 8192], "timeline_configurations": list(PUBLISHED),
+            },
+        },
+        "full": {
+            "cpu": {
+                "budget_s": 20.0, "num_launches": 3, "sweep_budget_s": 1.0,
+                "sweep_comm_bytes": [64 * KIB, 256 * KIB, MIB, 4 * MIB, 8 * MIB, 16 * MIB],
+                "sweep_matmul_n": [256, 512, 768, 1024, 1536, 2048], "timeline_configurations": list(PUBLISHED),
+            },
+            "cuda": {
+                "num_launches": 3, "sweep_budget_s": 0.1,
+                "sweep_comm_bytes": [256 * KIB, MIB, 4 * MIB, 8 * MIB, 16 * MIB, 32 * MIB, 64 * MIB, 128 * MIB],
+                "sweep_matmul_n": [1024, 2048, 3072, 4096, 6144, 8192], "timeline_configurations": list(PUBLISHED),
+            },
+        },
+    },
+    datasets=(OVERLAP, TIMELINE),
+    figures=("overlap_published", "overlap_synchronisation", "overlap_heatmap", "overlap_timeline"),
+)  # fmt: skip

@@ -51,9 +51,13 @@ def check_model(model: str) -> None:
         return
     if model.removeprefix(f"{HUB_OWNER}/") in KNOWN_MODELS:
         return
-    if model.count("/") != 1 or (_offline() and _snapshot(model, local_files_only=True) is None):
-        reason = "not in the hub's cache (HF_HUB_OFFLINE is set)" if model.count("/") == 1 else "neither a folder"
-        raise ValueError(f"unknown model {model!r}: {reason} nor one of {', '.join(KNOWN_MODELS)}")
+    if model.count("/") == 1 and (not _offline() or _snapshot(model, local_files_only=True)):
+        return
+    offline = " (HF_HUB_OFFLINE is set: only what its cache holds)" if _offline() else ""
+    raise ValueError(
+        f"unknown model {model!r}: neither a folder, nor the OWNER/NAME of a hub model{offline}, "
+        f"nor one of {', '.join(KNOWN_MODELS)}"
+    )
 
 
 def resolve(model: str, cache_dir: pathlib.Path | None = None) -> Checkpoint:
@@ -111,8 +115,8 @@ def weight_files(path: pathlib.Path) -> list[pathlib.Path]:
     try:
         config = json.loads((path / "config.json").read_text())
         index = path / "model.safetensors.index.json"
-        names = sorted(set(json.loads(index.read_text())["weight_map"].values())) if index.exists() else ["model.safetensors"]
-        files = [path / name for name in names]
+        shards = json.loads(index.read_text())["weight_map"].values() if index.exists() else ["model.safetensors"]
+        files = [path / name for name in sorted(set(shards))]
         for file in files:
             _tensors(file)
     except (OSError, ValueError, KeyError, TypeError, struct.error) as error:
@@ -206,7 +210,8 @@ def _make_random(dimensions: ModelDimensions, path: pathlib.Path) -> None:
         dtype="bfloat16",
     )
     path.parent.mkdir(parents=True, exist_ok=True)
-    with torch.random.fork_rng(devices=[]), tempfile.TemporaryDirectory(dir=path.parent, prefix=".making-") as temporary:
+    making = tempfile.TemporaryDirectory(dir=path.parent, prefix=".making-")
+    with torch.random.fork_rng(devices=[]), making as temporary:
         torch.manual_seed(SEED)
         default, _ = torch.get_default_dtype(), torch.set_default_dtype(torch.bfloat16)
         try:

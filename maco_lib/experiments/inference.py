@@ -76,7 +76,8 @@ def run(point: dict[str, Any], context: Context, row: dict[str, Any]) -> list[Sa
     row["reference_gap"] = check(prompts, times[-1].tokens, context, checkpoint)
     e2e = [1e3 * generation.e2e_s for generation in times]
     ttft = [1e3 * generation.ttft_s for generation in times]
-    tpot = [(total - first) / (new_tokens - 1) for total, first in zip(e2e, ttft, strict=True)] if new_tokens > 1 else []
+    pairs = zip(e2e, ttft, strict=True) if new_tokens > 1 else []
+    tpot = [(total - first) / (new_tokens - 1) for total, first in pairs]
     row["e2e_ms"], row["e2e_lo_ms"], row["e2e_hi_ms"] = median_interval(e2e)
     row["ttft_ms"] = median_interval(ttft)[0]
     row["tpot_ms"] = median_interval(tpot)[0] if tpot else math.nan

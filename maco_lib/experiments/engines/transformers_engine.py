@@ -33,8 +33,9 @@ class TransformersEngine:
     """Greedy decoding of exactly the asked number of tokens: no end-of-sequence token is configured, so none ends it.
 
     `is_compiled`: a static cache, and the decode step under torch.compile. On a GPU in the mode that `generate` chooses
-    itself, "reduce-overhead" (CUDA graphs). The prompt's pass is not compiled, in either arm. Every batch size is
-    compiled on its own (dynamic=False), as it would be for a service of fixed batch.
+    itself, "reduce-overhead" (CUDA graphs). The prompt's pass is not compiled, in either arm. On a
+    GPU every batch size is compiled on its own, as for a service of fixed batch; on a CPU, where that takes most of a
+    minute each, torch.compile decides when a size becomes dynamic.
     """
 
     def __init__(self, path: str, dtype: str, device: str, is_compiled: bool):
@@ -47,8 +48,9 @@ class TransformersEngine:
         self.model.generation_config = GenerationConfig()
         self.options = {}
         if is_compiled:
-            is_cuda = self.device.type == "cuda"
-            compile_config = CompileConfig(dynamic=False if is_cuda else None, mode="reduce-overhead" if is_cuda else "default")
+            on_gpu = self.device.type == "cuda"
+            mode = "reduce-overhead" if on_gpu else "default"
+            compile_config = CompileConfig(dynamic=False if on_gpu else None, mode=mode)
             # `generate` compiles on accelerators only, unless it is told so.
             compile_config._compile_all_devices = True
             self.options = {"cache_implementation": "static", "compile_config": compile_config}

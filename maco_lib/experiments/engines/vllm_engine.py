@@ -8,8 +8,8 @@ from maco_lib.experiments.engines import Generation, usable_cores
 
 # What torchrun tells its ranks would make vLLM's own processes join the wrong group.
 TORCHRUN_VARIABLES = (
-    "RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "GROUP_RANK", "GROUP_WORLD_SIZE", "ROLE_RANK", "ROLE_WORLD_SIZE",
-    "ROLE_NAME", "MASTER_ADDR", "MASTER_PORT",
+    "RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "GROUP_RANK", "GROUP_WORLD_SIZE", "ROLE_RANK",
+    "ROLE_WORLD_SIZE", "ROLE_NAME", "MASTER_ADDR", "MASTER_PORT",
 )  # fmt: skip
 ENVIRONMENT = {
     "VLLM_NO_USAGE_STATS": "1",
@@ -39,7 +39,6 @@ class VllmEngine:
         import vllm
 
         self.sampling = vllm.SamplingParams
-        self.prompt = vllm.TokensPrompt if hasattr(vllm, "TokensPrompt") else dict
         self.version = f"vllm {vllm.__version__}"
         self.threads = len(usable_cores())
         self.llm = vllm.LLM(
@@ -60,14 +59,14 @@ class VllmEngine:
     def generate(self, prompts: list[list[int]], num_new_tokens: int) -> Generation:
         """`prompts`: [batch][tokens]. TTFT from the engine's own record of each request: arrival and first token."""
         options = self.sampling(temperature=0.0, max_tokens=num_new_tokens, ignore_eos=True, detokenize=False)
-        requests = [self.prompt(prompt_token_ids=prompt) for prompt in prompts]
+        requests = [{"prompt_token_ids": prompt} for prompt in prompts]
         # The engine stamps a request's arrival with time.time(), so that is the clock of the TTFT.
         begin_wall, begin = time.time(), time.perf_counter()
         outputs = self.llm.generate(requests, options, use_tqdm=False)
         tokens = [list(output.outputs[0].token_ids) for output in outputs]
         end = time.perf_counter()
-        first_s = max(output.metrics.arrival_time + output.metrics.first_token_latency for output in outputs) - begin_wall
-        return Generation(tokens, end - begin, first_s)
+        first = max(output.metrics.arrival_time + output.metrics.first_token_latency for output in outputs)
+        return Generation(tokens, end - begin, first - begin_wall)
 
     def close(self) -> None:
         """End the engine's processes and wait for them."""

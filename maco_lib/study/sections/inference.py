@@ -31,7 +31,10 @@ STEPS = {
 
 class InferenceParameters(Parameters):
     num_ranks: int | None = Field(None, ge=1, le=1, description="always one process on one device")
-    model: str = Field("Qwen3-0.6B-Base", description="a checkpoint folder, a hub name, or published dimensions with random weights")
+    model: str = Field(
+        "Qwen3-0.6B-Base",
+        description="a checkpoint folder or a hub name; random weights of its dimensions where the hub is out of reach",
+    )
     arms: list[Literal[ARMS]] = Field(list(ARMS), min_length=1, description="engines to compare")
     batches: list[PositiveInt] = Field([1, 8, 32], min_length=1, description="numbers of requests decoded together")
     prompt_tokens: int = Field(6, ge=1, le=16384, description="tokens of each prompt; the published prompt has 6")
@@ -96,7 +99,8 @@ def compare(rows: pd.DataFrame) -> pd.DataFrame:
 
 
 def leading_equal(ours: list[str], theirs: list[str]) -> int:
-    return next((place for place, pair in enumerate(zip(ours, theirs, strict=False)) if pair[0] != pair[1]), min(len(ours), len(theirs)))
+    pairs = list(zip(ours, theirs, strict=False))
+    return next((place for place, (our, their) in enumerate(pairs) if our != their), len(pairs))
 
 
 def attribute(tables: Mapping[str, pd.DataFrame], parameters: Any) -> pd.DataFrame:
@@ -112,7 +116,8 @@ def attribute(tables: Mapping[str, pd.DataFrame], parameters: Any) -> pd.DataFra
     for batch, arms in rows.groupby("batch"):
         arms = arms.set_index("arm")
         for route, names in ROUTES.items():
-            whole = arms.at[BASELINE, "e2e_ms"] / arms.at[WINNER, "e2e_ms"] if {BASELINE, WINNER} <= set(arms.index) else np.nan
+            has_both_ends = {BASELINE, WINNER} <= set(arms.index)
+            whole = arms.at[BASELINE, "e2e_ms"] / arms.at[WINNER, "e2e_ms"] if has_both_ends else np.nan
             for number, (source, target) in enumerate(zip(names, names[1:], strict=False), 1):
                 if source not in arms.index or target not in arms.index:
                     continue
@@ -120,18 +125,18 @@ def attribute(tables: Mapping[str, pd.DataFrame], parameters: Any) -> pd.DataFra
                 factor = before["e2e_ms"] / after["e2e_ms"]
                 steps.append({
                     "route": route, "batch": batch, "step": number, "adds": STEPS[source, target],
-                    "from_arm": source, "to_arm": target, "e2e_before_ms": before["e2e_ms"], "e2e_after_ms": after["e2e_ms"],
+                    "from_arm": source, "to_arm": target,
+                    "e2e_before_ms": before["e2e_ms"], "e2e_after_ms": after["e2e_ms"],
                     "factor": factor, "factor_lo": before["e2e_lo_ms"] / after["e2e_hi_ms"],
-                    "factor_hi": before["e2e_hi_ms"] / after["e2e_lo_ms"], "ttft_factor": before["ttft_ms"] / after["ttft_ms"],
+                    "factor_hi": before["e2e_hi_ms"] / after["e2e_lo_ms"],
+                    "ttft_factor": before["ttft_ms"] / after["ttft_ms"],
                     "tpot_factor": before["tpot_ms"] / after["tpot_ms"], "log_share": np.log(factor) / np.log(whole),
                 })  # fmt: skip
     return pd.DataFrame(steps, columns=list(ATTRIBUTION_SCHEMA.columns))
 
 
 POSITIVE = pa.Check.gt(0)
-MILLISECONDS = {
-    name: pa.Column(float, POSITIVE, nullable=True) for name in ("e2e_ms", "e2e_lo_ms", "e2e_hi_ms", "ttft_ms", "tpot_ms")
-}
+TIMES = ("e2e_ms", "e2e_lo_ms", "e2e_hi_ms", "ttft_ms", "tpot_ms")
 SCHEMA = pa.DataFrameSchema(
     {
         "point_key": pa.Column(str),
@@ -141,7 +146,7 @@ SCHEMA = pa.DataFrameSchema(
         "new_tokens": pa.Column(int, pa.Check.ge(1)),
         "model": pa.Column(str),
         "dtype": pa.Column(str),
-        **MILLISECONDS,
+        **{name: pa.Column(float, POSITIVE, nullable=True) for name in TIMES},
         "tokens_per_s": pa.Column(float, POSITIVE, nullable=True),
         "speedup": pa.Column(float, POSITIVE, nullable=True),
         "speedup_lo": pa.Column(float, POSITIVE, nullable=True),
@@ -210,7 +215,10 @@ ATTRIBUTION = Derived(
     compute=attribute,
 )
 
-TINY = {"model": "Qwen3-tiny", "batches": [1, 2], "new_tokens": 8, "num_warmups": 1, "num_repeats": 3, "num_batched_repeats": 2}
+TINY = {
+    "model": "Qwen3-tiny", "batches": [1, 2], "new_tokens": 8,
+    "num_warmups": 1, "num_repeats": 3, "num_batched_repeats": 2,
+}  # fmt: skip
 SECTION = Section(
     name="inference",
     title="2. LLM inference",

@@ -10,7 +10,7 @@ MIB = 2**20
 
 
 class EnvironmentParameters(Parameters):
-    num_ranks: int | None = Field(None, ge=1, le=1, description="always one process, which sees every device")
+    num_ranks: int | None = Field(None, ge=1, description="without effect here: one process sees every device")
     matmul_n: list[int] = Field([256, 512, 1024, 2048], min_length=1, description="n of the n×n matmuls, both dtypes")
     skinny_m: list[int] = Field([1, 64], description="m of the (m, n) @ (n, n) matmuls in bf16; n is skinny_n")
     skinny_n: int = Field(2048, ge=1, description="n of those; its n×n weights should not fit into a cache")
@@ -82,7 +82,7 @@ SCHEMA = pa.DataFrameSchema(
 
 ENVIRONMENT = Dataset(
     name="environment",
-    program="environment",
+    program="maco_lib.experiments.environment",
     method_version=1,
     schema=SCHEMA,
     index=("quantity", "device", "peer", "dtype", "m", "n", "k", "bytes", "threads"),

@@ -20,8 +20,8 @@ VERDICTS = ["helps", "hurts", "undecided"]
 
 
 class WhenParameters(Parameters):
-    num_ranks: int | None = Field(None, ge=1, description="not used: the ranks are those of the measured tables")
-    num_launches: int = Field(1, ge=1, le=1, description="always 1: nothing is measured here")
+    num_ranks: int | None = Field(None, ge=1, description="without effect here: it is that of the measured tables")
+    num_launches: int = Field(1, ge=1, description="without effect here: nothing is measured")
     method: str = Field("two_stream", description="technique whose stretch predicts the gain of the models' layers")
     dtype: str = Field("bf16", pattern="^(bf16|fp32)$", description="type of the models' weights and activations")
     tp: list[int] = Field([2, 4], min_length=1, description="tensor-parallel sizes of the models' table")

@@ -13,15 +13,23 @@ def add_run_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--machine", default="auto", help="folder in data/ to measure in (default: this host's own)")
     parser.add_argument("--force", action="store_true", help="measure again what is already stored")
     parser.add_argument("--keep-going", action="store_true", help="go on with other sections when one fails")
-    parser.add_argument("-p", dest="overrides", metavar="NAME=VALUE", action="append", default=[],
-                        help="set a section parameter, for example -p matmul_sizes=[1024,2048]; may be repeated")
+    parser.add_argument(
+        "-p",
+        dest="overrides",
+        metavar="NAME=VALUE",
+        action="append",
+        default=[],
+        help="set a section parameter, for example -p matmul_sizes=[1024,2048]; may be repeated",
+    )
 
 
 def run_main(options: argparse.Namespace) -> int:
     from maco_lib.study.runner import parse_overrides, run
 
     only = [name for name in options.only.split(",") if name]
-    return run(only, options.profile, parse_overrides(options.overrides), options.machine, options.force, options.keep_going)
+    return run(
+        only, options.profile, parse_overrides(options.overrides), options.machine, options.force, options.keep_going
+    )
 
 
 def status_main(options: argparse.Namespace) -> int:
@@ -65,8 +73,10 @@ def main(arguments: list[str] | None = None) -> int:
     status.set_defaults(main=status_main)
     report = commands.add_parser("report", help="rebuild every figure and the report from stored data")
     report.set_defaults(main=report_main)
-    for name, module, text in (("doctor", doctor, "what is missing on this machine and how to get it"),
-                               ("advise", advise, "whether overlap pays for given shapes")):
+    for name, module, text in (
+        ("doctor", doctor, "what is missing on this machine and how to get it"),
+        ("advise", advise, "whether overlap pays for given shapes"),
+    ):
         command = commands.add_parser(name, help=text)
         module.add_arguments(command)
         command.set_defaults(main=module.main)

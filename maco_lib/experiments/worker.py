@@ -38,7 +38,7 @@ class Samples:
 
 @dataclass
 class Result:
-    """Rows of the reported table for one point (the index and key columns are filled in by the store) and its samples."""
+    """Rows of the reported table for one point (the store fills in its key and parameters), and the raw samples."""
 
     rows: list[dict[str, Any]]
     samples: list[Samples] = field(default_factory=list)
@@ -111,6 +111,16 @@ def main(measure: Callable[[dict, Context], Result]) -> None:
     specification = json.loads(parser.parse_args().specification.read_text())
     die_with_parent()
     rank, num_ranks = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+    try:
+        work(measure, specification, rank, num_ranks)
+    except Exception as error:
+        message = f"{type(error).__name__}: {error}"
+        append_line(pathlib.Path(specification["events"]), {"event": "failed", "rank": rank, "error": message})
+        raise
+
+
+def work(measure: Callable[[dict, Context], Result], specification: dict[str, Any], rank: int, num_ranks: int) -> None:
+    """Measure every point of the specification; rank 0 records them."""
     with joined(num_ranks, specification["kind"]) as (device, group):
         context = Context(rank, num_ranks, device, group, pathlib.Path(specification["events"]))
         with heartbeat(context):

@@ -20,8 +20,9 @@ def strip_timestamps(path: pathlib.Path) -> None:
 
 def main(notebook: str, output: str, parameters: str) -> None:
     try:
-        papermill.execute_notebook(notebook, output, parameters=json.loads(parameters), kernel_name="python3",
-                                   progress_bar=False, cwd=".")
+        papermill.execute_notebook(
+            notebook, output, parameters=json.loads(parameters), kernel_name="python3", progress_bar=False, cwd="."
+        )
     except papermill.PapermillExecutionError as error:
         sys.exit(f"{error.ename}: {error.evalue}")
     finally:

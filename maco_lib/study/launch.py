@@ -35,7 +35,7 @@ def label(point: Point) -> str:
 
 
 def plan(dataset: Dataset, parameters: Parameters, machine: Machine) -> list[Point]:
-    """The dataset's points for these parameters; raises ValueError on more ranks than devices or on a repeated point."""
+    """The dataset's points for these parameters; ValueError on more ranks than devices or on a repeated point."""
     num_ranks = dataset.num_ranks(parameters, machine)
     devices = machine.num_devices if machine.kind == "cuda" else max(2, machine.num_devices)
     if num_ranks > devices:
@@ -49,11 +49,17 @@ def plan(dataset: Dataset, parameters: Parameters, machine: Machine) -> list[Poi
     return points
 
 
-def missing(store: Store, name: str, dataset: Dataset, points: list[Point], num_launches: int) -> list[tuple[Point, int]]:
+def missing(
+    store: Store, name: str, dataset: Dataset, points: list[Point], num_launches: int
+) -> list[tuple[Point, int]]:
     """The (point, repeat) pairs not measured yet, in the order in which they would be."""
     done = store.measured(name, dataset.name)
-    return [(point, repeat) for repeat in range(num_launches) for point in points
-            if (dataset.key(point), repeat) not in done]
+    return [
+        (point, repeat)
+        for repeat in range(num_launches)
+        for point in points
+        if (dataset.key(point), repeat) not in done
+    ]
 
 
 @contextlib.contextmanager
@@ -67,22 +73,26 @@ def alone(store: Store, name: str) -> Iterator[None]:
         yield
 
 
-def measure(store: Store, name: str, dataset: Dataset, parameters: Parameters, machine: Machine,
-            force: bool = False) -> int:
+def measure(
+    store: Store, name: str, dataset: Dataset, parameters: Parameters, machine: Machine, force: bool = False
+) -> int:
     """Measure the missing points (all of them with `force`) and store the table; returns how many were measured.
 
     Finished points survive any failure in the journal, and the next call goes on from there.
     """
-    points = plan(dataset, parameters, machine)
+    points, num_launches = plan(dataset, parameters, machine), dataset.num_launches(parameters)
     with alone(store, name):
         journal = store.journal(name, dataset.name)
         drop_torn_line(journal)
-        todo = [(point, repeat) for repeat in range(parameters.num_launches) for point in points] if force else \
-            missing(store, name, dataset, points, parameters.num_launches)
+        todo = (
+            [(point, repeat) for repeat in range(num_launches) for point in points]
+            if force
+            else missing(store, name, dataset, points, num_launches)
+        )
         launches: dict[tuple, list[Point]] = {}
         for point, repeat in todo:
             launches.setdefault((repeat, *dataset.group(point)), []).append(point)
-        with Progress(dataset.name, len(points) * parameters.num_launches, len(todo)) as progress:
+        with Progress(dataset.name, len(points) * num_launches, len(todo)) as progress:
             for (repeat, *_), entries in launches.items():
                 launch(store, name, dataset, entries, repeat, machine, progress)
         keys = [dataset.key(point) for point in points]
@@ -92,31 +102,47 @@ def measure(store: Store, name: str, dataset: Dataset, parameters: Parameters, m
     return len(todo)
 
 
-def launch(store: Store, name: str, dataset: Dataset, points: list[Point], repeat: int, machine: Machine,
-           progress: Progress) -> None:
+def launch(
+    store: Store, name: str, dataset: Dataset, points: list[Point], repeat: int, machine: Machine, progress: Progress
+) -> None:
     """One torchrun of the dataset's program over `points`; raises LaunchError unless every one was measured."""
     folder = store.journal_folder(name)
     identifier = f"{time.strftime('%Y%m%dT%H%M%S', time.gmtime())}-{secrets.token_hex(2)}"
     events, log = folder / f"{identifier}.events", folder / f"{identifier}.log"
     num_ranks = points[0]["num_ranks"]
     specification = {
-        "kind": machine.kind, "launch": identifier, "repeat": repeat, "events": str(events),
+        "kind": machine.kind,
+        "launch": identifier,
+        "repeat": repeat,
+        "events": str(events),
         "journal": str(store.journal(name, dataset.name)),
         "points": [{"key": dataset.key(point), "point": point, "label": label(point)} for point in points],
     }
     specification_path = folder / f"{identifier}.spec.json"
     write_json(specification_path, specification)
-    program = f"maco_lib.experiments.{dataset.program}"
+    program = dataset.program
     torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(num_ranks), "-m", program]
-    facts = {"table": dataset.name, "program": program, "num_ranks": num_ranks, "machine_folder": name,
-             **provenance(CHECKOUT, machine), "command": f"torchrun --standalone --nproc-per-node {num_ranks} -m {program}"}
+    facts = {
+        "table": dataset.name,
+        "program": program,
+        "num_ranks": num_ranks,
+        "machine_folder": name,
+        **provenance(CHECKOUT, machine),
+        "command": f"torchrun --standalone --nproc-per-node {num_ranks} -m {program}",
+    }
     facts_path = folder / f"{identifier}.json"
     write_json(facts_path, facts)  # before the start: a point in the journal always finds its launch
     supervisor = [sys.executable, "-m", "maco_lib.study.supervise", sys.executable, *torchrun, str(specification_path)]
     begin = time.monotonic()
     with open(log, "wb") as output, Sampler() as sampler:
-        process = subprocess.Popen(supervisor, stdin=subprocess.PIPE, stdout=output, stderr=subprocess.STDOUT,
-                                   env=child_environment(machine, num_ranks), start_new_session=True)
+        process = subprocess.Popen(
+            supervisor,
+            stdin=subprocess.PIPE,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            env=child_environment(machine, num_ranks),
+            start_new_session=True,
+        )
         try:
             why = watch(process, events, progress, dataset.point_timeout_s, len(points))
         finally:
@@ -137,26 +163,31 @@ def child_environment(machine: Machine, num_ranks: int) -> dict[str, str]:
     return {"OMP_NUM_THREADS": str(threads), "PYTHONUNBUFFERED": "1", **os.environ, "PYTHONPATH": path}
 
 
-def watch(process: subprocess.Popen, events: pathlib.Path, progress: Progress, point_timeout_s: float,
-          num_points: int) -> str | None:
+def watch(
+    process: subprocess.Popen, events: pathlib.Path, progress: Progress, point_timeout_s: float, num_points: int
+) -> str | None:
     """Follow the events until the program ends; returns what went wrong, or None.
 
     A point may take `point_timeout_s`, start-up START_TIMEOUT_S more; a program past that is stopped.
     """
     seen = finished = 0
+    failures: list[str] = []
     deadline = time.monotonic() + START_TIMEOUT_S + point_timeout_s
     while True:
         ended = process.poll() is not None
         lines: list[dict[str, Any]] = list(read_lines(events))
         for event in lines[seen:]:
             progress.show(event)
+            if event["event"] == "failed":
+                failures.append(f"rank {event['rank']}: {event['error']}")
             if event["event"] == "point":
                 finished += 1
                 deadline = time.monotonic() + point_timeout_s
         seen = len(lines)
         if ended:
             if process.returncode != 0:
-                return f"ended with status {process.returncode} after {finished} of {num_points} points"
+                cause = f" ({failures[0]})" if failures else ""
+                return f"ended with status {process.returncode} after {finished} of {num_points} points{cause}"
             return None if finished == num_points else f"ended after {finished} of {num_points} points"
         if time.monotonic() > deadline:
             return f"finished no point for {point_timeout_s:.0f} s (after {finished} of {num_points}) and was stopped"

@@ -37,7 +37,12 @@ def begin(section: str, profile: str = "standard", machine: str = "auto", **para
         die_with_parent()
     entry, store, here = find_section(section), Store(), this_machine()
     own = store.folder_for(here)
-    if machine != "auto" and machine != own and machine in store.machines() and store.machine(machine)["hardware"] != here.name:
+    if (
+        machine != "auto"
+        and machine != own
+        and machine in store.machines()
+        and store.machine(machine)["hardware"] != here.name
+    ):
         run = Run(store, entry, here, machine, profile, entry.resolve(profile, here, parameters), view_only=True)
     else:
         folder = store.folder_for(here, machine)
@@ -49,8 +54,16 @@ def begin(section: str, profile: str = "standard", machine: str = "auto", **para
 class Run:
     """One section being run on one machine; `begin` makes it."""
 
-    def __init__(self, store: Store, section: Section, machine: Machine, folder: str, profile: str,
-                 parameters: Parameters, view_only: bool = False):
+    def __init__(
+        self,
+        store: Store,
+        section: Section,
+        machine: Machine,
+        folder: str,
+        profile: str,
+        parameters: Parameters,
+        view_only: bool = False,
+    ):
         self.store, self.section, self.machine, self.folder = store, section, machine, folder
         self.profile, self.parameters, self.view_only = profile, parameters, view_only
         self.reasons: dict[str, str] = {}
@@ -58,10 +71,18 @@ class Run:
 
     def show_parameters(self, given: dict[str, Any]) -> None:
         """The parameters in force, and where each came from."""
-        rows = [(name, repr(value), "set here" if given.get(name) is not None else f"profile {self.profile}",
-                 type(self.parameters).model_fields[name].description or "")
-                for name, value in self.parameters.model_dump().items()]
-        display(Markdown(f"**{self.section.title}** on `{self.folder}`" + (" (stored results)" if self.view_only else "")))
+        rows = [
+            (
+                name,
+                repr(value),
+                "set here" if given.get(name) is not None else f"profile {self.profile}",
+                type(self.parameters).model_fields[name].description or "",
+            )
+            for name, value in self.parameters.model_dump().items()
+        ]
+        display(
+            Markdown(f"**{self.section.title}** on `{self.folder}`" + (" (stored results)" if self.view_only else ""))
+        )
         display(table_of(pd.DataFrame(rows, columns=["parameter", "value", "from", "meaning"])))
 
     def measure(self) -> None:
@@ -83,8 +104,11 @@ class Run:
                 continue
             begin = time.monotonic()
             count = launch.measure(self.store, self.folder, dataset, self.parameters, self.machine, force)
-            print(f"{dataset.name}: {count} points measured in {time.monotonic() - begin:.0f} s" if count else
-                  f"{dataset.name}: every point is already stored")
+            print(
+                f"{dataset.name}: {count} points measured in {time.monotonic() - begin:.0f} s"
+                if count
+                else f"{dataset.name}: every point is already stored"
+            )
         for derived in self.section.derived:
             self.compute(derived)
 
@@ -108,8 +132,13 @@ class Run:
             return self.folder
         others = [name for name in self.store.machines() if (self.store.data / name / f"{table}.csv").exists()]
         if not others:
-            raise DataError(f"{table} cannot be measured here ({self.reasons[table]}), and data/ holds no machine that has it")
-        reference = max(others, key=lambda name: (self.store.machine(name)["kind"] == "cuda", self.store.machine(name)["num_devices"]))
+            raise DataError(
+                f"{table} cannot be measured here ({self.reasons[table]}), and data/ holds no machine that has it"
+            )
+        reference = max(
+            others,
+            key=lambda name: (self.store.machine(name)["kind"] == "cuda", self.store.machine(name)["num_devices"]),
+        )
         display(Markdown(f"*Stored results of the reference machine `{reference}`: {self.reasons[table]}.*"))
         return reference
 
@@ -136,11 +165,20 @@ class Run:
                 self.write_record(UNAVAILABLE, "; ".join(f"{name}: {self.reasons[name]}" for name in lost))
                 print(f"Section {self.section.name} cannot be measured here.")
                 return
-        problems = stale_tables(self.store, self.folder, self.section, self.machine, self.parameters,
-                                self.store.record(self.folder, self.section.name))
-        problems += [f"figure {name}.{suffix} was not written" for name in self.section.figures
-                     for suffix in ("svg", "pdf", "png", "csv")
-                     if not (self.store.figures / self.folder / f"{name}.{suffix}").exists()]
+        problems = stale_tables(
+            self.store,
+            self.folder,
+            self.section,
+            self.machine,
+            self.parameters,
+            self.store.record(self.folder, self.section.name),
+        )
+        problems += [
+            f"figure {name}.{suffix} was not written"
+            for name in self.section.figures
+            for suffix in ("svg", "pdf", "png", "csv")
+            if not (self.store.figures / self.folder / f"{name}.{suffix}").exists()
+        ]
         if problems:
             raise RuntimeError(f"section {self.section.name} is not complete: " + "; ".join(problems))
         self.write_record(COMPLETE)
@@ -148,9 +186,17 @@ class Run:
 
     def write_record(self, state: str, error: str = "") -> None:
         record = self.store.record(self.folder, self.section.name)
-        record.update(profile=self.profile, parameters=self.parameters.model_dump(), verdict={
-            "state": state, "error": error, "at": utc_now(), "seconds": round(time.monotonic() - self.begun, 1),
-            "run": os.environ.get("MACO_RUN_ID", "by hand")})
+        record.update(
+            profile=self.profile,
+            parameters=self.parameters.model_dump(),
+            verdict={
+                "state": state,
+                "error": error,
+                "at": utc_now(),
+                "seconds": round(time.monotonic() - self.begun, 1),
+                "run": os.environ.get("MACO_RUN_ID", "by hand"),
+            },
+        )
         self.store.write_record(self.folder, self.section.name, record)
 
 

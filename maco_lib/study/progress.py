@@ -59,7 +59,9 @@ class View:
         if kind == "plan":
             self.name, self.done, self.todo, self.begin = event["dataset"], 0, event["todo"], time.monotonic()
             skipped = event["total"] - event["todo"]
-            self.line(f"{self.name}: {event['todo']} points to measure" + (f", {skipped} already stored" if skipped else ""))
+            self.line(
+                f"{self.name}: {event['todo']} points to measure" + (f", {skipped} already stored" if skipped else "")
+            )
             if not self.plain and self.todo:
                 self.bar = make_bar(self.todo, self.name)
         elif kind == "point":
@@ -86,6 +88,7 @@ class View:
 
 def make_bar(total: int, name: str) -> tqdm:
     import warnings
+
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", TqdmWarning)  # without ipywidgets tqdm falls back to its text bar, as wanted
         return tqdm(total=total, desc=name, unit="point", dynamic_ncols=True)

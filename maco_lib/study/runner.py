@@ -73,8 +73,9 @@ def prepare(only: list[str], profile: str, overrides: Mapping[str, Any], machine
     return jobs
 
 
-def run(only: list[str], profile: str, overrides: Mapping[str, Any], machine_name: str, force: bool,
-        keep_going: bool) -> int:
+def run(
+    only: list[str], profile: str, overrides: Mapping[str, Any], machine_name: str, force: bool, keep_going: bool
+) -> int:
     """Run what is not fresh, write the report; returns the exit status, non-zero if a section or the report failed."""
     store, machine = Store(), this_machine()
     folder = store.folder_for(machine, machine_name)
@@ -104,8 +105,7 @@ def run(only: list[str], profile: str, overrides: Mapping[str, Any], machine_nam
 
 
 def figures_exist(store: Store, folder: str, section: Section, state: str) -> bool:
-    return state == "unavailable" or all(
-        (store.figures / folder / f"{name}.png").exists() for name in section.figures)
+    return state == "unavailable" or all((store.figures / folder / f"{name}.png").exists() for name in section.figures)
 
 
 def run_section(store: Store, folder: str, job: Job, profile: str, force: bool) -> str | None:
@@ -115,15 +115,35 @@ def run_section(store: Store, folder: str, job: Job, profile: str, force: bool) 
     events, output = journal / f"{job.section.name}.run.events", journal / job.section.notebook
     events.unlink(missing_ok=True)
     parameters = {"profile": profile, "machine": folder, **job.given}
-    command = [sys.executable, "-m", "maco_lib.study.supervise", sys.executable, "-m", "maco_lib.study.execute",
-               os.path.join("notebooks", job.section.notebook), str(output), json.dumps(parameters)]
-    environment = {**child_environment_for_kernel(store), "MACO_RUN_ID": run_id, "MACO_EVENTS": str(events),
-                   "MACO_FORCE": "1" if force else "0"}
+    command = [
+        sys.executable,
+        "-m",
+        "maco_lib.study.supervise",
+        sys.executable,
+        "-m",
+        "maco_lib.study.execute",
+        os.path.join("notebooks", job.section.notebook),
+        str(output),
+        json.dumps(parameters),
+    ]
+    environment = {
+        **child_environment_for_kernel(store),
+        "MACO_RUN_ID": run_id,
+        "MACO_EVENTS": str(events),
+        "MACO_FORCE": "1" if force else "0",
+    }
     print(f"{job.section.name}: {job.section.title}", flush=True)
     log = journal / f"{job.section.name}.run.log"
     with open(log, "wb") as stream:
-        process = subprocess.Popen(command, cwd=CHECKOUT, env=environment, stdin=subprocess.PIPE, stdout=stream,
-                                   stderr=subprocess.STDOUT, start_new_session=True)
+        process = subprocess.Popen(
+            command,
+            cwd=CHECKOUT,
+            env=environment,
+            stdin=subprocess.PIPE,
+            stdout=stream,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
         try:
             view, seen, ended = View(), 0, False
             while not ended:
@@ -173,8 +193,11 @@ def record_failure(store: Store, folder: str, job: Job, profile: str, error: str
     except DataError as damaged:
         print(f"{job.section.name}: {damaged}; it is written anew", file=sys.stderr)
         record = {}
-    record.update(profile=profile, parameters=job.parameters.model_dump(),
-                  verdict={"state": FAILED, "error": error, "at": utc_now(), "seconds": 0.0, "run": "runner"})
+    record.update(
+        profile=profile,
+        parameters=job.parameters.model_dump(),
+        verdict={"state": FAILED, "error": error, "at": utc_now(), "seconds": 0.0, "run": "runner"},
+    )
     store.claim(this_machine(), folder)
     store.write_record(folder, job.section.name, record)
 

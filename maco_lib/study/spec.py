@@ -1,7 +1,7 @@
 """What a section of the study is, said once: its parameters, the points it measures, its tables and its figures.
 
-A section is declared in `maco_lib/study/sections/<name>.py` without importing torch; the program that measures it is
-`maco_lib/experiments/<program>.py`.
+A section is declared in `maco_lib/study/sections/<name>.py` without importing torch; what measures it is a program of
+`maco_lib/experiments`.
 """
 
 import hashlib
@@ -38,10 +38,11 @@ def point_key(dataset: str, method_version: int, point: Mapping[str, Any]) -> st
 
 @dataclass(frozen=True)
 class Dataset:
-    """A table filled by the program `maco_lib.experiments.<program>` on `num_ranks` ranks, one or more rows a point.
+    """A table filled by the module `program`, which torchrun starts on `num_ranks` ranks, one or more rows a point.
 
     `index` names the columns that identify a row; every other column is a value. `group(point)` says which points share
-    a process launch. `finish` adds the columns that need more than one point's rows. `unavailable` says in one sentence why this machine cannot measure the dataset, or returns None.
+    a process launch. `finish` adds the columns that need more than one point's rows. `unavailable` says in one sentence
+    why this machine cannot measure the dataset, or returns None.
     """
 
     name: str
@@ -55,6 +56,11 @@ class Dataset:
     group: Callable[[Point], tuple] = lambda point: ()
     finish: Callable[[pd.DataFrame], pd.DataFrame] = lambda rows: rows
     point_timeout_s: float = 300.0
+    repeated: bool = True
+
+    def num_launches(self, parameters: "Parameters") -> int:
+        """How many process launches each point gets: what the parameters say, once where repeating means nothing."""
+        return parameters.num_launches if self.repeated else 1
 
     def key(self, point: Mapping[str, Any]) -> str:
         return point_key(self.name, self.method_version, point)
@@ -93,8 +99,8 @@ class Section:
     def resolve(self, profile: str, machine: Machine, overrides: Mapping[str, Any] | None = None) -> Parameters:
         """The parameters in force: the class's defaults, then the profile's for this kind of machine, then `overrides`.
 
-        An override of None means "as the profile says". Raises ValueError naming an unknown profile or parameter, or the
-        value of the wrong type, with the valid ones.
+        An override of None means "as the profile says". Raises ValueError naming an unknown profile or parameter, or
+        the value of the wrong type, with the valid ones.
         """
         if profile not in PROFILES:
             raise ValueError(f"unknown profile {profile!r}; the profiles are {', '.join(PROFILES)}")
@@ -107,7 +113,9 @@ class Section:
         try:
             return self.parameters(**values)
         except ValidationError as error:
-            lines = [f"{'.'.join(map(str, issue['loc']))} = {issue['input']!r}: {issue['msg']}" for issue in error.errors()]
+            lines = [
+                f"{'.'.join(map(str, issue['loc']))} = {issue['input']!r}: {issue['msg']}" for issue in error.errors()
+            ]
             raise ValueError(f"section {self.name!r}: " + "; ".join(lines)) from None
 
 

@@ -43,8 +43,9 @@ def recorded_parameters(section: Section, record: dict[str, Any]) -> Parameters:
         raise ValueError(f"its parameters have changed their form: {error}") from None
 
 
-def section_status(store: Store, name: str, section: Section, machine: Machine,
-                   parameters: Parameters | None = None) -> Status:
+def section_status(
+    store: Store, name: str, section: Section, machine: Machine, parameters: Parameters | None = None
+) -> Status:
     """How `section` stands in data/<name>/ for `parameters` (default: those it was last run with)."""
     try:
         record = store.record(name, section.name)
@@ -66,12 +67,17 @@ def section_status(store: Store, name: str, section: Section, machine: Machine,
         return Status("stale", "; ".join(problems))
     if verdict["state"] == UNAVAILABLE:
         return Status("unavailable", verdict["error"].splitlines()[0])
-    moved = [table for table, entry in record.get("tables", {}).items() if entry.get("source_sha256") != source_digest(CHECKOUT)]
+    moved = [
+        table
+        for table, entry in record.get("tables", {}).items()
+        if entry.get("source_sha256") != source_digest(CHECKOUT)
+    ]
     return Status("code moved", f"since {', '.join(moved)} was written") if moved else Status("fresh")
 
 
-def stale_tables(store: Store, name: str, section: Section, machine: Machine, parameters: Parameters,
-                 record: dict[str, Any]) -> list[str]:
+def stale_tables(
+    store: Store, name: str, section: Section, machine: Machine, parameters: Parameters, record: dict[str, Any]
+) -> list[str]:
     """One sentence for each table that is not what `parameters` ask for."""
     problems = []
     tables = record.get("tables", {})
@@ -80,12 +86,14 @@ def stale_tables(store: Store, name: str, section: Section, machine: Machine, pa
             continue
         stored = tables.get(dataset.name, {})
         if stored and stored["method_version"] != dataset.method_version:
-            problems.append(f"{dataset.name}: method version {stored['method_version']} is now {dataset.method_version}")
+            problems.append(
+                f"{dataset.name}: method version {stored['method_version']} is now {dataset.method_version}"
+            )
             continue
-        points = plan(dataset, parameters, machine)
-        todo = missing(store, name, dataset, points, parameters.num_launches)
+        points, num_launches = plan(dataset, parameters, machine), dataset.num_launches(parameters)
+        todo = missing(store, name, dataset, points, num_launches)
         if todo:
-            problems.append(f"{dataset.name}: {len(todo)} of {len(points) * parameters.num_launches} points not measured")
+            problems.append(f"{dataset.name}: {len(todo)} of {len(points) * num_launches} points not measured")
         elif stored.get("keys") != [dataset.key(point) for point in points]:
             problems.append(f"{dataset.name}: the reported rows are those of other parameters")
         else:

@@ -93,12 +93,16 @@ class Store:
         automatic = own[0] if own else next((name for name in candidates if name not in taken), None)
         if wanted == "auto":
             if automatic is None:
-                raise ValueError(f"every name from {candidates[0]} to {candidates[-1]} is taken; name one with --machine")
+                raise ValueError(
+                    f"every name from {candidates[0]} to {candidates[-1]} is taken; name one with --machine"
+                )
             return automatic
         valid = sorted({*same_hardware, *([automatic] if automatic else [])})
         if wanted not in valid:
-            raise ValueError(f"machine {wanted!r} is not one this host ({machine.name}) can measure in; "
-                             f"valid: auto, {', '.join(valid)}")
+            raise ValueError(
+                f"machine {wanted!r} is not one this host ({machine.name}) can measure in; "
+                f"valid: auto, {', '.join(valid)}"
+            )
         return wanted
 
     def claim(self, machine: Machine, name: str) -> None:
@@ -107,8 +111,14 @@ class Store:
         entry = self._read_json(path) if path.exists() else {"identities": []}
         identities = entry["identities"]
         if machine.identity not in identities:
-            entry = {"name": name, "hardware": machine.name, "kind": machine.kind, "num_devices": machine.num_devices,
-                     "identities": [*identities, machine.identity], "description": machine.description}
+            entry = {
+                "name": name,
+                "hardware": machine.name,
+                "kind": machine.kind,
+                "num_devices": machine.num_devices,
+                "identities": [*identities, machine.identity],
+                "description": machine.description,
+            }
             write_json(path, entry)
 
     # -- reading -----------------------------------------------------------------------------------------------------
@@ -151,7 +161,13 @@ class Store:
         except ValueError as error:
             raise DataError(f"{self._shown(path)} cannot be read: {error}") from None
         texts = [column for column, kind in entry.schema.columns.items() if "str" in str(kind.dtype) and column in rows]
-        return rows.assign(**{column: rows[column].fillna("").astype(str) for column in [*texts, "error"] if column in rows})
+        return rows.assign(
+            **{
+                column: rows[column].astype("string").fillna("").astype(str)
+                for column in [*texts, "error"]
+                if column in rows
+            }
+        )
 
     def _checked(self, name: str, table: str, filename: str) -> pathlib.Path:
         """The file's path, once it is known to be the one that was written."""
@@ -165,8 +181,10 @@ class Store:
         if not recorded:
             raise DataError(f"{self._shown(path)} has no checksum in {section.name}.json; {hint} --force")
         if sha256(path) not in recorded:
-            raise DataError(f"{self._shown(path)} was changed after it was written (its SHA-256 is not the recorded one); "
-                            f"restore it, or {hint} --force")
+            raise DataError(
+                f"{self._shown(path)} was changed after it was written (its SHA-256 is not the recorded one); "
+                f"restore it, or {hint} --force"
+            )
         return path
 
     def _read_json(self, path: pathlib.Path) -> dict[str, Any]:
@@ -215,7 +233,7 @@ class Store:
                     path.unlink()
 
     def merge_journal(self, name: str, dataset: Dataset, keys: list[str]) -> None:
-        """Fold the journal into the stored table; report the points `keys`. The newest launch of a repeat replaces older.
+        """Fold the journal into the stored table and report the points `keys`; the newest launch of a repeat counts.
 
         Rows of points outside `keys` stay in `<table>.launches.csv`, so that going back to earlier parameters measures
         nothing; rows of an older method version are dropped.
@@ -239,9 +257,16 @@ class Store:
         reported = dataset.finish(aggregate(reported, dataset.index))
         self.write_table(name, dataset, reported, {"keys": keys}, all_rows, all_samples, lines)
 
-    def write_table(self, name: str, table: Dataset | Derived, reported: pd.DataFrame, facts: dict[str, Any],
-                    launches: pd.DataFrame | None = None, samples: pd.DataFrame | None = None,
-                    lines: Iterable[dict] = ()) -> None:
+    def write_table(
+        self,
+        name: str,
+        table: Dataset | Derived,
+        reported: pd.DataFrame,
+        facts: dict[str, Any],
+        launches: pd.DataFrame | None = None,
+        samples: pd.DataFrame | None = None,
+        lines: Iterable[dict] = (),
+    ) -> None:
         """Validate and write one table's files and its part of the section's record."""
         section, _ = sections.table(table.name)
         check_rows(table, reported, f"{table.name}.csv, not written")
@@ -258,15 +283,20 @@ class Store:
         record["replacing"] = {filename: files[filename] for filename in contents if filename in files}
         files.update({filename: hashlib.sha256(content).hexdigest() for filename, content in contents.items()})
         record.setdefault("tables", {})[table.name] = {
-            "method_version": table.method_version, "written": utc_now(), "num_rows": len(reported),
-            "source_sha256": source_digest(CHECKOUT), **facts}
+            "method_version": table.method_version,
+            "written": utc_now(),
+            "num_rows": len(reported),
+            "source_sha256": source_digest(CHECKOUT),
+            **facts,
+        }
         started = record.setdefault("launches", {})
         for launch in {line["launch"] for line in lines}:
             started[launch] = self._read_json(self.journal_folder(name) / f"{launch}.json")
         if launches is not None:
             used = set(launches["launch"])
-            record["launches"] = {launch: facts for launch, facts in started.items()
-                                  if launch in used or facts.get("table") != table.name}
+            record["launches"] = {
+                launch: facts for launch, facts in started.items() if launch in used or facts.get("table") != table.name
+            }
         # A kill between these steps leaves every file either as it was or as recorded, and the journal to merge again.
         self.write_record(name, section.name, record)
         for filename, content in contents.items():
@@ -284,17 +314,29 @@ def as_csv(rows: pd.DataFrame) -> bytes:
 
 
 def journal_frames(lines: list[dict[str, Any]], dataset: Dataset) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """Per-launch rows and raw samples of journal lines; a later line for the same point and repeat replaces the earlier."""
+    """Per-launch rows and raw samples of journal lines; a later line for the same point and repeat counts."""
     latest = {(line["key"], line["repeat"]): line for line in lines}
     rows, samples = [], []
     for (key, repeat), line in latest.items():
         common = {"point_key": key, "repeat": repeat, "launch": line["launch"]}
         point = {name: value for name, value in line["point"].items() if name in dataset.schema.columns}
-        rows += [{**common, "method_version": dataset.method_version, **point, "error": "", **row, "num_launches": 1}
-                 for row in line["rows"]]
+        rows += [
+            {**common, "method_version": dataset.method_version, **point, "error": "", **row, "num_launches": 1}
+            for row in line["rows"]
+        ]
         for entry in line["samples"]:
             for rank, values in enumerate(entry["values"]):
                 labels = {f"label_{name}": str(value) for name, value in entry["labels"].items()}
-                samples.append(pd.DataFrame({**common, **labels, "quantity": entry["quantity"], "rank": rank,
-                                             "iteration": range(len(values)), "value": values}))
+                samples.append(
+                    pd.DataFrame(
+                        {
+                            **common,
+                            **labels,
+                            "quantity": entry["quantity"],
+                            "rank": rank,
+                            "iteration": range(len(values)),
+                            "value": values,
+                        }
+                    )
+                )
     return pd.DataFrame(rows), pd.concat(samples, ignore_index=True) if samples else pd.DataFrame()

@@ -3,8 +3,8 @@
     python -m maco_lib.study.supervise COMMAND ...
 
 Standard input is the lifeline: when its other end closes (the asking process ended, however it was killed) or a SIGTERM
-or SIGINT comes, every descendant is killed. As a child subreaper this process inherits descendants that lost their parents
-(torchrun's ranks and vLLM's engines lead sessions of their own, out of a process group's reach). Linux only.
+or SIGINT comes, every descendant is killed. As a child subreaper this process inherits descendants that lost their
+parents (torchrun's ranks and vLLM's engines lead sessions of their own, out of a process group's reach). Linux only.
 """
 
 import ctypes

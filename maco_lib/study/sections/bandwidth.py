@@ -129,7 +129,7 @@ def bandwidth_fit(tables: Mapping[str, pd.DataFrame], parameters: Any) -> pd.Dat
 
 BANDWIDTH = Dataset(
     name="bandwidth",
-    program="bandwidth",
+    program="maco_lib.experiments.bandwidth",
     method_version=1,
     schema=BANDWIDTH_SCHEMA,
     index=("collective", "backend", "bytes"),

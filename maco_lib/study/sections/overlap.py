@@ -147,7 +147,7 @@ def num_ranks(parameters: OverlapParameters, machine: Machine) -> int:
 
 OVERLAP = Dataset(
     name="overlap",
-    program="overlap",
+    program="maco_lib.experiments.overlap",
     method_version=1,
     schema=OVERLAP_SCHEMA,
     index=("configuration", "comm_bytes", "matmul_n", "protocol", "method"),
@@ -157,10 +157,11 @@ OVERLAP = Dataset(
 )
 TIMELINE = Dataset(
     name="overlap_timeline",
-    program="overlap_timeline",
+    program="maco_lib.experiments.overlap_timeline",
     method_version=1,
     schema=TIMELINE_SCHEMA,
     index=("configuration", "method", "rank", "event"),
+    repeated=False,
     points=timeline_points,
     num_ranks=num_ranks,
     unavailable=too_few_ranks,

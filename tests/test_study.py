@@ -1,0 +1,152 @@
+"""The machinery between a point and a table: resume, repeats, failure, kills, damaged files, machine folders."""
+
+import dataclasses
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+import time
+
+import psutil
+import pytest
+
+from maco_lib.machine import this_machine
+from maco_lib.study import launch, sections
+from maco_lib.study.store import DataError, Store
+from tests import toy
+
+CHECKOUT = pathlib.Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture
+def store(tmp_path, monkeypatch):
+    monkeypatch.setitem(sections.SECTIONS, "toy", toy.SECTION)
+    monkeypatch.setenv("TOY_LOG", str(tmp_path / "measured"))
+    result = Store(tmp_path)
+    result.claim(this_machine(), "here")
+    return result
+
+
+def measure(store, force=False, **parameters):
+    """Measure the toy; returns how often the program was asked for each size, by this call alone."""
+    log = pathlib.Path(os.environ["TOY_LOG"])
+    log.write_text("")
+    try:
+        launch.measure(store, "here", toy.DATASET, toy.ToyParameters(**parameters), this_machine(), force)
+    finally:
+        asked = [int(line) for line in log.read_text().split()]
+        measure.asked = {size: asked.count(size) // 2 for size in set(asked)}
+    return measure.asked
+
+
+def test_only_what_is_missing_is_measured(store):
+    assert measure(store) == {1: 1, 2: 1, 3: 1}
+    assert store.read("here", "toy")["time_us"].tolist() == [3.0, 6.0, 9.0]
+    assert measure(store) == {}
+    assert measure(store, sizes=[1, 4]) == {4: 1}
+    assert store.read("here", "toy")["size"].tolist() == [1, 4]
+    assert measure(store, sizes=[3, 2]) == {}, "going back to earlier parameters measures nothing"
+    assert store.read("here", "toy")["size"].tolist() == [3, 2]
+    assert measure(store, sizes=[3, 2], force=True) == {2: 1, 3: 1}
+
+
+def test_repeats_are_separate_launches(store):
+    measure(store, sizes=[5], num_launches=2)
+    row = store.read("here", "toy").iloc[0]
+    assert row["num_launches"] == 2
+    assert store.launches("here", "toy")["launch"].nunique() == 2
+    assert set(store.samples("here", "toy")["rank"]) == {0, 1}
+    assert len(store.record("here", "toy")["launches"]) == 2
+    assert measure(store, sizes=[5], num_launches=3) == {5: 1}
+
+
+def test_a_failure_keeps_finished_points_and_stored_data(store):
+    measure(store, sizes=[1])
+    before = (store.data / "here" / "toy.csv").read_bytes()
+    with pytest.raises(launch.LaunchError, match="the toy breaks at size 3"):
+        measure(store, sizes=[2, 3], fail_at=3)
+    assert (store.data / "here" / "toy.csv").read_bytes() == before
+    assert measure(store, sizes=[2]) == {}, "size 2 was finished before the failure"
+
+
+def test_a_hanging_point_is_stopped(store, monkeypatch):
+    monkeypatch.setattr(launch, "START_TIMEOUT_S", 10.0)
+    hanging = dataclasses.replace(toy.DATASET, point_timeout_s=1.0)
+    begin = time.monotonic()
+    with pytest.raises(launch.LaunchError, match="finished no point for 1 s"):
+        launch.measure(store, "here", hanging, toy.ToyParameters(sizes=[1], seconds=60.0), this_machine())
+    assert time.monotonic() - begin < 25
+    assert not toy_processes()
+
+
+def test_more_ranks_than_devices_is_refused(store):
+    with pytest.raises(ValueError, match="num_ranks = 4096, but this machine has"):
+        measure(store, num_ranks=4096)
+
+
+def test_a_changed_file_is_named(store):
+    measure(store)
+    path = store.data / "here" / "toy.csv"
+    path.write_text(path.read_text().replace("9", "8"))
+    with pytest.raises(DataError, match=r"data/here/toy\.csv was changed"):
+        store.read("here", "toy")
+    store.forget_damaged("here", "toy")
+    measure(store, force=True)
+    assert store.read("here", "toy")["time_us"].tolist() == [3.0, 6.0, 9.0]
+
+
+def test_equal_hardware_elsewhere_is_another_machine(store):
+    here = this_machine()
+    other = dataclasses.replace(here, identity="0" * 16)
+    store.claim(other, here.name)
+    assert store.folder_for(here) == "here"
+    stranger = dataclasses.replace(here, identity="1" * 16)
+    assert store.folder_for(stranger) == f"{here.name}-b"
+    assert store.folder_for(stranger, here.name) == here.name
+    with pytest.raises(ValueError, match=f"nowhere.*valid: auto.*{here.name}"):
+        store.folder_for(stranger, "nowhere")
+
+
+def toy_processes():
+    return [
+        process
+        for process in psutil.process_iter(["cmdline", "status"])
+        if "tests.toy" in (process.info["cmdline"] or []) and process.info["status"] != psutil.STATUS_ZOMBIE
+    ]
+
+
+RUN = """
+import os, pathlib
+from maco_lib.machine import this_machine
+from maco_lib.study import launch, sections
+from maco_lib.study.store import Store
+from tests import toy
+sections.SECTIONS["toy"] = toy.SECTION
+store = Store(pathlib.Path(os.environ["MACO_ROOT"]))
+launch.measure(store, "here", toy.DATASET, toy.ToyParameters(sizes=[1, 2, 3], seconds=2.0), this_machine())
+"""
+
+
+@pytest.mark.parametrize("victim", ["runner", "runner, interrupted", "rank"])
+def test_nothing_survives_a_kill_and_the_next_run_resumes(store, tmp_path, victim):
+    environment = {**os.environ, "MACO_ROOT": str(tmp_path), "PYTHONPATH": str(CHECKOUT)}
+    runner = subprocess.Popen([sys.executable, "-c", RUN], env=environment, cwd=CHECKOUT, stderr=subprocess.DEVNULL)
+    journal = store.journal("here", "toy")
+    deadline = time.monotonic() + 60
+    while not journal.exists() and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert journal.exists(), "no point was finished"
+    ranks = [process for process in toy_processes() if "torch.distributed.run" not in process.info["cmdline"]]
+    assert len(ranks) == 2
+    if victim == "rank":
+        ranks[0].kill()
+    else:
+        runner.send_signal(signal.SIGKILL if victim == "runner" else signal.SIGINT)
+    assert runner.wait(timeout=20) != 0
+    deadline = time.monotonic() + 10
+    while toy_processes() and time.monotonic() < deadline:
+        time.sleep(0.2)
+    assert not toy_processes()
+    asked = measure(store, sizes=[1, 2, 3], seconds=2.0)
+    assert 1 not in asked and 3 in asked, "the first point is kept, the last one is measured"

@@ -23,7 +23,7 @@ class Judgement:
     numbers: str
 
 
-# -- section 4 and conclusion --------------------------------------------------------------------------------------------
+# -- section 4 and conclusion ----------------------------------------
 
 
 def gains(evidence: Evidence, chosen: Callable[[pd.DataFrame], pd.Series], what: str) -> pd.DataFrame:
@@ -44,7 +44,8 @@ def is_high(rows: pd.DataFrame) -> bool:
 
 
 def described(rows: pd.DataFrame) -> str:
-    return f"possible gain {span(rows, 'ideal_gain')}, predicted {span(rows, 'gain')} (median {rows['gain'].median():.2f}×)"
+    median = rows["gain"].median()
+    return f"possible gain {span(rows, 'ideal_gain')}, predicted {span(rows, 'gain')} (median {median:.2f}×)"
 
 
 def tensor_parallelism(evidence: Evidence, root: pathlib.Path) -> Finding:
@@ -135,7 +136,7 @@ JUDGES: dict[str, Callable[[Evidence, pathlib.Path], Finding]] = {
 
 
 def judge(evidence: Evidence, root: pathlib.Path) -> list[Judgement]:
-    """Every published claim on one machine, in the printed order. A table that cannot be used makes it not testable here."""
+    """Every published claim on one machine, in the printed order; without its table a claim is not testable here."""
     judgements = []
     for row in published.printed(root, "claims").itertuples():
         try:

@@ -7,22 +7,39 @@ import pandas as pd
 
 from maco_lib.study import published
 from maco_lib.study.criteria import (
-    BANDWIDTH_TOLERANCE, NOT_TESTABLE, NVLINK_SHARE, REPRODUCED, Finding, Ratio, decide, milliseconds, reaches,
+    BANDWIDTH_TOLERANCE,
+    NOT_TESTABLE,
+    NVLINK_SHARE,
+    REPRODUCED,
+    Finding,
+    Ratio,
+    decide,
+    milliseconds,
+    reaches,
 )  # fmt: skip
 from maco_lib.study.evidence import Evidence, Missing
+from maco_lib.study.figures.style import digits
 
+PUBLISHED_MODEL, PUBLISHED_NEW_TOKENS = "Qwen3-0.6B", 32
 SMALL, MEDIUM, LARGE, VERY_LARGE = (
-    "Small compute, medium comm", "Medium compute, large comm", "Large compute, large comm", "Large compute, very large comm",
+    "Small compute, medium comm",
+    "Medium compute, large comm",
+    "Large compute, large comm",
+    "Large compute, very large comm",
 )  # fmt: skip
 
 
-# -- section 1 -----------------------------------------------------------------------------------------------------------
+# -- section 1 ----------------------------------------
 
 
-def overlap_ratio(evidence: Evidence, configuration: str, protocol: str = "published", method: str = "two_stream") -> Ratio:
+def overlap_ratio(
+    evidence: Evidence, configuration: str, protocol: str = "published", method: str = "two_stream"
+) -> Ratio:
     """The measured speedup of one published configuration at the published sizes; raises Missing if there is none."""
     table = evidence.table("overlap")
-    rows = table[(table["configuration"] == configuration) & (table["protocol"] == protocol) & (table["method"] == method)]
+    rows = table[
+        (table["configuration"] == configuration) & (table["protocol"] == protocol) & (table["method"] == method)
+    ]
     rows = rows.dropna(subset=["t_overlap_us"])
     if rows.empty:
         raise Missing(f"“{configuration}” has no finished {method} in the {protocol} protocol")
@@ -98,15 +115,19 @@ def validated(evidence: Evidence, root: pathlib.Path) -> Finding:
     return decide(all(verdict == REPRODUCED for verdict, _ in verdicts)), "; ".join(numbers for _, numbers in verdicts)
 
 
-# -- section 2 -----------------------------------------------------------------------------------------------------------
+# -- section 2 ----------------------------------------
 
 
 def inference_row(evidence: Evidence, arm: str, batch: int = 1) -> pd.Series:
+    """The finished row of one arm; raises Missing if there is none, or if it is not the published model and length."""
     table = evidence.table("inference")
     rows = table[(table["arm"] == arm) & (table["batch"] == batch)].dropna(subset=["e2e_ms"])
     if rows.empty:
         raise Missing(f"arm {arm} has no finished row of batch {batch}")
-    return rows.iloc[0]
+    row = rows.iloc[0]
+    if PUBLISHED_MODEL not in row["model"] or row["new_tokens"] != PUBLISHED_NEW_TOKENS:
+        raise Missing(f"measured with {row['model']} and {row['new_tokens']} new tokens here, not as published")
+    return row
 
 
 def inference_ratio(evidence: Evidence, slower: str, faster: str, batch: int = 1) -> Ratio:
@@ -123,8 +144,9 @@ def latency(arm: str) -> Callable[[Evidence, pathlib.Path], Finding]:
         printed = published.numbers(root, "inference").set_index("arm").loc[arm]
         return NOT_TESTABLE, (
             f"a latency of other hardware is compared, not judged: {milliseconds(row['e2e_ms'])} "
-            f"[{milliseconds(row['e2e_lo_ms'])}, {milliseconds(row['e2e_hi_ms'])}] and {row['tokens_per_s']:.3g} tokens/s "
-            f"here, printed {milliseconds(printed['e2e_ms'])} and {printed['tokens_per_s']:.3g} tokens/s"
+            f"[{milliseconds(row['e2e_lo_ms'])}, {milliseconds(row['e2e_hi_ms'])}] and "
+            f"{digits(row['tokens_per_s'])} tokens/s here, printed "
+            f"{milliseconds(printed['e2e_ms'])} and {digits(printed['tokens_per_s'])} tokens/s"
         )
 
     return judge
@@ -145,7 +167,9 @@ def cuda_graphs(evidence: Evidence, root: pathlib.Path) -> Finding:
 
 def kernels(evidence: Evidence, root: pathlib.Path) -> Finding:
     ratio = inference_ratio(evidence, "transformers_eager", "vllm_eager")
-    return decide(ratio.low > 1), f"vLLM's engine and kernels, without compilation and graphs, against transformers: {ratio}"
+    return decide(
+        ratio.low > 1
+    ), f"vLLM's engine and kernels, without compilation and graphs, against transformers: {ratio}"
 
 
 def paged_attention(evidence: Evidence, root: pathlib.Path) -> Finding:
@@ -158,20 +182,20 @@ def continuous_batching(evidence: Evidence, root: pathlib.Path) -> Finding:
     largest = int(evidence.table("inference")["batch"].max())
     many = inference_ratio(evidence, "transformers_eager", "vllm", largest)
     return NOT_TESTABLE, (
-        f"the published test has one request, so nothing is batched in it: {single}; {largest} requests that start together: "
-        f"{many}"
+        f"the published test has one request, so nothing is batched in it: {single}; "
+        f"{largest} requests that start together: {many}"
     )
 
 
-# -- section 3 -----------------------------------------------------------------------------------------------------------
+# -- section 3 ----------------------------------------
 
 
 def all_reduce_row(evidence: Evidence, num_bytes: int) -> pd.Series:
     """The default backend's all-reduce of one size: NCCL on GPUs, gloo on a CPU."""
     backend = {"cuda": "nccl", "cpu": "gloo"}[evidence.kind]
     table = evidence.table("bandwidth")
-    rows = table[(table["collective"] == "all_reduce") & (table["backend"] == backend) & (table["bytes"] == num_bytes)]
-    rows = rows.dropna(subset=["time_us"])
+    rows = table[(table["collective"] == "all_reduce") & (table["backend"] == backend)]
+    rows = rows[published.same_size(rows["bytes"], num_bytes)].dropna(subset=["time_us"])
     if rows.empty:
         raise Missing(f"no finished {backend} all-reduce of {num_bytes} bytes")
     return rows.iloc[0]
@@ -185,8 +209,8 @@ def bandwidth_row(place: int) -> Callable[[Evidence, pathlib.Path], Finding]:
         target = printed["effective_gb_per_s"]
         holds = low <= target * (1 + BANDWIDTH_TOLERANCE) and high >= target * (1 - BANDWIDTH_TOLERANCE)
         return decide(holds), (
-            f"{row['backend']}: {milliseconds(row['time_us'] / 1e3)}, 2 S / t = {value:.3g} [{low:.3g}, {high:.3g}] GB/s, busbw "
-            f"{row['busbw_gb_per_s']:.3g} GB/s; printed ~{milliseconds(printed['time_us'] / 1e3)}, ~{target:.3g} GB/s"
+            f"{row['backend']}: {milliseconds(row['time_us'] / 1e3)}, 2 S / t = {value:.3g} [{low:.3g}, {high:.3g}] "
+            f"GB/s, busbw {row['busbw_gb_per_s']:.3g} GB/s; printed ~{target:.3g} GB/s"
         )
 
     return judge
@@ -197,11 +221,14 @@ def nvlink(evidence: Evidence, root: pathlib.Path) -> Finding:
     limit = environment.loc[environment["quantity"] == "link_limit", "value"]
     printed = published.numbers(root, "bandwidth").iloc[-1]
     row = all_reduce_row(evidence, int(printed["bytes"]))
-    if limit.empty:
-        raise Missing(f"this machine has no NVLink; its own busbw at that size is {row['busbw_gb_per_s']:.3g} GB/s")
+    if limit.empty or evidence.description.get("link") != "NVLink":
+        raise Missing(
+            f"this machine has no NVLink of known speed; its own busbw at that size is {row['busbw_gb_per_s']:.3g} GB/s"
+        )
     share = printed["busbw_gb_per_s"] / row["busbw_gb_per_s"]
     return decide(share >= NVLINK_SHARE), (
-        f"the printed ~{printed['effective_gb_per_s']:.3g} GB/s is 2 S / t: a busbw of {printed['busbw_gb_per_s']:.3g} GB/s at "
-        f"their two ranks, {share:.0%} of the {row['busbw_gb_per_s']:.3g} GB/s measured here over NVLink and "
+        f"the printed ~{printed['effective_gb_per_s']:.3g} GB/s is 2 S / t: a busbw of "
+        f"{printed['busbw_gb_per_s']:.3g} GB/s at their two ranks, {share:.0%} of the "
+        f"{row['busbw_gb_per_s']:.3g} GB/s measured here over NVLink and "
         f"{printed['busbw_gb_per_s'] / limit.iloc[0]:.0%} of the link's {limit.iloc[0]:.3g} GB/s"
     )

@@ -1,4 +1,4 @@
-"""All that is stored of one machine, read once for the report and the claims: tables, and why a table cannot be used."""
+"""All that is stored of one machine, read once for the report and the claims."""
 
 from dataclasses import dataclass, field
 from typing import Any
@@ -17,7 +17,7 @@ class Missing(Exception):
 
 @dataclass(frozen=True)
 class SectionState:
-    """How a section stands: `state` is complete, failed, stale, unavailable, interrupted or missing; `error` says why."""
+    """How a section stands: `state` is complete, failed, stale, unavailable, interrupted or missing."""
 
     state: str
     error: str = ""
@@ -51,7 +51,7 @@ class Evidence:
 
 
 def load(store: Store, name: str) -> tuple[Evidence, list[str]]:
-    """Everything of data/`name`/, and one problem for each file that is damaged. What is broken is left out, not raised."""
+    """Everything of data/`name`/, and a problem for each damaged file, which is left out and not raised."""
     entry = store.machine(name)
     description = entry["description"]
     memory = description.get("gpu_memory_bytes") or description["ram_bytes"]
@@ -69,7 +69,9 @@ def load(store: Store, name: str) -> tuple[Evidence, list[str]]:
         for table in section.tables:
             if table not in records[section.name].get("tables", {}):
                 state = sections[section.name]
-                reasons[table] = f"section {section.name} is {state.state}" + (f": {state.error}" if state.error else "")
+                reasons[table] = f"section {section.name} is {state.state}" + (
+                    f": {state.error}" if state.error else ""
+                )
                 continue
             try:
                 tables[table] = store.read(name, table)

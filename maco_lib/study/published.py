@@ -62,3 +62,8 @@ def numbers(root: pathlib.Path, name: str) -> pd.DataFrame:
     else:
         raise ValueError(f"the published study has no numbers in {name!r}; it has overlap, inference, bandwidth")
     return pd.DataFrame(columns)
+
+
+def same_size(sizes: pd.Series, published_bytes: int) -> pd.Series:
+    """Which `sizes` in bytes are the published one; a size rounded down to whole words per rank still is."""
+    return (sizes - published_bytes).abs() <= 1e-3 * published_bytes

@@ -16,7 +16,7 @@ Draw = Callable[[Mapping[str, pd.DataFrame], str], tuple[Figure, pd.DataFrame]]
 
 @dataclass(frozen=True)
 class FigureSpec:
-    """One figure: the section it belongs to, the tables it is drawn from ("published.X": the published study's numbers)."""
+    """One figure: its section, and the tables it is drawn from ("published.X" is the published study's)."""
 
     name: str
     section: str
@@ -62,8 +62,9 @@ FIGURES: dict[str, FigureSpec] = {
             inference.latency,
         ),
         FigureSpec(
-            "inference_attribution", "inference", ("inference", "published.inference"),
-            "The way from transformers eager to vLLM at batch 1, one step at a time; the factors multiply to the whole.",
+            "inference_attribution", "inference", ("inference_attribution", "inference", "published.inference"),
+            "Two ways from transformers eager to vLLM at batch 1, step by step; the factors of a way multiply to the "
+            "whole. Compiled: static cache and torch.compile, with CUDA graphs on GPUs.",
             inference.attribution,
         ),
         FigureSpec(

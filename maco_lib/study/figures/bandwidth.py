@@ -7,6 +7,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
 from maco_lib.study.figures import environment, style
+from maco_lib.study.published import same_size
 
 TITLES = {
     "all_reduce": "all-reduce",
@@ -25,7 +26,9 @@ def busbw(tables: Mapping[str, pd.DataFrame], machine_name: str) -> tuple[Figure
     figure = style.new(style.WIDE_IN, 2.9)
     axes = figure.subplots(1, len(collectives), sharey=True, squeeze=False)[0]
     scale = table["busbw_gb_per_s"] / (table["algbw_gb_per_s"] * table["time_us"])
-    table = table.assign(busbw_lo_gb_per_s=scale * table["algbw_gb_per_s"] * table["time_us"] ** 2 / table["time_hi_us"])
+    table = table.assign(
+        busbw_lo_gb_per_s=scale * table["algbw_gb_per_s"] * table["time_us"] ** 2 / table["time_hi_us"]
+    )
     table["busbw_hi_gb_per_s"] = scale * table["algbw_gb_per_s"] * table["time_us"] ** 2 / table["time_lo_us"]
     for axis, collective in zip(axes, collectives, strict=True):
         panel = table[table["collective"] == collective]
@@ -64,7 +67,9 @@ def published_sizes(tables: Mapping[str, pd.DataFrame], machine_name: str) -> tu
     """Effective bandwidth, algbw and busbw of all-reduce at the published sizes, beside the published values."""
     published = tables["published.bandwidth"]
     table = tables["bandwidth"].dropna(subset=["busbw_gb_per_s"])
-    table = table[(table["collective"] == "all_reduce") & table["bytes"].isin(published["bytes"])]
+    table = table[table["collective"] == "all_reduce"]
+    shown = [table[same_size(table["bytes"], size)].assign(bytes=size) for size in published["bytes"]]
+    table = pd.concat(shown)
     table = style.rows(table, "finished all-reduce of a published size")
     table = table.assign(effective_gb_per_s=2 * table["algbw_gb_per_s"])
     panels = {"effective_gb_per_s": "effective, 2 S / t", "algbw_gb_per_s": "algbw, S / t", "busbw_gb_per_s": "busbw"}

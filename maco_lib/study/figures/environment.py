@@ -43,7 +43,8 @@ def ceilings(tables: Mapping[str, pd.DataFrame], machine_name: str) -> tuple[Fig
     else:
         axes[1].set_axis_off()
     copies(axes[2], table)
-    columns = ["quantity", "device", "peer", "dtype", "m", "n", "k", "bytes", "threads", "value", "value_lo", "value_hi",
+    columns = ["quantity", "device", "peer", "dtype", "m", "n", "k", "bytes", "threads",
+               "value", "value_lo", "value_hi",
                "unit", "time_us", "source"]  # fmt: skip
     return figure, table[columns]
 

@@ -8,13 +8,6 @@ from matplotlib.figure import Figure
 
 from maco_lib.study.figures import style
 
-# Two ways from the published baseline to the published winner: what graphs and compilation give, and what the engine and
-# its kernels give, each taken first once.
-ROUTES = {
-    "compilation and graphs first": ("transformers_eager", "transformers_compiled", "vllm"),
-    "engine and kernels first": ("transformers_eager", "vllm_eager", "vllm"),
-}
-
 
 def batch_one(table: pd.DataFrame) -> pd.DataFrame:
     """The rows of batch 1, one per arm, in the order of the arms."""
@@ -44,7 +37,8 @@ def latency(tables: Mapping[str, pd.DataFrame], machine_name: str) -> tuple[Figu
             text += f", {baseline.iloc[0] / row['e2e_ms']:.2f}×"
         right = max(row["e2e_hi_ms"], row["published_e2e_ms"] if row["published_e2e_ms"] > 0 else 0) / scale
         axis.annotate(
-            f"{text}\nTTFT {style.digits(row['ttft_ms'])} ms + {row['new_tokens'] - 1:.0f} × {style.digits(row['tpot_ms'])} ms",
+            f"{text}\nTTFT {style.digits(row['ttft_ms'])} ms + "
+            f"{row['new_tokens'] - 1:.0f} × {style.digits(row['tpot_ms'])} ms",
             (right, place), xytext=(6, 0), textcoords="offset points", va="center", fontsize=6.5,
         )  # fmt: skip
         if row["published_e2e_ms"] > 0:
@@ -62,43 +56,45 @@ def latency(tables: Mapping[str, pd.DataFrame], machine_name: str) -> tuple[Figu
 
 
 def attribution(tables: Mapping[str, pd.DataFrame], machine_name: str) -> tuple[Figure, pd.DataFrame]:
-    """Two waterfalls of the latency from transformers eager to vLLM at batch 1; each step with its factor."""
+    """A waterfall per route from transformers eager to vLLM at batch 1; each step with its factor and interval."""
+    steps = tables["inference_attribution"]
+    steps = style.rows(steps[steps["batch"] == 1], "step between two finished arms of batch 1")
     table = batch_one(tables["inference"]).set_index("arm")
-    needed = sorted({arm for route in ROUTES.values() for arm in route})
-    missing = [arm for arm in needed if arm not in table.index]
-    if missing:
-        raise style.NothingToDraw(f"no finished row of batch 1 for {', '.join(missing)}")
-    scale, unit = style.time_unit(1e3 * table.loc[needed, "e2e_ms"].max())
+    routes = list(dict.fromkeys(steps["route"]))
+    scale, unit = style.time_unit(1e3 * steps[["e2e_before_ms", "e2e_after_ms"]].max().max())
     scale /= 1e3
-    figure = style.new(style.WIDE_IN, 2.4)
-    axes = figure.subplots(1, 2, sharey=True)
-    steps = []
-    for axis, (route, arms) in zip(axes, ROUTES.items(), strict=True):
-        heights = [table.loc[arm, "e2e_ms"] / scale for arm in arms]
-        for place, arm in enumerate(arms):
-            low, high = (table.loc[arm, f"e2e_{end}_ms"] / scale for end in ("lo", "hi"))
-            axis.bar(place, heights[place], color=style.look(arm).colour, width=0.55)
+    figure = style.new(style.WIDE_IN if len(routes) > 1 else style.NARROW_IN, 2.4)
+    axes = figure.subplots(1, len(routes), sharey=True, squeeze=False)[0]
+    for axis, route in zip(axes, routes, strict=True):
+        rows = steps[steps["route"] == route].sort_values("step")
+        arms = [rows["from_arm"].iloc[0], *rows["to_arm"]]
+        factors = [None, *rows[["factor", "factor_lo", "factor_hi"]].itertuples(index=False)]
+        for place, (arm, factor) in enumerate(zip(arms, factors, strict=True)):
+            height, low, high = (table.loc[arm, name] / scale for name in ("e2e_ms", "e2e_lo_ms", "e2e_hi_ms"))
+            axis.bar(place, height, color=style.look(arm).colour, width=0.55)
             axis.plot([place, place], [low, high], color=style.GREY, linewidth=1)
-            text, top = f"{style.digits(heights[place])} {unit}", high
-            if place:
-                before = heights[place - 1]
-                axis.plot([place - 0.72, place + 0.4], [before, before], color=style.BLACK, linewidth=0.6, linestyle=":")
-                axis.annotate("", (place + 0.34, heights[place]), (place + 0.34, before),
-                              arrowprops={"arrowstyle": "->", "linewidth": 0.8, "shrinkA": 0, "shrinkB": 0})  # fmt: skip
-                text, top = f"{text}, ÷ {before / heights[place]:.2f}", max(high, before)
+            text, top = f"{style.digits(height)} {unit}", high
+            if factor is not None:
+                before = table.loc[arms[place - 1], "e2e_ms"] / scale
+                edge = place - 0.72, place + 0.4
+                axis.plot(edge, [before, before], color=style.BLACK, linewidth=0.6, linestyle=":")
+                arrow = {"arrowstyle": "->", "linewidth": 0.8, "shrinkA": 0, "shrinkB": 0}
+                axis.annotate("", (place + 0.34, height), (place + 0.34, before), arrowprops=arrow)
+                text += f"\n÷ {factor.factor:.2f} [{factor.factor_lo:.2f}, {factor.factor_hi:.2f}]"
+                top = max(high, before)
             axis.annotate(text, (place, top), xytext=(0, 3), textcoords="offset points", ha="center", va="bottom")
-            steps.append({"route": route, "arm": arm, "e2e_ms": table.loc[arm, "e2e_ms"],
-                          "e2e_lo_ms": table.loc[arm, "e2e_lo_ms"], "e2e_hi_ms": table.loc[arm, "e2e_hi_ms"],
-                          "factor": heights[place - 1] / heights[place] if place else float("nan")})  # fmt: skip
         axis.set_title(route)
         axis.set_xticks(range(len(arms)), [style.look(arm).label for arm in arms])
         axis.set_xlim(-0.5, len(arms) - 0.4)
-    axes[0].set_ylim(0, 1.15 * max(table.loc[arm, "e2e_hi_ms"] for arm in needed) / scale)
+    axes[0].set_ylim(0, 1.25 * table["e2e_hi_ms"].max() / scale)
     axes[0].set_ylabel(f"end-to-end latency ({unit}), batch 1")
-    whole = table.loc["transformers_eager", "e2e_ms"] / table.loc["vllm", "e2e_ms"]
-    published = tables["published.inference"].set_index("arm")["speedup"]["vllm"]
-    figure.suptitle(f"transformers eager ÷ vLLM: {whole:.2f}× here, {published:.2f}× published", fontsize=7)
-    return figure, pd.DataFrame(steps)
+    if {"transformers_eager", "vllm"} <= set(table.index):
+        whole = table.loc["transformers_eager", "e2e_ms"] / table.loc["vllm", "e2e_ms"]
+        published = tables["published.inference"].set_index("arm")["speedup"]["vllm"]
+        figure.suptitle(f"transformers eager ÷ vLLM: {whole:.2f}× here, {published:.2f}× published", fontsize=7)
+    columns = ["route", "step", "adds", "from_arm", "to_arm", "e2e_before_ms", "e2e_after_ms", "factor", "factor_lo",
+               "factor_hi", "log_share"]  # fmt: skip
+    return figure, steps[columns]
 
 
 def batch(tables: Mapping[str, pd.DataFrame], machine_name: str) -> tuple[Figure, pd.DataFrame]:

@@ -10,10 +10,8 @@ from matplotlib.figure import Figure
 
 from maco_lib.study.figures import style
 
-PROTOCOL_LABELS = {
-    "published": "published protocol",
-    "device": "device protocol",
-}
+PROTOCOL_LABELS = {"published": "published protocol", "device": "device protocol"}
+CATEGORIES = {"comm": (style.ORANGE, "all-reduce"), "compute": (style.BLUE, "matmul")}
 
 
 def published_configurations(tables: Mapping[str, pd.DataFrame], machine_name: str) -> tuple[Figure, pd.DataFrame]:
@@ -33,7 +31,9 @@ def published_configurations(tables: Mapping[str, pd.DataFrame], machine_name: s
         order = methods[protocol]
         for column, name in enumerate(names):
             axis = axes[row, column]
-            cell = table[(table["configuration"] == name) & (table["protocol"] == protocol)].set_index("method", drop=False)
+            cell = table[(table["configuration"] == name) & (table["protocol"] == protocol)].set_index(
+                "method", drop=False
+            )
             scale, unit = style.time_unit(cell[["t_overlap_us", "t_seq_us"]].max().max())
             for place, method in enumerate(order):
                 if method in cell.index:
@@ -138,10 +138,10 @@ def heatmap(tables: Mapping[str, pd.DataFrame], machine_name: str) -> tuple[Figu
     sweep has others.
     """
     table = tables["overlap"].dropna(subset=["speedup"])
-    table = table[(table["protocol"] == "device") & ~table["method"].isin(["sequential", "sequential_unsynchronised"])]
+    table = table[(table["configuration"] == "sweep") & (table["method"] != "sequential")]
     table = table.assign(ideal_speedup=table["t_seq_us"] / table["ideal_us"])
     cell = ["comm_bytes", "matmul_n"]
-    plain = style.rows(table[table["method"] == "two_stream"], "two_stream in the device protocol").drop_duplicates(cell)
+    plain = style.rows(table[table["method"] == "two_stream"], "finished two_stream in the sweep").drop_duplicates(cell)
     fastest = table.sort_values("speedup", ascending=False, kind="stable").drop_duplicates(cell).sort_values(cell)
     rows = [("two streams", plain)]
     if (fastest["method"] != "two_stream").any():
@@ -171,3 +171,55 @@ def heatmap(tables: Mapping[str, pd.DataFrame], machine_name: str) -> tuple[Figu
                 axis.set_yticklabels([])
             axis.set_title(title if value == "ideal_speedup" else f"{title}, {label}")
     return figure, grid[["shown", *cell, "method", "t_seq_us", "t_overlap_us", "ideal_us", *panels]]
+
+
+def timeline(tables: Mapping[str, pd.DataFrame], machine_name: str) -> tuple[Figure, pd.DataFrame]:
+    """Rank 0's profiler lanes, a panel per configuration: sequential above overlapped on one time axis."""
+    table = tables["overlap_timeline"]
+    table = style.rows(table[(table["rank"] == 0) & (table["duration_us"] > 0)], "profiled event of rank 0")
+    names = list(dict.fromkeys(table["configuration"]))
+    lanes = {
+        name: [
+            (method, lane)
+            for method in style.ordered(rows["method"])
+            for lane in dict.fromkeys(rows.loc[rows["method"] == method].sort_values("start_us")["lane"])
+        ]
+        for name, rows in table.groupby("configuration", sort=False)
+    }
+    figure = style.new(style.WIDE_IN, 0.3 + sum(0.62 + 0.2 * len(lanes[name]) for name in names))
+    axes = figure.subplots(
+        len(names), 1, squeeze=False, gridspec_kw={"height_ratios": [3 + len(lanes[n]) for n in names]}
+    )
+    for axis, name in zip(axes[:, 0], names, strict=True):
+        rows = table[table["configuration"] == name]
+        end = (rows["start_us"] + rows["duration_us"]).max()
+        scale, unit = style.time_unit(end)
+        for place, (method, lane) in enumerate(lanes[name]):
+            chosen = rows[(rows["method"] == method) & (rows["lane"] == lane)]
+            for category, group in chosen.groupby("category"):
+                spans = list(zip(group["start_us"] / scale, group["duration_us"] / scale, strict=True))
+                axis.broken_barh(spans, (place - 0.36, 0.72), facecolor=CATEGORIES[category][0], linewidth=0)
+        previous = None
+        for place, (method, _) in enumerate(lanes[name]):
+            if method != previous:
+                mine = rows[rows["method"] == method]
+                stop = (mine["start_us"] + mine["duration_us"]).max() / scale
+                last = place + sum(entry[0] == method for entry in lanes[name]) - 0.5
+                axis.plot([stop, stop], [place - 0.5, last], color=style.BLACK, linewidth=0.8)
+                axis.annotate(f"{style.digits(stop)} {unit}", (stop, (place - 0.5 + last) / 2), xytext=(3, 0),
+                              textcoords="offset points", va="center", fontsize=6)  # fmt: skip
+                if place:
+                    axis.axhline(place - 0.5, color=style.LIGHT, linewidth=0.6)
+            previous = method
+        axis.set_yticks(
+            range(len(lanes[name])), [f"{style.look(method).label}: {lane}" for method, lane in lanes[name]]
+        )
+        axis.set_ylim(len(lanes[name]) - 0.5, -0.5)
+        axis.set_xlim(0, 1.1 * end / scale)
+        axis.set_xlabel(f"time ({unit})")
+        size = f"{style.size_label(rows['comm_bytes'].iloc[0])}, n = {rows['matmul_n'].iloc[0]}"
+        axis.set_title(f"{name}: {size}")
+    handles = [matplotlib.patches.Patch(color=colour, label=label) for colour, label in CATEGORIES.values()]
+    figure.legend(handles=handles, loc="outside upper left", ncols=2, handlelength=1)
+    columns = ["configuration", "method", "lane", "name", "category", "start_us", "duration_us"]
+    return figure, table[columns]

@@ -1,4 +1,4 @@
-"""How every figure looks and how it is written: one table of colours and markers, two widths, files equal byte for byte."""
+"""How every figure looks and is written: one table of colours and markers, two widths, equal bytes for equal data."""
 
 import contextlib
 import io

@@ -88,7 +88,11 @@ def prediction(tables: Mapping[str, pd.DataFrame], machine_name: str) -> tuple[F
                           marker=look.marker, color=look.colour, markerfacecolor=face, elinewidth=0.4, markersize=3.5,
                           markeredgewidth=0.7)  # fmt: skip
         error = table[(table["method"] == method) & table["held_out"]]["error"].abs()
-        text = f"{look.label}: median error held out {error.median():.1%}" if len(error) else f"{look.label}: none held out"
+        text = (
+            f"{look.label}: median error held out {error.median():.1%}"
+            if len(error)
+            else f"{look.label}: none held out"
+        )
         handles.append(Line2D([], [], linestyle="", marker=look.marker, color=look.colour, label=text))
     axis.set_xscale("log")
     axis.set_yscale("log", base=2)
@@ -124,7 +128,9 @@ def models(tables: Mapping[str, pd.DataFrame], machine_name: str) -> tuple[Figur
             look, line = style.look(name), cell[cell["model"] == name]
             share.plot(line["tokens"], 100 * line["comm_share"], color=look.colour)
             gain.plot(line["tokens"], line["gain"], color=look.colour)
-            gain.fill_between(line["tokens"], line["gain_lo"], line["gain_hi"], color=look.colour, alpha=0.2, linewidth=0)
+            gain.fill_between(
+                line["tokens"], line["gain_lo"], line["gain_hi"], color=look.colour, alpha=0.2, linewidth=0
+            )
             gain.plot(line["tokens"], line["ideal_gain"], color=look.colour, linestyle=(0, (3, 2)), linewidth=0.7)
             for axis, values in ((share, 100 * line["comm_share"]), (gain, line["gain"])):
                 for extrapolated in (False, True):

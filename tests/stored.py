@@ -1,0 +1,150 @@
+"""Stored tables made up for tests of figures and report: two machines, written through the real store."""
+
+import itertools
+import pathlib
+import shutil
+
+import pandas as pd
+
+from maco_lib.machine import Machine
+from maco_lib.study import sections
+from maco_lib.study.files import CHECKOUT
+from maco_lib.study.store import Store
+
+MIB = 2**20
+CONFIGURATIONS = {
+    "Small compute, medium comm": (8, 1024),
+    "Medium compute, large comm": (32, 2048),
+    "Large compute, large comm": (32, 4096),
+    "Large compute, very large comm": (64, 4096),
+}
+
+
+def overlap(speedup: float) -> pd.DataFrame:
+    """Published configurations in both protocols and a sweep; two streams gain `speedup` in each."""
+    points = [(name, *size, protocol) for name, size in CONFIGURATIONS.items() for protocol in ("device", "published")]
+    points += [("sweep", *size, "device") for size in itertools.product((1, 4, 16, 64), (512, 1024, 2048))]
+    rows = []
+    for name, mib, n, protocol in points:
+        comm, comp = 10.0 + 4 * mib, 6 * (n / 1024) ** 3
+        sequential = comm + comp
+        methods = {"sequential": 1.0, "two_stream": speedup}
+        if protocol == "published":
+            methods["sequential_unsynchronised"] = 1.01
+        for method, gain in methods.items():
+            time = sequential / gain
+            rows.append({
+                "configuration": name, "comm_bytes": mib * MIB, "matmul_n": n, "protocol": protocol, "method": method,
+                "backend": "nccl",
+                "t_comm_us": comm, "t_comp_us": comp, "t_seq_us": sequential, "t_overlap_us": time,
+                "t_overlap_lo_us": time * 0.99, "t_overlap_hi_us": time * 1.01, "ideal_us": max(comm, comp),
+                "speedup": gain, "speedup_lo": gain * 0.99, "speedup_hi": gain * 1.01,
+                "fraction_of_ideal": max(comm, comp) / time, "eta": 0.5, "verdict": "helps",
+            })  # fmt: skip
+    return pd.DataFrame(rows)
+
+
+def overlap_timeline() -> pd.DataFrame:
+    spans = {"sequential": ((0.0, 130.0), (131.0, 380.0)), "two_stream": ((0.0, 150.0), (2.0, 400.0))}
+    return pd.DataFrame([
+        {
+            "configuration": "Large compute, large comm", "comm_bytes": 32 * MIB, "matmul_n": 4096, "method": method,
+            "rank": 0, "event": event, "lane": f"stream {event}", "name": "kernel", "category": category,
+            "start_us": start, "duration_us": duration,
+        }
+        for method, both in spans.items()
+        for event, (category, (start, duration)) in enumerate(zip(("comm", "compute"), both, strict=True))
+    ])  # fmt: skip
+
+
+def inference() -> pd.DataFrame:
+    latencies = {"transformers_eager": 1000.0, "transformers_compiled": 140.0, "vllm_eager": 400.0, "vllm": 62.0}
+    return pd.DataFrame([
+        {
+            "arm": arm, "batch": batch, "prompt_tokens": 6, "new_tokens": 32, "model": "Qwen3-0.6B-Base",
+            "weights": "random", "e2e_ms": time, "e2e_lo_ms": time * 0.98, "e2e_hi_ms": time * 1.02,
+            "ttft_ms": time * 0.1, "tpot_ms": time * 0.9 / 31, "tokens_per_s": 32e3 * batch / time,
+            "speedup": 1000 / time,
+        }
+        for arm, time in latencies.items()
+        for batch in (1, 8)
+    ])  # fmt: skip
+
+
+def environment(link_limit: bool) -> pd.DataFrame:
+    rows = [("matmul", "bf16", n, 700.0 * min(1, n / 4096), "TFLOP/s") for n in (1024, 4096)]
+    rows += [("memory_copy", "", 0, 4000.0, "GB/s"), ("peer_write", "", 0, 390.0, "GB/s")]
+    rows += [("peer_read", "", 0, 372.0, "GB/s")] + [("link_limit", "", 0, 450.0, "GB/s")] * link_limit
+    return pd.DataFrame([
+        {
+            "quantity": quantity, "device": "cuda:0", "peer": "", "dtype": dtype, "m": n, "n": n, "k": n, "bytes": 0,
+            "threads": 0, "value": value, "value_lo": value, "value_hi": value, "unit": unit, "time_us": 1.0,
+            "source": "measured",
+        }
+        for quantity, dtype, n, value, unit in rows
+    ])  # fmt: skip
+
+
+def bandwidth() -> pd.DataFrame:
+    rows = []
+    for collective, factor in (("all_reduce", 1.0), ("all_gather", 0.5)):
+        for size in (8192, MIB, 8 * MIB, 32 * MIB, 64 * MIB):
+            time = 16 + size / 270e3
+            rate = size / time / 1e3
+            rows.append({
+                "collective": collective, "backend": "nccl", "bytes": size, "time_us": time, "time_lo_us": time * 0.98,
+                "time_hi_us": time * 1.02, "algbw_gb_per_s": rate, "busbw_gb_per_s": rate * factor,
+            })  # fmt: skip
+    return pd.DataFrame(rows)
+
+
+def derived(store: Store, name: str) -> None:
+    """Compute and write every derived table as a notebook does, from the tables already stored."""
+    for section in sections.SECTIONS.values():
+        for table in section.derived:
+            inputs = {needed: store.read(name, needed) for needed in table.inputs}
+            rows = table.compute(inputs, section.parameters())
+            store.write_table(name, table, rows, {"inputs_sha256": ""})
+
+
+def completed(table, rows: pd.DataFrame) -> pd.DataFrame:
+    """`rows` with every column of the schema that they lack, filled with an allowed value."""
+    rows = rows.copy()
+    for name, column in table.schema.columns.items():
+        if name in rows:
+            continue
+        kind = str(column.dtype)
+        allowed = [value for check in column.checks for value in check.statistics.get("allowed_values", [])]
+        default = "" if "str" in kind else True if "bool" in kind else 2 if "int" in kind else 1.0
+        rows[name] = f"{name}-{len(rows)}" if name == "point_key" else "" if "" in allowed else [*allowed, default][0]
+    return rows
+
+
+def study(root: pathlib.Path, speedup: float = 1.6) -> Store:
+    """A study below `root` with the published tables and one complete machine, h200-x2."""
+    shutil.copytree(CHECKOUT / "data" / "published", root / "data" / "published")
+    store, name = Store(root), "h200-x2"
+    description = {
+        "cpu": "a CPU", "cores": 32, "ram_bytes": 2**38, "os": "Linux", "gpus": ["NVIDIA H200"] * 2, "link": "NVLink",
+        "link_limit_gb_per_s": 450.0,
+        "gpu_memory_bytes": 2**37,
+    }  # fmt: skip
+    store.claim(Machine("cuda", 2, name, "0" * 16, 2**37, description), name)
+    tables = {
+        "environment": environment(link_limit=True), "overlap": overlap(speedup), "inference": inference(),
+        "overlap_timeline": overlap_timeline(), "bandwidth": bandwidth(),
+    }  # fmt: skip
+    for table_name, rows in tables.items():
+        _, table = sections.table(table_name)
+        store.write_table(name, table, completed(table, rows), {"keys": []})
+    derived(store, name)
+    for section in sections.SECTIONS:
+        settle(store, section, "complete")
+    return store
+
+
+def settle(store: Store, section: str, state: str, error: str = "") -> None:
+    """Record a verdict of one section."""
+    record = store.record("h200-x2", section)
+    verdict = {"state": state, "error": error, "at": "2026-11-22T12:00:00+00:00", "seconds": 60.0, "run": "test"}
+    store.write_record("h200-x2", section, {**record, "profile": "full", "parameters": {}, "verdict": verdict})

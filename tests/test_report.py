@@ -1,0 +1,117 @@
+"""The report: numbers from data only, failures shown in place, verdicts that follow the data."""
+
+import dataclasses
+
+import jinja2
+import pytest
+import stored
+
+from maco_lib.study import claims, evidence, figures, published, report
+from maco_lib.study.files import CHECKOUT
+
+
+@pytest.fixture
+def fresh(monkeypatch):
+    """The made-up tables were not measured for any parameters: take them for fresh, and leave the figures undrawn."""
+    monkeypatch.setattr(evidence, "stale_tables", lambda *arguments: [])
+    monkeypatch.setattr(figures, "write", lambda *arguments: [])
+
+
+def text_of(store, **options) -> str:
+    report.build(store.root, **options)
+    return (store.root / "REPORT.md").read_text()
+
+
+def verdicts(store) -> dict[str, str]:
+    machine, _ = evidence.load(store, "h200-x2")
+    return {entry.id: entry.verdict for entry in claims.judge(machine, store.root)}
+
+
+def test_the_report_sets_the_machine_beside_the_published_values(tmp_path, fresh):
+    store = stored.study(tmp_path)
+    assert report.build(tmp_path) == []
+    text = text_of(store)
+    assert "3.72 ms → 2.47 ms, 1.51x" in text
+    assert "522 µs → 326 µs [323 µs, 329 µs], **1.60×** [1.58, 1.62]" in text
+    assert "560.44 ms, 57.1 tokens/sec, 1.0x" in text
+    assert "figures/h200-x2/when_map.png" in text
+    for section in ("## Test environment", "## 1. ", "## 2. ", "## 3. ", "## 4. ", "## Conclusion", "## Definitions"):
+        assert section in text
+    assert text_of(store) == text
+
+
+def test_every_published_claim_has_a_judge():
+    assert list(published.printed(CHECKOUT, "claims")["id"]) == list(claims.JUDGES)
+
+
+def test_verdicts_follow_the_data(tmp_path, fresh):
+    fast = verdicts(stored.study(tmp_path / "fast", speedup=1.6))
+    slow = verdicts(stored.study(tmp_path / "slow", speedup=0.9))
+    for claim in ("overlap_small", "overlap_large", "overlap_average", "overlap_worst"):
+        assert (fast[claim], slow[claim]) == ("reproduced", "not reproduced")
+    assert fast["inference_speedup"] == "reproduced"
+    assert fast["bandwidth_nvlink"] == "not reproduced"
+    assert fast["inference_paged_attention"] == "not testable here"
+
+
+def test_a_ratio_below_the_printed_one_but_above_1_is_not_reproduced(tmp_path, fresh):
+    found = verdicts(stored.study(tmp_path, speedup=1.3))
+    assert found["overlap_large"] == "not reproduced"  # 1.51x is printed
+    assert found["overlap_medium"] == "reproduced"  # 1.08x is printed
+
+
+def test_other_sizes_make_the_published_configurations_not_testable(tmp_path, fresh):
+    machine, _ = evidence.load(stored.study(tmp_path), "h200-x2")
+    smaller = machine.table("overlap").assign(matmul_n=lambda rows: rows["matmul_n"] // 2)
+    shrunk = dataclasses.replace(machine, tables={**machine.tables, "overlap": smaller})
+    found = {entry.id: entry for entry in claims.judge(shrunk, tmp_path)}
+    assert found["overlap_small"].verdict == "not testable here"
+    assert "measured at other sizes here: 8388608 bytes and n = 512" in found["overlap_small"].numbers
+
+
+def test_a_failed_section_shows_its_error_in_place(tmp_path, fresh):
+    store = stored.study(tmp_path)
+    stored.settle(store, "overlap", "failed", "rank 1 ran out of memory")
+    text = text_of(store)
+    section = text[text.index("## 1. ") : text.index("## 2. ")]
+    assert "section overlap is FAILED.** rank 1 ran out of memory" in section
+    assert "FAILED" not in text[text.index("## 2. ") : text.index("## 3. ")]
+
+
+def test_a_stale_section_says_what_is_stale(tmp_path, monkeypatch):
+    monkeypatch.setattr(figures, "write", lambda *arguments: [])
+    text = text_of(stored.study(tmp_path))
+    assert "section overlap is STALE.** overlap: " in text
+
+
+def test_a_damaged_file_is_named_and_the_other_sections_go_on(tmp_path, fresh):
+    store = stored.study(tmp_path)
+    with open(store.data / "h200-x2" / "bandwidth.csv", "a") as file:
+        file.write("edited by hand\n")
+    problems = report.build(tmp_path)
+    assert any("data/h200-x2/bandwidth.csv was changed after it was written" in problem for problem in problems)
+    text = (tmp_path / "REPORT.md").read_text()
+    assert "section bandwidth is FAILED.** data/h200-x2/bandwidth.csv was changed" in text
+    assert "**1.60×**" in text
+    assert verdicts(store)["bandwidth_8"] == "not testable here"
+
+
+def test_no_machine_yet_is_a_report_too(tmp_path, fresh):
+    store = stored.study(tmp_path)
+    (store.data / "h200-x2" / "machine.json").unlink()
+    assert "No machine has been measured yet" in text_of(store)
+
+
+def test_a_name_the_template_does_not_know_is_an_error(tmp_path, fresh, monkeypatch):
+    template = tmp_path / "broken.j2"
+    template.write_text("{{ sumary }}")
+    monkeypatch.setattr(report, "TEMPLATE", template)
+    with pytest.raises(jinja2.UndefinedError, match="sumary"):
+        report.build(stored.study(tmp_path / "study").root)
+
+
+def test_the_template_holds_no_measured_number():
+    text = report.TEMPLATE.read_text()
+    for unit in (" ms", " µs", "GB/s", "TFLOP", "tokens/s", "×]", "1.22", "1.51", "5.87"):
+        assert not any(character.isdigit() for line in text.splitlines() if unit in line
+                       for character in line.split(unit)[0][-1:]), unit  # fmt: skip

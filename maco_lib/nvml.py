@@ -81,16 +81,27 @@ def active_links(handle) -> list[int]:
     return [link for link in links if ask(pynvml.nvmlDeviceGetNvLinkState, handle, link) == 1]
 
 
-def link_limit_gb_per_s(handle) -> tuple[str, float | None]:
-    """How one GPU reaches its peers ("NVLink" or "PCIe"), and the limit in GB/s per direction (None: not known)."""
-    links = active_links(handle)
+def link_limit_gb_per_s(gpus: list) -> tuple[str, float | None]:
+    """How the first GPU reaches its peers ("NVLink", "PCIe", "unknown"), and the limit in GB/s per direction."""
+    links = active_links(gpus[0])
     if links:
-        rate = NVLINK_GB_PER_S.get(tuple(pynvml.nvmlDeviceGetCudaComputeCapability(handle)))
+        rate = NVLINK_GB_PER_S.get(tuple(pynvml.nvmlDeviceGetCudaComputeCapability(gpus[0])))
         return "NVLink", None if rate is None else len(links) * rate
-    generation = ask(pynvml.nvmlDeviceGetMaxPcieLinkGeneration, handle)
-    width = ask(pynvml.nvmlDeviceGetMaxPcieLinkWidth, handle)
+    # Containers may hide the links: PCIe is the limit only where the driver says that there is no NVLink.
+    joined = [nvlink_status(gpus[0], peer) for peer in gpus[1:]]
+    if pynvml.NVML_P2P_STATUS_OK in joined:
+        return "NVLink", None
+    if None in joined:
+        return "unknown", None
+    generation = ask(pynvml.nvmlDeviceGetMaxPcieLinkGeneration, gpus[0])
+    width = ask(pynvml.nvmlDeviceGetMaxPcieLinkWidth, gpus[0])
     lane = PCIE_LANE_GB_PER_S.get(generation)
     return "PCIe", None if lane is None or not width else lane * width
+
+
+def nvlink_status(first, second) -> int | None:
+    """NVML's status of NVLink between two GPUs, NVML_P2P_STATUS_OK where they have it; None: no answer."""
+    return ask(pynvml.nvmlDeviceGetP2PStatus, first, second, pynvml.NVML_P2P_CAPS_INDEX_NVLINK)
 
 
 def nvlink_signalling_gb_per_s(handle) -> float | None:
@@ -105,9 +116,8 @@ def topology(gpus: list) -> dict[str, str]:
     """How each pair of GPUs is joined, as `nvidia-smi topo -m` names it: {"0-1": "NV18"}."""
     pairs = {}
     for (i, first), (j, second) in itertools.combinations(enumerate(gpus), 2):
-        nvlink = ask(pynvml.nvmlDeviceGetP2PStatus, first, second, pynvml.NVML_P2P_CAPS_INDEX_NVLINK)
-        if nvlink == pynvml.NVML_P2P_STATUS_OK:
-            pairs[f"{i}-{j}"] = f"NV{_links_between(first, second)}"
+        if nvlink_status(first, second) == pynvml.NVML_P2P_STATUS_OK:
+            pairs[f"{i}-{j}"] = f"NV{_links_between(first, second) or ' (number not told)'}"
         else:
             level = ask(pynvml.nvmlDeviceGetTopologyCommonAncestor, first, second)
             pairs[f"{i}-{j}"] = COMMON_ANCESTOR.get(level, "unknown")
@@ -127,7 +137,7 @@ def describe(gpus: list) -> dict[str, Any]:
     """Names, driver, links and memory of `gpus`, for a reader; entries the driver does not answer are None."""
     first = gpus[0]
     version = ask(pynvml.nvmlSystemGetCudaDriverVersion_v2)
-    link, limit = link_limit_gb_per_s(first)
+    link, limit = link_limit_gb_per_s(gpus)
     return {
         "gpus": [pynvml.nvmlDeviceGetName(handle) for handle in gpus],
         "gpu_memory_bytes": pynvml.nvmlDeviceGetMemoryInfo(first).total,

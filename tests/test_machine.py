@@ -6,10 +6,13 @@ import os
 import pathlib
 import subprocess
 import sys
+import types
 
+import pynvml
 import pytest
 
 from maco_lib import machine, nvml, provenance, sampler
+from maco_lib.study.sections.environment import SECTION, points
 
 UUIDS = ["GPU-aaa1", "GPU-aab2", "GPU-ccc3"]
 
@@ -43,6 +46,54 @@ def test_visible_devices_by_the_rules_of_cuda(visible, chosen):
 )
 def test_machines_are_named_by_their_gpus(gpus, name):
     assert machine.machine_name(gpus) == name
+
+
+def unsupported(*arguments):
+    raise pynvml.NVMLError(pynvml.NVML_ERROR_NOT_SUPPORTED)
+
+
+def four_h200s(monkeypatch, num_links: int, p2p: int | None) -> None:
+    """A driver with four H200s of `num_links` links each; `p2p` is what it says of NVLink between two, None: nothing."""
+    answers = {
+        "nvmlInit": lambda: None,
+        "nvmlShutdown": lambda: None,
+        "nvmlDeviceGetCount": lambda: 4,
+        "nvmlDeviceGetHandleByIndex": lambda index: index,
+        "nvmlDeviceGetUUID": lambda gpu: f"GPU-{gpu}",
+        "nvmlDeviceGetName": lambda gpu: "NVIDIA H200",
+        "nvmlDeviceGetMemoryInfo": lambda gpu: types.SimpleNamespace(total=150_754_820_096),
+        "nvmlDeviceGetCudaComputeCapability": lambda gpu: (9, 0),
+        "nvmlDeviceGetNvLinkState": lambda gpu, link: 1 if link < num_links else unsupported(),
+        "nvmlDeviceGetNvLinkRemotePciInfo": lambda gpu, link: types.SimpleNamespace(busId="the switch"),
+        "nvmlDeviceGetPciInfo": lambda gpu: types.SimpleNamespace(busId=f"{gpu}"),
+        "nvmlDeviceGetP2PStatus": lambda first, second, index: unsupported() if p2p is None else p2p,
+        "nvmlDeviceGetTopologyCommonAncestor": lambda first, second: pynvml.NVML_TOPOLOGY_SYSTEM,
+        "nvmlDeviceGetMaxPcieLinkGeneration": lambda gpu: 5,
+        "nvmlDeviceGetMaxPcieLinkWidth": lambda gpu: 16,
+    }
+    for name in dir(pynvml):
+        if name.startswith("nvml") and (name in answers or name.startswith(("nvmlDeviceGet", "nvmlSystemGet"))):
+            monkeypatch.setattr(pynvml, name, answers.get(name, unsupported))
+
+
+@pytest.mark.parametrize(
+    ("num_links", "p2p", "link", "limit", "joined"),
+    [
+        (18, pynvml.NVML_P2P_STATUS_OK, "NVLink", 450.0, "NV18"),
+        (0, pynvml.NVML_P2P_STATUS_OK, "NVLink", None, "NV (number not told)"),
+        (0, None, "unknown", None, "SYS"),
+        (0, pynvml.NVML_P2P_STATUS_NOT_SUPPORTED, "PCIe", 63.008, "SYS"),
+    ],
+)
+def test_the_link_limit_is_told_only_where_the_driver_tells(monkeypatch, num_links, p2p, link, limit, joined):
+    four_h200s(monkeypatch, num_links, p2p)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2,3")
+    here = machine.this_machine()
+    assert (here.kind, here.num_devices, here.name, here.memory_bytes) == ("cuda", 2, "h200-x2", 150_754_820_096)
+    assert (here.description["link"], here.description["link_limit_gb_per_s"]) == (link, limit)
+    assert here.description["topology"] == {"0-1": joined}
+    quantities = {point["quantity"] for point in points(SECTION.resolve("full", here), here)}
+    assert ("link_limit" in quantities) == (limit is not None)
 
 
 def test_this_machine_can_be_stored_and_stays_itself():

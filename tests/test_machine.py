@@ -53,7 +53,7 @@ def unsupported(*arguments):
 
 
 def four_h200s(monkeypatch, num_links: int, p2p: int | None) -> None:
-    """A driver with four H200s of `num_links` links each; `p2p` is what it says of NVLink between two, None: nothing."""
+    """A driver with four H200s of `num_links` links each; `p2p`: what it says of NVLink between two, None: nothing."""
     answers = {
         "nvmlInit": lambda: None,
         "nvmlShutdown": lambda: None,

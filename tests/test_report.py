@@ -1,12 +1,13 @@
 """The report: numbers from data only, failures shown in place, verdicts that follow the data."""
 
 import dataclasses
+import sys
 
 import jinja2
 import pytest
 import stored
 
-from maco_lib.study import claims, evidence, figures, published, report
+from maco_lib.study import claims, evidence, figures, publish, published, report
 from maco_lib.study.files import CHECKOUT
 
 
@@ -115,3 +116,20 @@ def test_the_template_holds_no_measured_number():
     for unit in (" ms", " µs", "GB/s", "TFLOP", "tokens/s", "×]", "1.22", "1.51", "5.87"):
         assert not any(character.isdigit() for line in text.splitlines() if unit in line
                        for character in line.split(unit)[0][-1:]), unit  # fmt: skip
+
+
+def test_html_embeds_the_figures_and_the_pdf_is_set(tmp_path, monkeypatch):
+    monkeypatch.setattr(evidence, "stale_tables", lambda *arguments: [])
+    pytest.importorskip("pypandoc")
+    pytest.importorskip("typst")
+    report.build(stored.study(tmp_path).root)
+    assert [path.name for path in publish.build(tmp_path)] == ["REPORT.html", "REPORT.pdf"]
+    html = (tmp_path / "REPORT.html").read_text()
+    assert html.count('src="data:image/png;base64') == len(figures.FIGURES)
+    assert (tmp_path / "REPORT.pdf").read_bytes().startswith(b"%PDF")
+
+
+def test_without_pandoc_one_line_says_so(tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "pypandoc", None)
+    assert publish.build(tmp_path) == []
+    assert "pypandoc is not installed" in capsys.readouterr().out

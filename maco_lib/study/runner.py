@@ -178,7 +178,11 @@ def child_environment_for_kernel(store: Store) -> dict[str, str]:
 def judge(store: Store, folder: str, section: Section, run_id: str, status: int, log: pathlib.Path) -> str | None:
     """Our own verdict: the last cell of this very run wrote its completion record, and the process ended well."""
     if status != 0:
-        lines = [line for line in log.read_text(errors="replace").splitlines() if line.strip()]
+        lines = [
+            line
+            for line in log.read_text(errors="replace").splitlines()
+            if line.strip() and "[IPKernelApp]" not in line
+        ]
         return "\n".join(lines[-30:]) or f"its process ended with status {status}"
     verdict = store.record(folder, section.name).get("verdict", {})
     if verdict.get("run") != run_id or verdict.get("state") not in (COMPLETE, UNAVAILABLE):

@@ -241,16 +241,15 @@ class Store:
         lines = list(read_lines(self.journal(name, dataset.name)))
         new_rows, new_samples = journal_frames(lines, dataset)
         folder = self.data / name
-        rows, samples = [new_rows], [new_samples]
+        replaced = {(line["key"], line["repeat"]) for line in lines}
+        all_rows, all_samples = new_rows, new_samples
         if (folder / f"{dataset.name}.launches.csv").exists():
-            replaced = {(line["key"], line["repeat"]) for line in lines}
-            for frames, old in ((rows, self.launches(name, dataset.name)), (samples, self.samples(name, dataset.name))):
-                pairs = pd.Series(list(zip(old["point_key"], old["repeat"], strict=True)), index=old.index)
-                frames.insert(0, old[~pairs.isin(replaced)])
-        all_rows = pd.concat([frame for frame in rows if len(frame)], ignore_index=True)
+            all_rows = replacing(self.launches(name, dataset.name), replaced, new_rows)
+        if (folder / f"{dataset.name}.parquet").exists():
+            all_samples = replacing(self.samples(name, dataset.name), replaced, new_samples)
         all_rows = all_rows[all_rows["method_version"] == dataset.method_version]
-        all_samples = pd.concat([frame for frame in samples if len(frame)], ignore_index=True)
-        all_samples = all_samples[all_samples["launch"].isin(all_rows["launch"])]
+        if len(all_samples):
+            all_samples = all_samples[all_samples["launch"].isin(all_rows["launch"])]
         order = {key: position for position, key in enumerate(keys)}
         reported = all_rows[all_rows["point_key"].isin(order)]
         reported = reported.sort_values("point_key", key=lambda column: column.map(order), kind="stable")
@@ -273,7 +272,7 @@ class Store:
         contents = {f"{table.name}.csv": as_csv(reported)}
         if launches is not None:
             contents[f"{table.name}.launches.csv"] = as_csv(launches)
-        if samples is not None:
+        if samples is not None and len(samples):
             buffer = io.BytesIO()
             samples.to_parquet(buffer, index=False, compression="zstd")
             contents[f"{table.name}.parquet"] = buffer.getvalue()
@@ -311,6 +310,12 @@ class Store:
 
 def as_csv(rows: pd.DataFrame) -> bytes:
     return rows.to_csv(index=False, float_format=FLOAT_FORMAT, lineterminator="\n").encode()
+
+
+def replacing(old: pd.DataFrame, replaced: set[tuple[str, int]], new: pd.DataFrame) -> pd.DataFrame:
+    """`old` without the (point key, repeat) pairs in `replaced`, then `new`."""
+    pairs = pd.Series(list(zip(old["point_key"], old["repeat"], strict=True)), index=old.index, dtype=object)
+    return pd.concat([frame for frame in (old[~pairs.isin(replaced)], new) if len(frame)], ignore_index=True)
 
 
 def journal_frames(lines: list[dict[str, Any]], dataset: Dataset) -> tuple[pd.DataFrame, pd.DataFrame]:

@@ -16,13 +16,17 @@ Draw = Callable[[Mapping[str, pd.DataFrame], str], tuple[Figure, pd.DataFrame]]
 
 @dataclass(frozen=True)
 class FigureSpec:
-    """One figure: its section, and the tables it is drawn from ("published.X" is the published study's)."""
+    """One figure: its section, and the tables it is drawn from ("published.X" is the published study's).
+
+    `optional` tables add to the figure where the machine has them.
+    """
 
     name: str
     section: str
     tables: tuple[str, ...]
     caption: str
     draw: Draw
+    optional: tuple[str, ...] = ()
 
 
 FIGURES: dict[str, FigureSpec] = {
@@ -73,9 +77,9 @@ FIGURES: dict[str, FigureSpec] = {
             inference.batch,
         ),
         FigureSpec(
-            "bandwidth_busbw", "bandwidth", ("bandwidth", "environment"),
+            "bandwidth_busbw", "bandwidth", ("bandwidth",),
             "Bus bandwidth over message size for every collective and backend, below the machine's limits.",
-            bandwidth.busbw,
+            bandwidth.busbw, optional=("environment",),
         ),
         FigureSpec(
             "bandwidth_published", "bandwidth", ("bandwidth", "published.bandwidth"),
@@ -115,7 +119,8 @@ def draw(store: Store, machine_name: str, figure_name: str) -> tuple[Figure, pd.
     """
     spec = figure_spec(figure_name)
     tables = {}
-    for name in spec.tables:
+    present = [name for name in spec.optional if (store.data / machine_name / f"{name}.csv").exists()]
+    for name in (*spec.tables, *present):
         try:
             source, _, table = name.rpartition(".")
             tables[name] = published.numbers(store.root, table) if source else store.read(machine_name, table)

@@ -21,7 +21,7 @@ def busbw(tables: Mapping[str, pd.DataFrame], machine_name: str) -> tuple[Figure
     """Bus bandwidth over bytes, a panel per collective, a line per backend, the machine's limits above them."""
     table = tables["bandwidth"].dropna(subset=["busbw_gb_per_s"])
     table = style.rows(table, "finished row").sort_values("bytes", kind="stable")
-    limits = environment.bandwidth_limits(tables["environment"])
+    limits = environment.bandwidth_limits(tables["environment"]) if "environment" in tables else {}
     collectives = [name for name in TITLES if name in set(table["collective"])]
     figure = style.new(style.WIDE_IN, 2.9)
     axes = figure.subplots(1, len(collectives), sharey=True, squeeze=False)[0]

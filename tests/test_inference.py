@@ -109,7 +109,7 @@ def row(arm, e2e_ms, tokens="1 2 3", **changes):
     times = {"e2e_ms": e2e_ms, "e2e_lo_ms": 0.9 * e2e_ms, "e2e_hi_ms": 1.1 * e2e_ms, "ttft_ms": e2e_ms / 10,
              "tpot_ms": e2e_ms / 20, "tokens_per_s": 1.0, "start_s": 1.0, "reference_gap": 0.0}  # fmt: skip
     facts = {"point_key": "0", "arm": arm, "batch": 1, "prompt_tokens": 6, "new_tokens": 3, "model": "m", "dtype": "d",
-             "weights": "random", "checkpoint": "c", "num_parameters": 1, "engine": "e", "threads": 2,
+             "weights": "random", "checkpoint": "c", "parameters_millions": 1.0, "engine": "e", "threads": 2,
              "first_tokens": tokens, "correct": True, "error": "", "num_launches": 1}  # fmt: skip
     return {**facts, **times, **changes}
 

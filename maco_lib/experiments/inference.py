@@ -42,7 +42,7 @@ def measure(point: dict[str, Any], context: Context) -> Result:
     row: dict[str, Any] = dict.fromkeys(
         ("e2e_ms", "e2e_lo_ms", "e2e_hi_ms", "ttft_ms", "tpot_ms", "tokens_per_s", "start_s", "reference_gap"), math.nan
     )
-    row.update(weights="", checkpoint="", num_parameters=0, engine="", threads=0, first_tokens="", correct=False)
+    row.update(weights="", checkpoint="", parameters_millions=math.nan, engine="", threads=0, first_tokens="", correct=False)
     try:
         samples = run(point, context, row)
     except Exception as error:  # whatever an engine raises is this arm's result, and the other arms go on
@@ -56,7 +56,8 @@ def run(point: dict[str, Any], context: Context, row: dict[str, Any]) -> list[Sa
     """Fill `row` for one point and return the samples; raises RuntimeError when an engine gave not what was asked."""
     arm, batch, new_tokens = point["arm"], point["batch"], point["new_tokens"]
     checkpoint = the_checkpoint(point, context)
-    row.update(weights=checkpoint.weights, checkpoint=checkpoint.identity, num_parameters=checkpoint.num_parameters)
+    row.update(weights=checkpoint.weights, checkpoint=checkpoint.identity)
+    row["parameters_millions"] = checkpoint.num_parameters / 1e6
     engine = the_engine(point, context, checkpoint)
     row.update(engine=engine.version, threads=engine.threads, start_s=engine.start_s)
     prompts = make_prompts(batch, point["prompt_tokens"], vocab_size(checkpoint))

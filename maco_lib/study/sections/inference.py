@@ -154,7 +154,7 @@ SCHEMA = pa.DataFrameSchema(
         "start_s": pa.Column(float, POSITIVE, nullable=True),
         "weights": pa.Column(str, pa.Check.isin(["local", "hub", "random", ""])),
         "checkpoint": pa.Column(str),
-        "num_parameters": pa.Column(int, pa.Check.ge(0)),
+        "parameters_millions": pa.Column(float, POSITIVE, nullable=True),
         "engine": pa.Column(str),
         "threads": pa.Column(int, pa.Check.ge(0)),
         "first_tokens": pa.Column(str),

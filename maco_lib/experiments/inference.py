@@ -19,6 +19,10 @@ PUBLISHED_PROMPT = [785, 3853, 315, 20443, 11229, 374]
 PROMPT_SEED = 11
 NUM_FIRST_TOKENS = 32
 MAX_CHECKED = 4
+NUMBERS = (
+    "e2e_ms", "e2e_lo_ms", "e2e_hi_ms", "ttft_ms", "tpot_ms", "tokens_per_s", "start_s", "parameters_millions",
+    "reference_gap",
+)  # fmt: skip
 
 
 def make_prompts(batch: int, prompt_tokens: int, vocab_size: int) -> list[list[int]]:
@@ -39,10 +43,8 @@ def make_prompts(batch: int, prompt_tokens: int, vocab_size: int) -> list[list[i
 def measure(point: dict[str, Any], context: Context) -> Result:
     """One batch of one arm: one row; E2E, TTFT and TPOT of every repetition as samples. A failing arm is a row that
     says so."""
-    row: dict[str, Any] = dict.fromkeys(
-        ("e2e_ms", "e2e_lo_ms", "e2e_hi_ms", "ttft_ms", "tpot_ms", "tokens_per_s", "start_s", "reference_gap"), math.nan
-    )
-    row.update(weights="", checkpoint="", parameters_millions=math.nan, engine="", threads=0, first_tokens="", correct=False)
+    row: dict[str, Any] = dict.fromkeys(NUMBERS, math.nan)
+    row.update(weights="", checkpoint="", engine="", threads=0, first_tokens="", correct=False)
     try:
         samples = run(point, context, row)
     except Exception as error:  # whatever an engine raises is this arm's result, and the other arms go on

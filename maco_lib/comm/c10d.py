@@ -5,6 +5,10 @@ import torch.distributed as dist
 
 from maco_lib.comm.record import COLLECTIVES, Operation, collective
 
+# torch 2.13 renames these two and warns of the old names, which are all that 2.11 has.
+reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+
 
 def issue(
     name: str, source: torch.Tensor, result: torch.Tensor, group: dist.ProcessGroup | None, async_op: bool = False
@@ -13,9 +17,9 @@ def issue(
     if name == "all_reduce":
         return dist.all_reduce(result, group=group, async_op=async_op)
     if name == "reduce_scatter":
-        return dist.reduce_scatter_tensor(result, source, group=group, async_op=async_op)
+        return reduce_scatter(result, source, group=group, async_op=async_op)
     if name == "all_gather":
-        return dist.all_gather_into_tensor(result, source, group=group, async_op=async_op)
+        return all_gather(result, source, group=group, async_op=async_op)
     if name == "all_to_all":
         return dist.all_to_all_single(result, source, group=group, async_op=async_op)
     raise ValueError(f"unknown collective {name!r}; the collectives are {', '.join(COLLECTIVES)}")

@@ -17,6 +17,8 @@ from maco_lib.comm.record import Operation, collective
 
 DTYPES = (torch.bfloat16, torch.float32)
 ALIGNMENT = 16
+# Growing costs a rendezvous of all ranks: start with what most points fit into.
+MIN_WORKSPACE = 2**26
 
 
 @dataclass(frozen=True)
@@ -75,7 +77,7 @@ def workspace(num_bytes: int, device: torch.device, group: dist.ProcessGroup) ->
     """The first `num_bytes` of the group's symmetric buffer (uint8), grown to the next power of two. Collective."""
     buffer = _BUFFERS.get(group)
     if buffer is None or buffer.numel() < num_bytes:
-        buffer = symmetric.empty(1 << (num_bytes - 1).bit_length(), dtype=torch.uint8, device=device)
+        buffer = symmetric.empty(max(MIN_WORKSPACE, 1 << (num_bytes - 1).bit_length()), dtype=torch.uint8, device=device)
         symmetric.rendezvous(buffer, group.group_name)
         _BUFFERS[group] = buffer
     return buffer[:num_bytes]

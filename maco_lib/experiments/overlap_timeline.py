@@ -44,18 +44,19 @@ def measure(point: dict[str, Any], context: Context) -> Result:
 def traced(arm: Arm, problem: Problem) -> list[dict[str, Any]]:
     """This rank's events of one run of `arm`, in order of their start; times in µs since the first of them.
 
-    The first of two profiles only warms the profiler up.
+    The first of two profiles only warms the profiler up. A barrier within the profile starts the ranks together, whatever
+    their profilers took to start; its own event comes first and is left out.
     """
     cuda = problem.device.type == "cuda"
     barrier = Barrier(problem.group, problem.device)
     for _ in range(2):
         if arm.prepare:
             arm.prepare()
-        barrier()
         synchronize(problem.device)
         with profile(activities=[ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if cuda else [])]) as profiler:
             if cuda:
                 torch.cuda._sleep(BACKLOG_US * SLEEP_CYCLES_PER_US)
+            barrier()
             arm.run()
             synchronize(problem.device)
     with tempfile.TemporaryDirectory() as folder:
@@ -64,11 +65,11 @@ def traced(arm: Arm, problem: Problem) -> list[dict[str, Any]]:
         trace = json.loads(path.read_text())["traceEvents"]
     spans = [event for event in trace if event.get("ph") == "X" and event.get("dur", 0) > 0]
     events = [describe(event) for event in spans if (is_kernel(event) if cuda else is_step(event))]
+    _, *events = sorted(events, key=lambda event: event["start_us"]) or [None]
     if not events:
         raise RuntimeError(f"the profiler saw no event of {arm.name} among {len(spans)} spans")
-    origin = min(event["start_us"] for event in events)
-    events = [{**event, "start_us": round(event["start_us"] - origin, 3)} for event in events]
-    return sorted(events, key=lambda event: event["start_us"])
+    origin = events[0]["start_us"]
+    return [{**event, "start_us": round(event["start_us"] - origin, 3)} for event in events]
 
 
 def is_kernel(event: dict[str, Any]) -> bool:

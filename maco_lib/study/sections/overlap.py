@@ -184,7 +184,7 @@ SECTION = Section(
         },
         "standard": {
             "cpu": {
-                "budget_s": 5.0, "min_iterations": 5, "published_iterations": 5, "sweep_budget_s": 0.6,
+                "budget_s": 2.5, "min_iterations": 5, "published_iterations": 4, "sweep_budget_s": 0.4,
                 "sweep_comm_bytes": [64 * KIB, 256 * KIB, MIB, 4 * MIB, 16 * MIB],
                 "sweep_matmul_n": [256, 512, 1024, 1536],
             },

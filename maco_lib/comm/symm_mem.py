@@ -74,7 +74,7 @@ _BUFFERS: "weakref.WeakKeyDictionary[dist.ProcessGroup, torch.Tensor]" = weakref
 
 
 def workspace(num_bytes: int, device: torch.device, group: dist.ProcessGroup) -> torch.Tensor:
-    """The first `num_bytes` of the group's symmetric buffer (uint8), grown to the next power of two. Collective."""
+    """The first `num_bytes` of the group's symmetric buffer (uint8), which grows when needed. Collective."""
     buffer = _BUFFERS.get(group)
     if buffer is None or buffer.numel() < num_bytes:
         buffer = symmetric.empty(max(MIN_WORKSPACE, 1 << (num_bytes - 1).bit_length()), dtype=torch.uint8, device=device)

@@ -44,8 +44,8 @@ def measure(point: dict[str, Any], context: Context) -> Result:
 def traced(arm: Arm, problem: Problem) -> list[dict[str, Any]]:
     """This rank's events of one run of `arm`, in order of their start; times in µs since the first of them.
 
-    The first of two profiles only warms the profiler up. A barrier within the profile starts the ranks together, whatever
-    their profilers took to start; its own event comes first and is left out.
+    The first of two profiles only warms the profiler up. A barrier within the profile starts the ranks together,
+    whatever their profilers took to start; its own event comes first and is left out.
     """
     cuda = problem.device.type == "cuda"
     barrier = Barrier(problem.group, problem.device)

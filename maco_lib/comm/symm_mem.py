@@ -77,7 +77,8 @@ def workspace(num_bytes: int, device: torch.device, group: dist.ProcessGroup) ->
     """The first `num_bytes` of the group's symmetric buffer (uint8), which grows when needed. Collective."""
     buffer = _BUFFERS.get(group)
     if buffer is None or buffer.numel() < num_bytes:
-        buffer = symmetric.empty(max(MIN_WORKSPACE, 1 << (num_bytes - 1).bit_length()), dtype=torch.uint8, device=device)
+        capacity = max(MIN_WORKSPACE, 1 << (num_bytes - 1).bit_length())
+        buffer = symmetric.empty(capacity, dtype=torch.uint8, device=device)
         symmetric.rendezvous(buffer, group.group_name)
         _BUFFERS[group] = buffer
     return buffer[:num_bytes]

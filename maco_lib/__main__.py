@@ -4,7 +4,7 @@ import argparse
 import sys
 
 from maco_lib.study import advise, doctor
-from maco_lib.study.store import DataError
+from maco_lib.study.files import DataError
 
 
 def add_run_arguments(parser: argparse.ArgumentParser) -> None:

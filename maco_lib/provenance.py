@@ -98,9 +98,14 @@ def source_digest(root: pathlib.Path) -> str:
 
 
 def git_state(root: pathlib.Path) -> dict[str, Any]:
-    """Commit of the checkout at `root`, and whether its `CODE` differs from it; both None outside git."""
-    commit = _git(root, "rev-parse", "HEAD")
-    status = _git(root, "status", "--porcelain", "--untracked-files=no", "--", *CODE) if commit else None
+    """Commit of the checkout at `root`, and whether its `CODE` differs from it; both None outside git.
+
+    A host that got a copy of the files without their history can be told the commit in MACO_COMMIT.
+    """
+    commit = _git(root, "rev-parse", "--verify", "HEAD")
+    if commit is None:
+        return {"commit": os.environ.get("MACO_COMMIT"), "dirty": None}
+    status = _git(root, "status", "--porcelain", "--untracked-files=no", "--", *CODE)
     return {"commit": commit, "dirty": None if status is None else bool(status)}
 
 

@@ -105,7 +105,8 @@ def captured(rank: int, num_ranks: int) -> None:
     tensor.fill_(rank + 1.0)
     graph.replay()
     torch.cuda.synchronize()
-    assert (tensor == sum(range(1, num_ranks + 1))).all() and torch.allclose(product, a @ a)
+    assert (tensor == sum(range(1, num_ranks + 1))).all()
+    torch.testing.assert_close(product, a @ a, rtol=1e-4, atol=1e-3)  # cuBLAS may split k otherwise under capture
     graph.reset()
 
 

@@ -17,11 +17,12 @@ SWEEP = "sweep"
 @dataclass(frozen=True)
 class Method:
     """How the two steps are run. `backend`: "" for the device's default; `urgent`: on a stream of the highest priority;
-    `host_wait`: the host waits between the two steps."""
+    `matmul_first`: issued after the matmul (GPUs only); `host_wait`: the host waits between the two steps."""
 
     backend: str = ""
     overlapped: bool = True
     urgent: bool = False
+    matmul_first: bool = False
     host_wait: bool = False
 
 
@@ -29,6 +30,7 @@ METHODS = {
     "device": {
         "sequential": Method(overlapped=False),
         "two_stream": Method(),
+        "two_stream_matmul_first": Method(matmul_first=True),
         "two_stream_priority": Method(urgent=True),
         "two_stream_cta4": Method("nccl_cta4"),
         "two_stream_cta8": Method("nccl_cta8"),

@@ -1,5 +1,6 @@
 """One point of section 1 as things to run: its tensors, its arms, and whether each computes the right thing."""
 
+import functools
 import random
 from collections.abc import Callable
 
@@ -86,9 +87,17 @@ class Problem:
         priority = streams.highest_priority() if method.urgent and self.device.type == "cuda" else 0
 
         def run() -> None:
-            handle = streams.launch(operation.run, operation.result, used=(operation.source,), priority=priority)
-            self.matmul()
-            handle.wait()
+            launch = functools.partial(
+                streams.launch, operation.run, operation.result, used=(operation.source,), priority=priority
+            )
+            if method.matmul_first:
+                fork = torch.cuda.current_stream(self.device).record_event()
+                self.matmul()
+                launch(after=fork).wait()
+            else:
+                handle = launch()
+                self.matmul()
+                handle.wait()
 
         return Arm(name, run, self.restore(self.backend(method)))
 

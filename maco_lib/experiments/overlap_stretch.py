@@ -1,5 +1,6 @@
 """How long the all-reduce and the matmul each take while both run: the numerators of the stretch factors σ."""
 
+import functools
 import threading
 import time
 
@@ -45,11 +46,15 @@ def device_sample(problem: Problem, method: Method, barrier: Barrier) -> tuple[f
         events[1].record()
 
     priority = streams.highest_priority() if method.urgent else 0
-    handle = streams.launch(communicate, operation.result, used=(operation.source,), priority=priority)
+    fork = torch.cuda.current_stream(problem.device).record_event()
+    launch = functools.partial(
+        streams.launch, communicate, operation.result, used=(operation.source,), priority=priority, after=fork
+    )
+    handle = None if method.matmul_first else launch()
     events[2].record()
     problem.matmul()
     events[3].record()
-    handle.wait()
+    (handle or launch()).wait()
     torch.cuda.synchronize(problem.device)
     return events[0].elapsed_time(events[1]) * 1e3, events[2].elapsed_time(events[3]) * 1e3
 

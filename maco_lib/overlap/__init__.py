@@ -1,4 +1,4 @@
-"""Overlap of communication with computation: how to run it (`streams`) and what it can give (`model`, without torch)."""
+"""Overlap of communication with computation: how to run it (`streams`), what it can give (`model`, torch free)."""
 
 import importlib
 

@@ -57,12 +57,16 @@ def launch(
     *,
     used: tuple[torch.Tensor, ...] = (),
     priority: int = 0,
+    after: torch.cuda.Event | None = None,
 ) -> Handle:
-    """Issue `run(async_op)` beside the current stream; `result` and `used` are the tensors that it touches."""
+    """Issue `run(async_op)` beside the current stream; `result` and `used` are the tensors that it touches.
+
+    On GPUs it begins once what the current stream holds is done, or at the earlier event `after`.
+    """
     if result.device.type != "cuda":
         return Handle(result, work=run(True))
     side = side_stream(result.device, priority)
-    side.wait_stream(torch.cuda.current_stream(result.device))
+    side.wait_event(after or torch.cuda.current_stream(result.device).record_event())
     with torch.cuda.stream(side):
         run(False)
     # Memory freed while the side stream still uses it must not be handed out again by the allocator.

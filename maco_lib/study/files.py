@@ -10,6 +10,10 @@ from typing import Any
 CHECKOUT = pathlib.Path(__file__).resolve().parents[2]
 
 
+class DataError(Exception):
+    """A stored file is missing, damaged, or not what was written; the message names it and what to do."""
+
+
 def study_root() -> pathlib.Path:
     """The folder that holds `data/`, `figures/` and `REPORT.md`: `MACO_ROOT`, or the checkout this package lies in."""
     return pathlib.Path(os.environ.get("MACO_ROOT") or CHECKOUT)

@@ -19,6 +19,7 @@ from IPython.display import HTML, Image, Markdown, display
 
 from maco_lib.machine import Machine, this_machine
 from maco_lib.study import figures, launch
+from maco_lib.study.figures.style import FORMATS
 from maco_lib.study.sections import section as find_section
 from maco_lib.study.sections import table as find_table
 from maco_lib.study.spec import Parameters, Section, check_rows
@@ -176,7 +177,7 @@ class Run:
         problems += [
             f"figure {name}.{suffix} was not written"
             for name in self.section.figures
-            for suffix in ("svg", "pdf", "png", "csv")
+            for suffix in FORMATS
             if not (self.store.figures / self.folder / f"{name}.{suffix}").exists()
         ]
         if problems:

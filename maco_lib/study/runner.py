@@ -14,6 +14,7 @@ from typing import Any
 import yaml
 
 from maco_lib.machine import Machine, this_machine
+from maco_lib.study.figures.style import FORMATS
 from maco_lib.study.files import CHECKOUT
 from maco_lib.study.journal import read_lines
 from maco_lib.study.launch import plan
@@ -105,7 +106,8 @@ def run(
 
 
 def figures_exist(store: Store, folder: str, section: Section, state: str) -> bool:
-    return state == "unavailable" or all((store.figures / folder / f"{name}.png").exists() for name in section.figures)
+    paths = [store.figures / folder / f"{name}.{suffix}" for name in section.figures for suffix in FORMATS]
+    return state == "unavailable" or all(path.exists() for path in paths)
 
 
 def run_section(store: Store, folder: str, job: Job, profile: str, force: bool) -> str | None:

@@ -20,17 +20,13 @@ import pandas as pd
 from maco_lib.machine import Machine
 from maco_lib.provenance import source_digest
 from maco_lib.study import sections
-from maco_lib.study.files import CHECKOUT, sha256, study_root, write_atomically, write_json
+from maco_lib.study.files import CHECKOUT, DataError, sha256, study_root, write_atomically, write_json
 from maco_lib.study.journal import read_lines
 from maco_lib.study.spec import Dataset, Derived, check_rows
 
 FLOAT_FORMAT = "%.6g"
 TABLE_SUFFIXES = (".csv", ".launches.csv", ".parquet")
 LAUNCH_COLUMNS = ["point_key", "repeat", "launch", "method_version"]
-
-
-class DataError(Exception):
-    """A stored file is missing, damaged, or not what was written; the message names it and what to do."""
 
 
 def utc_now() -> str:
@@ -58,6 +54,9 @@ def aggregate(rows: pd.DataFrame, index: Iterable[str]) -> pd.DataFrame:
             rules[column] = "median"
     groups = rows.groupby(by, sort=False, dropna=False)
     result = groups.agg(rules)
+    for column in rules:  # a count or a size stays the whole number that it is
+        if pd.api.types.is_integer_dtype(rows[column]) and (result[column] % 1 == 0).all():
+            result[column] = result[column].astype("int64")
     result["num_launches"] = groups["launch"].nunique()
     return result.reset_index()
 

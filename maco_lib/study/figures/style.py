@@ -50,6 +50,7 @@ LOOKS: dict[str, Look] = {
     "sequential": Look("sequential", BLACK, "s"),
     "sequential_unsynchronised": Look("sequential, no host wait", GREY, "s"),
     "two_stream": Look("two streams", BLUE, "o"),
+    "two_stream_matmul_first": Look("two streams, matmul first", GREY, "o"),
     "two_stream_priority": Look("two streams, priority", SKY, "^"),
     "two_stream_cta": Look("two streams, {n} CTAs", PURPLE, "P"),
     "two_shot_stream": Look("two-shot on a stream", GREEN, "v"),

@@ -227,7 +227,7 @@ SECTION = Section(
     profiles={
         "smoke": {"cpu": TINY, "cuda": TINY},
         "standard": {"cpu": {"num_warmups": 1, "num_repeats": 6, "num_batched_repeats": 2}, "cuda": {}},
-        "full": {"cpu": {}, "cuda": {"batches": [1, 8, 32, 128]}},
+        "full": {"cpu": {}, "cuda": {"batches": [1, 8, 32, 128], "num_batched_repeats": 4}},
     },
     datasets=(INFERENCE,),
     derived=(ATTRIBUTION,),

@@ -2,9 +2,11 @@
 
 from typing import Literal
 
+import pandas as pd
 import pandera.pandas as pa
 from pydantic import Field
 
+from maco_lib import stats
 from maco_lib.experiments.overlap_methods import DEVICE_METHODS, METHODS, PUBLISHED, SWEEP, SWEEP_METHODS
 from maco_lib.machine import Machine
 from maco_lib.study.sections.memory import BYTES_PER_ELEMENT, require, resolve_ranks, too_few_ranks
@@ -145,6 +147,12 @@ def num_ranks(parameters: OverlapParameters, machine: Machine) -> int:
     return resolve_ranks(parameters.num_ranks, machine)
 
 
+def judge_launches(rows: pd.DataFrame) -> pd.DataFrame:
+    """The verdict of the interval that covers every launch, in place of the first launch's."""
+    intervals = zip(rows["speedup_lo"], rows["speedup_hi"], strict=True)
+    return rows.assign(verdict=[stats.verdict(lo, hi) if lo == lo else "" for lo, hi in intervals])
+
+
 OVERLAP = Dataset(
     name="overlap",
     program="maco_lib.experiments.overlap",
@@ -154,6 +162,7 @@ OVERLAP = Dataset(
     points=points,
     num_ranks=num_ranks,
     unavailable=too_few_ranks,
+    finish=judge_launches,
 )
 TIMELINE = Dataset(
     name="overlap_timeline",

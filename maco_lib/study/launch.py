@@ -24,14 +24,17 @@ from maco_lib.study.store import Store
 START_TIMEOUT_S = 180.0
 POLL_S = 0.1
 LOG_LINES = 25
+LABEL_LENGTH = 70
 
 
 class LaunchError(RuntimeError):
     """An experiment program failed, hung or was killed; the message carries the end of its log."""
 
 
-def label(point: Point) -> str:
-    return " ".join(str(value) for value in point.values())
+def labels(points: list[Point]) -> list[str]:
+    """What tells each point from the others, short enough for a progress bar."""
+    varying = [name for name in points[0] if len({point.get(name) for point in points}) > 1]
+    return [", ".join(f"{name}={point[name]}" for name in varying if name in point)[:LABEL_LENGTH] for point in points]
 
 
 def plan(dataset: Dataset, parameters: Parameters, machine: Machine) -> list[Point]:
@@ -116,7 +119,10 @@ def launch(
         "repeat": repeat,
         "events": str(events),
         "journal": str(store.journal(name, dataset.name)),
-        "points": [{"key": dataset.key(point), "point": point, "label": label(point)} for point in points],
+        "points": [
+            {"key": dataset.key(point), "point": point, "label": label}
+            for point, label in zip(points, labels(points), strict=True)
+        ],
     }
     specification_path = folder / f"{identifier}.spec.json"
     write_json(specification_path, specification)

@@ -148,9 +148,20 @@ def num_ranks(parameters: OverlapParameters, machine: Machine) -> int:
 
 
 def judge_launches(rows: pd.DataFrame) -> pd.DataFrame:
-    """The verdict of the interval that covers every launch, in place of the first launch's."""
+    """The ratios of the reported medians, so that each divides the times beside it, and the verdict of the interval
+    that covers every launch."""
     intervals = zip(rows["speedup_lo"], rows["speedup_hi"], strict=True)
-    return rows.assign(verdict=[stats.verdict(lo, hi) if lo == lo else "" for lo, hi in intervals])
+    ideal = rows[["t_comp_us", "t_comm_best_us"]].max(axis=1, skipna=False)
+    saved = rows["t_comm_us"] + rows["t_comp_us"] - rows["t_overlap_us"]
+    return rows.assign(
+        ideal_us=ideal,
+        speedup=rows["t_seq_us"] / rows["t_overlap_us"],
+        speedup_collective=rows["t_seq_us"] / rows["t_seq_backend_us"],
+        speedup_overlap=rows["t_seq_backend_us"] / rows["t_overlap_us"],
+        fraction_of_ideal=ideal / rows["t_overlap_us"],
+        eta=saved / rows[["t_comm_us", "t_comp_us"]].min(axis=1, skipna=False),
+        verdict=[stats.verdict(lo, hi) if lo == lo else "" for lo, hi in intervals],
+    )
 
 
 OVERLAP = Dataset(

@@ -3,19 +3,25 @@
 import json
 import pathlib
 import sys
+import tempfile
 
 import nbformat
 import papermill
 
+from maco_lib.study.files import CHECKOUT
 
-def strip_timestamps(path: pathlib.Path) -> None:
-    """Leave out what papermill adds about this run: paths and times that would change every executed copy."""
+
+def tidy(path: pathlib.Path) -> None:
+    """Leave out what would change every executed copy: papermill's times, and where this machine keeps its files."""
     book = nbformat.read(path, as_version=4)
     book.metadata.pop("papermill", None)
     for cell in book.cells:
         cell.metadata.pop("papermill", None)
         cell.metadata.pop("execution", None)
-    nbformat.write(book, path)
+    text = nbformat.writes(book)
+    for place, name in ((f"{CHECKOUT}/", ""), (sys.prefix, "<python>"), (tempfile.gettempdir(), "<tmp>")):
+        text = text.replace(place, name)
+    path.write_text(text if text.endswith("\n") else text + "\n")
 
 
 def main(notebook: str, output: str, parameters: str) -> None:
@@ -27,7 +33,7 @@ def main(notebook: str, output: str, parameters: str) -> None:
         sys.exit(f"{error.ename}: {error.evalue}")
     finally:
         if pathlib.Path(output).exists():
-            strip_timestamps(pathlib.Path(output))
+            tidy(pathlib.Path(output))
 
 
 if __name__ == "__main__":

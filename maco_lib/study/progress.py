@@ -8,10 +8,10 @@ import os
 import pathlib
 import sys
 import time
+import warnings
 from typing import Any
 
-from tqdm import TqdmWarning
-from tqdm.auto import tqdm
+from tqdm import TqdmWarning, tqdm
 
 from maco_lib.study.journal import append_line
 
@@ -87,8 +87,9 @@ class View:
 
 
 def make_bar(total: int, name: str) -> tqdm:
-    import warnings
-
+    """A bar for the terminal, or for the notebook this runs in (a text bar where ipywidgets is not installed)."""
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", TqdmWarning)  # without ipywidgets tqdm falls back to its text bar, as wanted
-        return tqdm(total=total, desc=name, unit="point", dynamic_ncols=True)
+        warnings.simplefilter("ignore", TqdmWarning)
+        from tqdm.auto import tqdm as bar
+
+        return bar(total=total, desc=name, unit="point", dynamic_ncols=True)

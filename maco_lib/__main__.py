@@ -1,4 +1,4 @@
-"""The command line: `python -m maco_lib run | status | report | doctor | advise`."""
+"""The command line: `python -m maco_lib run | status | report | rederive | doctor | advise`."""
 
 import argparse
 import sys
@@ -62,6 +62,19 @@ def report_main(options: argparse.Namespace) -> int:
     return 1 if problems else 0
 
 
+def rederive_main(options: argparse.Namespace) -> int:
+    from maco_lib.study.derive import rederive
+    from maco_lib.study.store import Store
+
+    store = Store()
+    machines = store.machines()
+    if options.machine and options.machine not in machines:
+        raise ValueError(f"unknown machine {options.machine!r}; data/ holds {', '.join(machines) or 'none'}")
+    for folder in [options.machine] if options.machine else machines:
+        print(f"data/{folder}: {', '.join(rederive(store, folder))}")
+    return 0
+
+
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m maco_lib", description="Measure and report communication overlap.")
     commands = parser.add_subparsers(dest="command", required=True)
@@ -73,6 +86,9 @@ def main(arguments: list[str] | None = None) -> int:
     status.set_defaults(main=status_main)
     report = commands.add_parser("report", help="rebuild every figure and the report from stored data")
     report.set_defaults(main=report_main)
+    rederive = commands.add_parser("rederive", help="recompute reported and derived tables from the stored launches")
+    rederive.add_argument("--machine", default="", help="folder in data/ (default: every one)")
+    rederive.set_defaults(main=rederive_main)
     for name, module, text in (
         ("doctor", doctor, "what is missing on this machine and how to get it"),
         ("advise", advise, "whether overlap pays for given shapes"),

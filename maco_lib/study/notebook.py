@@ -18,12 +18,12 @@ import pandas as pd
 from IPython.display import HTML, Image, Markdown, display
 
 from maco_lib.machine import Machine, this_machine
-from maco_lib.study import figures, launch
+from maco_lib.study import derive, figures, launch
 from maco_lib.study.figures.style import FORMATS
 from maco_lib.study.sections import section as find_section
 from maco_lib.study.sections import table as find_table
-from maco_lib.study.spec import Parameters, Section, check_rows
-from maco_lib.study.status import COMPLETE, RUNNING, UNAVAILABLE, input_digest, stale_tables
+from maco_lib.study.spec import Derived, Parameters, Section
+from maco_lib.study.status import COMPLETE, RUNNING, UNAVAILABLE, stale_tables
 from maco_lib.study.store import DataError, Store, utc_now
 from maco_lib.study.supervise import die_with_parent
 
@@ -113,7 +113,7 @@ class Run:
         for derived in self.section.derived:
             self.compute(derived)
 
-    def compute(self, derived) -> None:
+    def compute(self, derived: Derived) -> None:
         """Write a derived table from its inputs, or note why it cannot be."""
         for table in derived.inputs:
             owner = find_table(table)[0].name
@@ -121,11 +121,7 @@ class Run:
             if table in self.reasons or (owner != self.section.name and elsewhere):
                 self.reasons[derived.name] = f"it needs {table}, which cannot be measured here"
                 return
-        tables = {table: self.store.read(self.folder, table) for table in derived.inputs}
-        rows = derived.compute(tables, self.parameters)
-        facts = {"inputs_sha256": input_digest(self.store, self.folder, derived, self.parameters)}
-        check_rows(derived, rows, derived.name)
-        self.store.write_table(self.folder, derived, rows, facts)
+        derive.compute(self.store, self.folder, derived, self.parameters)
 
     def source(self, table: str) -> str:
         """The machine folder that `table` is shown from: this one, or a reference where it cannot be measured here."""

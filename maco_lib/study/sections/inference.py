@@ -90,10 +90,11 @@ def compare(rows: pd.DataFrame) -> pd.DataFrame:
         np.nan if not ours or not isinstance(theirs, str) or not theirs else leading_equal(ours.split(), theirs.split())
         for ours, theirs in zip(both["first_tokens"], both["first_tokens_of_baseline"], strict=True)
     ]
+    itself = (rows["arm"] == BASELINE).to_numpy() & both["e2e_ms"].notna().to_numpy()
     return rows.assign(
         speedup=(both["e2e_ms_of_baseline"] / both["e2e_ms"]).to_numpy(),
-        speedup_lo=(both["e2e_lo_ms_of_baseline"] / both["e2e_hi_ms"]).to_numpy(),
-        speedup_hi=(both["e2e_hi_ms_of_baseline"] / both["e2e_lo_ms"]).to_numpy(),
+        speedup_lo=np.where(itself, 1.0, both["e2e_lo_ms_of_baseline"] / both["e2e_hi_ms"]),
+        speedup_hi=np.where(itself, 1.0, both["e2e_hi_ms_of_baseline"] / both["e2e_lo_ms"]),
         tokens_equal_to_baseline=np.asarray(equal, dtype=float),
     )
 

@@ -33,7 +33,7 @@ def test_the_report_sets_the_machine_beside_the_published_values(tmp_path, fresh
     assert report.build(tmp_path) == []
     text = text_of(store)
     assert "3.72 ms → 2.47 ms, 1.51x" in text
-    assert "522 µs → 326 µs [323 µs, 330 µs], **1.60×** [1.58, 1.62]" in text
+    assert "522 µs → 326 [323, 330] µs, **1.60×** [1.58, 1.62]" in text
     assert "560.44 ms, 57.1 tokens/sec, 1.0x" in text
     assert "figures/h200-x2/when_map.png" in text
     for section in ("## Test environment", "## 1. ", "## 2. ", "## 3. ", "## 4. ", "## Conclusion", "## Definitions"):

@@ -17,7 +17,10 @@ class Missing(Exception):
 
 @dataclass(frozen=True)
 class SectionState:
-    """How a section stands: `state` is complete, failed, stale, unavailable, interrupted or missing."""
+    """How a section stands: `state` is complete, failed, stale, unavailable, interrupted or missing.
+
+    `seconds` is what its launches took together, or where it has none what the notebook did.
+    """
 
     state: str
     error: str = ""
@@ -35,6 +38,7 @@ class Evidence:
     """One machine: its description, its tables by name, and by name of a table the reason it cannot be used."""
 
     name: str
+    hardware: str
     kind: str
     description: dict[str, Any]
     sections: dict[str, SectionState]
@@ -79,7 +83,8 @@ def load(store: Store, name: str) -> tuple[Evidence, list[str]]:
                 reasons[table] = str(error)
                 problems.append(str(error))
                 sections[section.name] = SectionState(FAILED, str(error))
-    return Evidence(name, entry["kind"], description, sections, versions, records, tables, reasons), problems
+    hardware, kind = entry["hardware"], entry["kind"]
+    return Evidence(name, hardware, kind, description, sections, versions, records, tables, reasons), problems
 
 
 def state_of(store: Store, name: str, section, machine: Machine, record: dict[str, Any]) -> SectionState:
@@ -87,7 +92,9 @@ def state_of(store: Store, name: str, section, machine: Machine, record: dict[st
     if not record:
         return SectionState("missing", "never run on this machine")
     verdict = record.get("verdict", {"state": RUNNING, "error": ""})
-    facts = {"profile": record.get("profile", ""), "seconds": verdict.get("seconds", 0.0), "at": verdict.get("at", "")}
+    launched = sum(launch.get("seconds", 0.0) for launch in record.get("launches", {}).values())
+    seconds = launched or verdict.get("seconds", 0.0)
+    facts = {"profile": record.get("profile", ""), "seconds": seconds, "at": verdict.get("at", "")}
     if verdict["state"] == RUNNING:
         return SectionState("interrupted", "a run began and did not end", **facts)
     if verdict["state"] in (FAILED, UNAVAILABLE):

@@ -1,5 +1,10 @@
-"""The sentences of the report's summary, each from one machine's tables and with the figure that shows it."""
+"""The summary's findings: what stands out in one machine's data, worded from its numbers, and the figure for it.
 
+Every candidate below looks at one machine's tables and gives a `Found`, or raises Missing with the reason why it cannot
+be told there. The first NUM_FINDINGS of them that the intervals decide are the ones to take home.
+"""
+
+import math
 import pathlib
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -8,92 +13,253 @@ import pandas as pd
 
 from maco_lib.study import published
 from maco_lib.study.claims_measured import inference_ratio, overlap_ratio
-from maco_lib.study.criteria import milliseconds
+from maco_lib.study.criteria import Ratio, milliseconds
 from maco_lib.study.evidence import Evidence, Missing
 from maco_lib.study.figures.style import look
 
+NUM_FINDINGS = 3
+
 
 @dataclass(frozen=True)
-class Topic:
-    """One finding to take home: a heading, the figure that shows it, and its lines for a machine."""
+class Found:
+    """One finding: a sentence, the figure that shows it, whether intervals decide it, and the numbers behind it."""
 
-    heading: str
+    sentence: str
     figure: str
-    lines: Callable[[Evidence, pathlib.Path], list[str]]
+    decided: bool
+    lines: list[str]
+
+
+Candidate = Callable[[Evidence, pathlib.Path], Found]
 
 
 def speedup(before_us: float, after_us: float) -> str:
     return f"{before_us / after_us:.2f}× ({milliseconds(before_us / 1e3)} → {milliseconds(after_us / 1e3)})"
 
 
-def configurations(evidence: Evidence, root: pathlib.Path) -> pd.DataFrame:
-    """Finished rows of the published configurations; raises Missing when there are none."""
-    names = published.numbers(root, "overlap")["configuration"]
+def span(values) -> str:
+    """ "1.05×" or "0.97–1.05×"."""
+    low, high = f"{min(values):.2f}", f"{max(values):.2f}"
+    return f"{low}×" if low == high else f"{low}–{high}×"
+
+
+def methods(evidence: Evidence, root: pathlib.Path, protocol: str) -> pd.DataFrame:
+    """Finished rows of the published configurations in one protocol, by (configuration, method), as printed there."""
+    names = published.numbers(root, "overlap")["configuration"].tolist()
     rows = evidence.table("overlap")
-    rows = rows[rows["configuration"].isin(names)].dropna(subset=["t_overlap_us"])
+    rows = rows[rows["configuration"].isin(names) & (rows["protocol"] == protocol)].dropna(subset=["t_overlap_us"])
     if rows.empty:
-        raise Missing("no published configuration was finished")
-    return rows
+        raise Missing(f"no published configuration was finished in the {protocol} protocol")
+    return rows.set_index(["configuration", "method"])
 
 
-def removed_wait(evidence: Evidence, root: pathlib.Path) -> list[str]:
-    """How the published-style speedup of each configuration splits into removed synchronisation and overlap."""
-    rows = configurations(evidence, root)
-    rows = rows[rows["protocol"] == "published"].set_index(["configuration", "method"])["t_overlap_us"]
-    parts = []
-    for name in rows.index.get_level_values("configuration").unique():
-        steps = ("sequential", "sequential_unsynchronised", "two_stream")
-        if all((name, step) in rows.index for step in steps):
-            waiting, free, overlapped = (rows[(name, step)] for step in steps)
-            parts.append(f"{name}: {speedup(waiting, overlapped)} = {waiting / free:.2f}× from the removed wait · "
-                         f"{free / overlapped:.2f}× from the overlap")  # fmt: skip
-    if not parts:
-        raise Missing("no configuration has all three arms of the published protocol")
-    return parts
+def with_both(rows: pd.DataFrame, *names: str) -> list[str]:
+    """The configurations that have every one of the methods `names`; raises Missing when none has."""
+    found = [
+        configuration
+        for configuration in rows.index.get_level_values("configuration").unique()
+        if all((configuration, name) in rows.index for name in names)
+    ]
+    if not found:
+        raise Missing(f"no published configuration has {' and '.join(look(name).label for name in names)}")
+    return found
 
 
-def share_of_ideal(evidence: Evidence, root: pathlib.Path) -> list[str]:
-    """What two streams and the fastest method reach of the ideal without a host in the loop."""
-    rows = configurations(evidence, root)
-    rows = rows[(rows["protocol"] == "device") & ~rows["method"].str.startswith("sequential")]
-    parts = []
-    for name, group in rows.groupby("configuration", sort=False):
-        best = group.loc[group["t_overlap_us"].idxmin()]
-        plain = group[group["method"] == "two_stream"]
-        ideal = f"ideal {speedup(best['t_seq_us'], best['ideal_us'])}"
-        text = f"{name}: "
-        if len(plain):
-            text += f"two streams {speedup(plain['t_seq_us'].iloc[0], plain['t_overlap_us'].iloc[0])}, "
-        if best["method"] != "two_stream":
-            text += f"{look(best['method']).label} {speedup(best['t_seq_us'], best['t_overlap_us'])}, "
-        parts.append(text + ideal)
-    if not parts:
-        raise Missing("nothing was measured in the device protocol")
-    return parts
+def launch_order(evidence: Evidence, root: pathlib.Path) -> Found:
+    """Two streams with the collective issued first against the same with the matmul issued first."""
+    rows = methods(evidence, root, "device")
+    gains, lines, parted = {}, [], 0
+    for name in with_both(rows, "two_stream", "two_stream_matmul_first"):
+        first, last = (overlap_ratio(evidence, name, "device", method)
+                       for method in ("two_stream", "two_stream_matmul_first"))  # fmt: skip
+        gains[name] = first.value, last.value
+        parted += first.low > last.high
+        lines.append(f"{name}: collective first {first}, matmul first {last}")
+    best = max(gains, key=lambda name: gains[name][0] / gains[name][1])
+    lines += waiting_collective(evidence)
+    return Found(
+        f"The order of issue decides what two streams gain: the same two kernels give "
+        f"{span([first for first, _ in gains.values()])} with the collective issued first and "
+        f"{span([last for _, last in gains.values()])} with the matmul first; the intervals part in {parted} of "
+        f"{len(gains)} configurations, most in “{best}”",
+        "overlap_published", parted > 0, lines,
+    )  # fmt: skip
 
 
-def inference(evidence: Evidence, root: pathlib.Path) -> list[str]:
-    """vLLM over transformers at batch 1, and the step of compilation and graphs in each engine."""
+def waiting_collective(evidence: Evidence) -> list[str]:
+    """From the profile: how long an all-reduce waited on a rank where the matmul had begun before it."""
+    if "overlap_timeline" not in evidence.tables:
+        return []
+    events = evidence.tables["overlap_timeline"]
+    events = events[(events["method"] == "two_stream") & (events["duration_us"] > 0)]
+    starts = events.groupby(["configuration", "rank", "category"])["start_us"].min().unstack()
+    if not {"comm", "compute"} <= set(starts):
+        return []
+    waits = (starts["comm"] - starts["compute"]).dropna()
+    if waits.empty or waits.max() <= 0:
+        return []
+    name, rank = waits.idxmax()
+    mine = events[(events["configuration"] == name) & (events["rank"] == rank)]
+    into = waits.max() / mine.loc[mine["category"] == "compute", "duration_us"].sum()
+    return [f"why: in the profile of “{name}” the matmul was the first to begin on rank {rank}, and the all-reduce "
+            f"began {milliseconds(waits.max() / 1e3)} later, {into:.0%} into the matmul: the side that begins first "
+            "holds the multiprocessors (figure `overlap_timeline`)"]  # fmt: skip
+
+
+def leaner_collective(evidence: Evidence, root: pathlib.Path) -> Found:
+    """The fastest method over another backend against overlapping the default one, split into its two factors."""
+    rows = methods(evidence, root, "device")
+    default = rows.xs("sequential", level="method")["backend"].iloc[0] if "sequential" in rows.index.levels[1] else ""
+    lines, plain, best, parts, decided = [], [], [], [], False
+    for name in with_both(rows, "two_stream"):
+        others = rows.loc[name]
+        others = others[~others["backend"].str.startswith(default)] if default else others.iloc[:0]
+        if others.empty:
+            continue
+        method = others["t_overlap_us"].idxmin()
+        row = others.loc[method]
+        ratio = overlap_ratio(evidence, name, "device", method)
+        before = rows.loc[(name, "two_stream")]
+        lines.append(
+            f"{name}: {look(method).label} {ratio} = {row['speedup_collective']:.2f}× from the faster collective · "
+            f"{row['speedup_overlap']:.2f}× from overlapping it; {look(before['backend']).label} overlapped "
+            f"{speedup(before['t_seq_us'], before['t_overlap_us'])}; ideal {speedup(row['t_seq_us'], row['ideal_us'])}"
+        )
+        plain.append(before["speedup"])
+        decided = decided or ratio.low > before["speedup_hi"]
+        best.append(ratio.value)
+        parts.append((row["speedup_collective"], row["speedup_overlap"]))
+    if not lines:
+        raise Missing("no other backend than the default one was overlapped")
+    lines += stretches(evidence)
+    faster = sum(one > other for one, other in zip(best, plain, strict=True))
+    by_collective = sum(collective > overlap for collective, overlap in parts)
+    return Found(
+        f"A faster collective, overlapped, gives {span(best)}, where overlapping {look(default).label} gives "
+        f"{span(plain)}: ahead in {faster} of {len(best)} configurations, in {by_collective} of them more by the "
+        f"collective ({span([part for part, _ in parts])}) than by the overlap ({span([part for _, part in parts])})",
+        "overlap_published", decided, lines,
+    )  # fmt: skip
+
+
+def stretches(evidence: Evidence) -> list[str]:
+    """How much the matmul slows beside each technique's collective, from the fit of section 4."""
+    if "when_to_overlap" not in evidence.tables:
+        return []
+    fits = evidence.tables["when_to_overlap"].drop_duplicates("method").sort_values("sigma_comp", kind="stable")
+    parts = [f"{look(row.method).label} {row.sigma_comp:.2f}" for row in fits.itertuples()]
+    return [f"how many times longer the matmul takes while the collective runs (fitted σ_comp): {', '.join(parts)}"]
+
+
+def removed_wait(evidence: Evidence, root: pathlib.Path) -> Found:
+    """How the published-style speedup splits into the removed synchronisation and the overlap."""
+    rows = methods(evidence, root, "published")
+    steps = ("sequential", "sequential_unsynchronised", "two_stream")
+    waits, overlaps, lines, decided = [], [], [], False
+    for name in with_both(rows, *steps):
+        waiting, free, overlapped = (rows.loc[(name, step), "t_overlap_us"] for step in steps)
+        whole = overlap_ratio(evidence, name)
+        wait = overlap_ratio(evidence, name, method="sequential_unsynchronised")
+        waits.append(waiting / free)
+        overlaps.append(free / overlapped)
+        decided = decided or wait.low > 1
+        lines.append(f"{name}: {whole} = {waits[-1]:.2f}× [{wait.low:.2f}, {wait.high:.2f}] from the removed wait · "
+                     f"{overlaps[-1]:.2f}× from the overlap; {share(whole.value, waits[-1])}")  # fmt: skip
+    mean_wait, mean_overlap = (math.exp(sum(map(math.log, part)) / len(part)) for part in (waits, overlaps))
+    return Found(
+        f"In the published protocol the removed host synchronisation alone gives {span(waits)} (geometric mean "
+        f"{mean_wait:.2f}×), the overlap {span(overlaps)} (mean {mean_overlap:.2f}×)",
+        "overlap_synchronisation", decided, lines,
+    )  # fmt: skip
+
+
+def share(whole: float, part: float) -> str:
+    """What share of a speedup a factor of it makes up, on the logarithmic scale on which the factors add up."""
+    if whole <= 1:
+        return "no speedup to share out"
+    of_whole = math.log(part) / math.log(whole)
+    return f"the wait makes up {of_whole:.0%} of the speedup" if 0 <= of_whole <= 1 else (
+        "all of the speedup is the removed wait" if of_whole > 1 else "none of the speedup is the removed wait"
+    )  # fmt: skip
+
+
+def inference(evidence: Evidence, root: pathlib.Path) -> Found:
+    """How much of vLLM's gain compilation and graphs are, in each of the two engines."""
     printed = published.numbers(root, "inference").set_index("arm").loc["vllm", "speedup"]
-    whole = inference_ratio(evidence, "transformers_eager", "vllm")
-    lines = [f"vLLM over transformers eager {whole}, published {printed:.2f}×"]
-    for label, before, after in (
-        ("static cache and compilation alone", "transformers_eager", "transformers_compiled"),
-        ("vLLM's engine and kernels alone", "transformers_eager", "vllm_eager"),
-    ):
+    steps = "compilation and CUDA graphs" if evidence.kind == "cuda" else "compilation"
+    pairs = {
+        "vLLM over transformers eager": ("transformers_eager", "vllm"),
+        f"{steps}, in vLLM": ("vllm_eager", "vllm"),
+        "vLLM's engine and kernels without them": ("transformers_eager", "vllm_eager"),
+        f"static cache and {steps}, in transformers": ("transformers_eager", "transformers_compiled"),
+        "vLLM over compiled transformers": ("transformers_compiled", "vllm"),
+    }
+    ratios: dict[str, Ratio] = {}
+    lines = []
+    for label, (before, after) in pairs.items():
         try:
-            lines.append(f"{label}: {inference_ratio(evidence, before, after)}")
+            ratios[label] = inference_ratio(evidence, before, after)
+            lines.append(f"{label}: {ratios[label]}")
         except Missing as missing:
             lines.append(f"{label}: {missing}")
-    return lines
+    whole, graphs, engine, compiled, _ = (ratios.get(label) for label in pairs)
+    if whole is None or graphs is None:
+        if compiled is None:
+            raise Missing(lines[0])
+        sentence = f"transformers gains {compiled} by a static cache and {steps}"
+        if engine is not None:
+            sentence += f"; vLLM's engine and kernels without {steps} are {engine} of the same baseline"
+        return Found(sentence, "inference_latency", compiled.low > 1, lines)
+    part = math.log(graphs.value) / math.log(whole.value)
+    sentence = f"vLLM's {whole.value:.2f}× (published {printed:.2f}×) "
+    sentence += f"is for {part:.0%} {steps}" if 0 < part <= 1 else f"holds a factor {graphs.value:.2f}× of {steps}"
+    if compiled is not None:
+        reached = math.log(compiled.value) / math.log(whole.value)
+        sentence += f"; a static cache and {steps} take transformers itself to {compiled.value:.2f}×, {reached:.0%} of "
+        sentence += "it (shares of the logarithm, on which factors add up)"
+    return Found(sentence, "inference_attribution", graphs.low > 1, lines)
 
 
-TOPICS = (
-    Topic("How much of a published-style speedup is only the removed host synchronisation", "overlap_synchronisation",
-          removed_wait),
-    Topic("How much of the ideal overlap reaches, without a host in the loop", "overlap_published", share_of_ideal),
-    Topic("Where the inference speedup comes from", "inference_attribution", inference),
-)  # fmt: skip
+def share_of_ideal(evidence: Evidence, root: pathlib.Path) -> Found:
+    """What two streams and the fastest method leave of the ideal, without a host in the loop."""
+    rows = methods(evidence, root, "device")
+    plain, best, lines = [], [], []
+    for name in with_both(rows, "two_stream"):
+        group = rows.loc[name]
+        group = group[~group.index.str.startswith("sequential")]
+        fastest, row = group["t_overlap_us"].idxmin(), group.loc["two_stream"]
+        plain.append(row["fraction_of_ideal"])
+        best.append(group.loc[fastest, "fraction_of_ideal"])
+        text = f"{name}: two streams {overlap_ratio(evidence, name, 'device')}, {plain[-1]:.0%} of the ideal"
+        if fastest != "two_stream":
+            text += f"; {look(fastest).label} {overlap_ratio(evidence, name, 'device', fastest)}, {best[-1]:.0%}"
+        lines.append(f"{text}; ideal {speedup(row['t_seq_us'], row['ideal_us'])}")
+    sentence = f"Two streams reach {min(plain):.0%} to {max(plain):.0%} of the ideal"
+    if best != plain:
+        sentence += f", the fastest method {min(best):.0%} to {max(best):.0%}"
+    return Found(sentence, "overlap_published", True, lines)
+
+
+CANDIDATES: tuple[Candidate, ...] = (launch_order, leaner_collective, inference, removed_wait, share_of_ideal)
+
+
+def take_home(evidence: Evidence, root: pathlib.Path) -> list[Found]:
+    """The machine's findings, those that the intervals decide before others; raises Missing when there is none."""
+    found, reasons = [], []
+    for candidate in CANDIDATES:
+        try:
+            found.append(candidate(evidence, root))
+        except Missing as missing:
+            reasons.append(str(missing))
+    if not found:
+        raise Missing("; ".join(dict.fromkeys(reasons)))
+    return sorted(found, key=lambda one: not one.decided)[:NUM_FINDINGS]
+
+
+def published_wait(evidence: Evidence, root: pathlib.Path) -> list[str]:
+    """The lines of `removed_wait`, below its sentence."""
+    found = removed_wait(evidence, root)
+    return [found.sentence, *found.lines]
 
 
 def average_sentence(evidence: Evidence, root: pathlib.Path) -> str:

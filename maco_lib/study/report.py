@@ -2,10 +2,11 @@
 
 import pathlib
 from collections.abc import Callable
+from typing import Any
 
 import jinja2
 
-from maco_lib.study import figures, findings, published, report_tables
+from maco_lib.study import figures, findings, judgement_tables, published, report_tables, reproduction
 from maco_lib.study.claims import judge
 from maco_lib.study.criteria import CRITERIA
 from maco_lib.study.evidence import Evidence, Missing, load
@@ -32,6 +33,7 @@ def build(root: pathlib.Path, redraw: bool = True) -> list[str]:
             continue
         machines.append(evidence)
         problems += damaged
+    machines.sort(key=lambda machine: (machine.kind == "cpu", machine.name))
     pictures: dict[str, dict[str, str]] = {}
     for evidence in machines:
         pictures[evidence.name], undrawn = draw_all(store, evidence, redraw)
@@ -77,7 +79,10 @@ def render(
         machines=machines,
         problems=list(dict.fromkeys(problems)),
         tables=report_tables,
-        topics=findings.TOPICS,
+        verdicts=judgement_tables,
+        take_home=findings.take_home,
+        published_wait=findings.published_wait,
+        reproduction=reproduction.lines,
         average=findings.average_sentence,
         attempt=attempt,
         attempt_lines=attempt_lines,
@@ -100,7 +105,7 @@ def attempt(make: Callable[..., str], machine: Evidence, *arguments) -> str:
         return f"*Not available on {machine.name}: {missing}*"
 
 
-def attempt_lines(make: Callable[..., list[str]], machine: Evidence, *arguments) -> list[str]:
+def attempt_lines(make: Callable[..., list], machine: Evidence, *arguments) -> list:
     """The same for what gives several lines."""
     try:
         return make(machine, *arguments)
@@ -143,10 +148,17 @@ def measured(machines: list[Evidence]) -> str:
     for machine in machines:
         for name, state in machine.sections.items():
             launches = machine.records[name].get("launches", {}).values()
-            commits = sorted({str(launch.get("git", {}).get("commit"))[:10] for launch in launches})
+            commits = sorted({commit_of(launch.get("git", {})) for launch in launches})
             ranks = sorted({launch["num_ranks"] for launch in launches if "num_ranks" in launch})
             rows.append([machine.name, name, state.state, state.profile, state.at, str(len(launches)),
                          ", ".join(map(str, ranks)), ", ".join(commits)])  # fmt: skip
     return report_tables.table(
         rows, ["machine", "section", "state", "profile", "finished (UTC)", "launches", "ranks", "commit"]
     )
+
+
+def commit_of(git: dict[str, Any]) -> str:
+    """The commit a launch ran, short, marked where the tree held changes, and "unknown" where neither git nor user
+    told it."""
+    commit = git.get("commit")
+    return (commit[:7] if commit else "unknown") + (" (modified)" if git.get("dirty") else "")

@@ -7,8 +7,7 @@ import pandas as pd
 from tabulate import tabulate
 
 from maco_lib.study import published
-from maco_lib.study.claims import Judgement
-from maco_lib.study.criteria import NOT_REPRODUCED, NOT_TESTABLE, REPRODUCED, milliseconds
+from maco_lib.study.criteria import milliseconds
 from maco_lib.study.evidence import Evidence, Missing
 from maco_lib.study.figures.environment import COPIES, bandwidth_limits
 from maco_lib.study.figures.style import digits, look, ordered, size_label
@@ -37,8 +36,13 @@ def us(value: float) -> str:
 
 
 def interval(row: pd.Series, name: str, unit: str, show: Callable[[float], str]) -> str:
-    """ "62.1 µs [61.0, 63.2 µs]" from the columns <name>_<unit>, <name>_lo_<unit>, <name>_hi_<unit>."""
-    return f"{show(row[f'{name}_{unit}'])} [{show(row[f'{name}_lo_{unit}'])}, {show(row[f'{name}_hi_{unit}'])}]"
+    """ "62.1 [61, 63.2] µs" from the columns <name>_<unit>, <name>_lo_<unit>, <name>_hi_<unit>."""
+    shown = [show(row[f"{name}{end}_{unit}"]) for end in ("", "_lo", "_hi")]
+    units = {text.rpartition(" ")[2] for text in shown}
+    if len(units) == 1:
+        value, low, high = (text.rpartition(" ")[0] for text in shown)
+        return f"{value} [{low}, {high}] {units.pop()}"
+    return f"{shown[0]} [{shown[1]}, {shown[2]}]"
 
 
 def side_by_side(
@@ -281,27 +285,3 @@ def models(machine: Evidence) -> str:
     return table(
         body, ["model", "TP", "work", "communication", "ideal gain", "predicted gain", "verdict", "extrapolated"]
     )
-
-
-def claim_verdicts(judged: dict[str, list[Judgement]], section: str | None = None) -> str:
-    """One row per published claim, a column of verdicts per machine."""
-    first = next(iter(judged.values()))
-    rows = [
-        [claim.sentence, *(judgements[place].verdict for judgements in judged.values())]
-        for place, claim in enumerate(first)
-        if section in (None, claim.section)
-    ]
-    return table(rows, ["published", *judged])
-
-
-def claim_numbers(judgements: list[Judgement]) -> str:
-    """The numbers behind each verdict of one machine."""
-    return table([[entry.sentence, f"**{entry.verdict}**", entry.numbers] for entry in judgements],
-                 ["published", "verdict", "numbers behind it"])  # fmt: skip
-
-
-def claim_counts(judged: dict[str, list[Judgement]]) -> str:
-    verdicts = (REPRODUCED, NOT_REPRODUCED, NOT_TESTABLE)
-    rows = [[name, *(str(sum(entry.verdict == verdict for entry in judgements)) for verdict in verdicts)]
-            for name, judgements in judged.items()]  # fmt: skip
-    return table(rows, ["machine", *verdicts])

@@ -56,7 +56,8 @@ FIGURES: dict[str, FigureSpec] = {
         ),
         FigureSpec(
             "overlap_timeline", "overlap", ("overlap_timeline",),
-            "Profiler lanes of rank 0 on a common time axis, sequential above overlapped.",
+            "Profiler lanes of rank 0 on a common time axis, sequential above overlapped. Both sides are ready at the "
+            "same moment there, so either may begin first, on each rank for itself.",
             overlap.timeline,
         ),
         FigureSpec(
@@ -83,12 +84,14 @@ FIGURES: dict[str, FigureSpec] = {
         ),
         FigureSpec(
             "bandwidth_published", "bandwidth", ("bandwidth", "published.bandwidth"),
-            "The published sizes: effective bandwidth (2 S / t), algbw and busbw, measured and published.",
-            bandwidth.published_sizes,
+            "The published sizes: effective bandwidth (2 S / t), algbw and busbw, measured and published; lines: the "
+            "machine's limits of the busbw.",
+            bandwidth.published_sizes, optional=("environment",),
         ),
         FigureSpec(
             "when_map", "when_to_overlap", ("when_to_overlap",),
-            "Where overlap helps, hurts, or is undecided, per method, and the border that the model predicts.",
+            "Where overlap helps, hurts, or is undecided, per method measured on the whole grid, and the border that "
+            "the model predicts.",
             when_to_overlap.verdict_map,
         ),
         FigureSpec(

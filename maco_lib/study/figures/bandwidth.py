@@ -64,7 +64,11 @@ def busbw(tables: Mapping[str, pd.DataFrame], machine_name: str) -> tuple[Figure
 
 
 def published_sizes(tables: Mapping[str, pd.DataFrame], machine_name: str) -> tuple[Figure, pd.DataFrame]:
-    """Effective bandwidth, algbw and busbw of all-reduce at the published sizes, beside the published values."""
+    """Effective bandwidth, algbw and busbw of all-reduce at the published sizes, beside the published values.
+
+    The machine's limits are lines in the panel of the busbw, the only one of the three that they bound.
+    """
+    limits = environment.bandwidth_limits(tables["environment"]) if "environment" in tables else {}
     published = tables["published.bandwidth"]
     table = tables["bandwidth"].dropna(subset=["busbw_gb_per_s"])
     table = table[table["collective"] == "all_reduce"]
@@ -98,17 +102,24 @@ def published_sizes(tables: Mapping[str, pd.DataFrame], machine_name: str) -> tu
                     ends = [row[value] * row["time_us"] / row[f"time_{end}_us"] for end in ("hi", "lo")]
                     axis.plot(ends, [height] * 2, color=colour, linewidth=1.4)
                 axis.plot(row[value], height, marker=marker, color=colour, markerfacecolor=face)
-                axis.annotate(f"{style.digits(row[value])}  {label}", (row[value], height), xytext=(5, 0), va="center",
-                              textcoords="offset points", fontsize=5.5, color=colour)  # fmt: skip
+                right = row[value] if name == "published" else max(ends)
+                axis.annotate(f"{style.digits(row[value])}  {label}", (right, height), xytext=(5, 0), va="center",
+                              textcoords="offset points", fontsize=5.5, color=colour,
+                              bbox={"facecolor": "white", "edgecolor": "none", "pad": 0.3})  # fmt: skip
         axis.set_xscale("log")
         style.plain_log_ticks(axis.xaxis, subs=(1.0,))
-        axis.set_xlim(values.min().min() / 1.5, values.max().max() * 30)
+        axis.set_xlim(values.min().min() / 1.5, max(values.max().max(), *limits.values(), 0) * 40)
         axis.set_title(title)
         axis.set_xlabel("GB/s")
         axis.grid(axis="x", color=style.LIGHT, linewidth=0.4)
         axis.set_axisbelow(True)
         for border in range(1, len(sizes)):
             axis.axhline(border - 0.5, color=style.LIGHT, linewidth=0.6)
+    for name, limit in limits.items():
+        axes[-1].axvline(limit, color=style.BLACK, linewidth=0.8, linestyle=environment.LIMIT_DASHES[name], zorder=0,
+                         label=f"{name}, {style.digits(limit)} GB/s")  # fmt: skip
+    if limits:
+        figure.legend(loc="outside upper right", ncols=len(limits), handlelength=2.2)
     axes[0].set_yticks(range(len(sizes)), [style.size_label(size) for size in sizes])
     axes[0].set_ylim(len(sizes) - 0.5, -0.5)
     axes[0].set_ylabel("all-reduce size")

@@ -182,7 +182,7 @@ def timeline(tables: Mapping[str, pd.DataFrame], machine_name: str) -> tuple[Fig
         name: [
             (method, lane)
             for method in style.ordered(rows["method"])
-            for lane in dict.fromkeys(rows.loc[rows["method"] == method].sort_values("start_us")["lane"])
+            for lane in dict.fromkeys(rows.loc[rows["method"] == method].sort_values(["category", "start_us"])["lane"])
         ]
         for name, rows in table.groupby("configuration", sort=False)
     }

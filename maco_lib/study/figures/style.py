@@ -2,6 +2,7 @@
 
 import contextlib
 import io
+import math
 import pathlib
 import re
 from collections.abc import Iterable, Iterator
@@ -50,7 +51,7 @@ LOOKS: dict[str, Look] = {
     "sequential": Look("sequential", BLACK, "s"),
     "sequential_unsynchronised": Look("sequential, no host wait", GREY, "s"),
     "two_stream": Look("two streams", BLUE, "o"),
-    "two_stream_matmul_first": Look("two streams, matmul first", GREY, "o"),
+    "two_stream_matmul_first": Look("two streams, matmul first", BLUE, "<"),
     "two_stream_priority": Look("two streams, priority", SKY, "^"),
     "two_stream_cta": Look("two streams, {n} CTAs", PURPLE, "P"),
     "two_shot_stream": Look("two-shot on a stream", GREEN, "v"),
@@ -226,6 +227,18 @@ def label_ends(axis: Axes, ends: list[tuple[float, float, str, str]], gap_pt: fl
             text, (1, place), xycoords="axes fraction", xytext=(4, 0), textcoords="offset points",
             color=colour, va="center", ha="left", fontsize=6.5, annotation_clip=False,
         )  # fmt: skip
+
+
+def spaced(candidates: Iterable[float], low: float, high: float, gap: float = 0.055) -> list[float]:
+    """Those of `candidates`, the more important ones first, that fit on a logarithmic axis from `low` to `high`.
+
+    No two come closer than `gap` of the axis.
+    """
+    least, chosen = gap * math.log(high / low), []
+    for value in candidates:
+        if low <= value <= high and all(abs(math.log(value / other)) >= least for other in chosen):
+            chosen.append(value)
+    return sorted(chosen)
 
 
 def plain_log_ticks(axis: Axis, subs: tuple[float, ...] = (1.0, 2.0, 5.0)) -> None:

@@ -11,11 +11,20 @@ from matplotlib.lines import Line2D
 from maco_lib.study.figures import style
 
 COLUMNS = 3
+MIN_GRID_POINTS = 9
+RATIO_TICKS = (1, 0.5, 2, 0.25, 4, 0.1, 10, 0.7, 1.5, 0.9, 1.1, 3, 0.35, 0.8, 1.25)
 
 
 def verdict_map(tables: Mapping[str, pd.DataFrame], machine_name: str) -> tuple[Figure, pd.DataFrame]:
-    """Measured verdict over collective size and matmul size, a panel per method; dashed: the predicted border."""
+    """Measured verdict over collective size and matmul size; dashed: the border where the prediction equals sequential.
+
+    A panel per method that was measured on a grid of sizes; the few points of the others draw no border, and are shown
+    only where there is no grid at all.
+    """
     table = style.rows(tables["when_to_overlap"], "row").drop_duplicates(["method", "comm_bytes", "matmul_n"])
+    gridded = table.groupby("method")["point_key"].transform("size") >= MIN_GRID_POINTS
+    table = table[gridded] if gridded.any() else table
+    table = table.reset_index(drop=True)
     table["predicted_speedup"] = table["t_seq_us"] / table["predicted_us"]
     methods = style.ordered(table["method"])
     columns = min(len(methods), COLUMNS)
@@ -57,11 +66,15 @@ def verdict_map(tables: Mapping[str, pd.DataFrame], machine_name: str) -> tuple[
 
 
 def border(axis: Axes, points: pd.DataFrame) -> None:
-    """The line where the predicted time equals the sequential one; a sentence where there is none among the points."""
-    speedup = points["predicted_speedup"]
+    """The line where the predicted time equals the sequential one; a sentence where there is none on the grid."""
+    grid = points.pivot(index="comm_bytes", columns="matmul_n", values="predicted_speedup")
+    measured = grid.notna().sum(axis="columns")
+    grid = grid[measured == measured.max()].dropna(axis="columns")  # published sizes may lie beside the grid
+    if min(grid.shape) < 2:
+        return
+    speedup = grid.stack()
     if speedup.min() < 1 < speedup.max():
-        x, y = np.log2(points["matmul_n"]), np.log2(points["comm_bytes"])
-        flat = Figure().subplots().tricontour(x, y, speedup, levels=[1.0])
+        flat = Figure().subplots().contour(np.log2(grid.columns), np.log2(grid.index), np.log(grid), levels=[0.0])
         for line in flat.get_paths()[0].to_polygons(closed_only=False):
             axis.plot(2 ** line[:, 0], 2 ** line[:, 1], color=style.BLACK, linestyle=(0, (4, 2)), linewidth=1)
     else:
@@ -89,19 +102,22 @@ def prediction(tables: Mapping[str, pd.DataFrame], machine_name: str) -> tuple[F
                           markeredgewidth=0.7)  # fmt: skip
         error = table[(table["method"] == method) & table["held_out"]]["error"].abs()
         text = (
-            f"{look.label}: median error held out {error.median():.1%}"
+            f"{look.label}: median error {error.median():.1%} of {len(error)} held out"
             if len(error)
             else f"{look.label}: none held out"
         )
         handles.append(Line2D([], [], linestyle="", marker=look.marker, color=look.colour, label=text))
     axis.set_xscale("log")
     axis.set_yscale("log", base=2)
-    style.plain_log_ticks(axis.xaxis, subs=(1.0, 3.0))
+    times = table["measured_us"] / scale
+    decades = [factor * 10.0**power for factor in (1, 3, 2, 5) for power in range(-4, 7)]
+    ticks = style.spaced(decades, times.min(), times.max(), gap=0.12)
+    axis.set_xticks(ticks, [style.digits(tick) for tick in ticks])
     ends = [table[f"predicted_{end}_us"] / table["measured_us"] for end in ("lo", "hi")]
-    ticks = [0.25, 0.35, 0.5, 0.7, 0.8, 0.9, 1, 1.1, 1.25, 1.5, 2, 3, 4]
     low, high = min(ends[0].min(), 0.88) * 0.98, max(ends[1].max(), 1.12) * 1.02
     axis.set_ylim(low, high)
-    axis.set_yticks([tick for tick in ticks if low <= tick <= high], [f"{t:g}" for t in ticks if low <= t <= high])
+    ticks = style.spaced(RATIO_TICKS, low, high)
+    axis.set_yticks(ticks, [f"{tick:g}" for tick in ticks])
     axis.minorticks_off()
     axis.set_xlabel(f"measured overlapped time ({unit})")
     axis.set_ylabel("predicted / measured")
@@ -129,7 +145,7 @@ def models(tables: Mapping[str, pd.DataFrame], machine_name: str) -> tuple[Figur
             share.plot(line["tokens"], 100 * line["comm_share"], color=look.colour)
             gain.plot(line["tokens"], line["gain"], color=look.colour)
             gain.fill_between(
-                line["tokens"], line["gain_lo"], line["gain_hi"], color=look.colour, alpha=0.2, linewidth=0
+                line["tokens"], line["gain_lo"], line["gain_hi"], color=look.colour, alpha=0.12, linewidth=0
             )
             gain.plot(line["tokens"], line["ideal_gain"], color=look.colour, linestyle=(0, (3, 2)), linewidth=0.7)
             for axis, values in ((share, 100 * line["comm_share"]), (gain, line["gain"])):

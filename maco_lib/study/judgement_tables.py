@@ -1,0 +1,71 @@
+"""The report's tables of what is judged: the claims, earlier measurements, and the model on another machine."""
+
+import pathlib
+from collections.abc import Sequence
+
+from maco_lib.study import earlier, transfer
+from maco_lib.study.claims import Judgement
+from maco_lib.study.criteria import NOT_REPRODUCED, NOT_TESTABLE, REPRODUCED
+from maco_lib.study.evidence import Evidence
+from maco_lib.study.figures.style import digits, look
+from maco_lib.study.report_tables import ABSENT, table
+
+
+def claim_verdicts(judged: dict[str, list[Judgement]], section: str | None = None) -> str:
+    """One row per published claim, a column of verdicts per machine."""
+    first = next(iter(judged.values()))
+    rows = [
+        [claim.sentence, *(judgements[place].verdict for judgements in judged.values())]
+        for place, claim in enumerate(first)
+        if section in (None, claim.section)
+    ]
+    return table(rows, ["published", *judged])
+
+
+def claim_numbers(judgements: list[Judgement]) -> str:
+    """The numbers behind each verdict of one machine."""
+    return table([[entry.sentence, f"**{entry.verdict}**", entry.numbers] for entry in judgements],
+                 ["published", "verdict", "numbers behind it"])  # fmt: skip
+
+
+def claim_counts(judged: dict[str, list[Judgement]]) -> str:
+    verdicts = (REPRODUCED, NOT_REPRODUCED, NOT_TESTABLE)
+    rows = [[name, *(str(sum(entry.verdict == verdict for entry in judgements)) for verdict in verdicts)]
+            for name, judgements in judged.items()]  # fmt: skip
+    return table(rows, ["machine", *verdicts])
+
+
+def agreement(machine: Evidence, root: pathlib.Path) -> str:
+    """Ours beside what was measured earlier on the same hardware; raises Missing when there is nothing to compare."""
+    found = earlier.compare(machine, root)
+    rows = []
+    for one in found:
+        before = digits(one.low) if one.low == one.high else f"{digits(one.low)}–{digits(one.high)}"
+        here = f"{digits(one.ours)} [{digits(one.ours_lo)}, {digits(one.ours_hi)}] {one.unit}"
+        agrees = "yes" if one.agrees else "**no**"
+        rows.append([one.what, here, f"{before} {one.unit}", f"{one.ratio:.2f}", agrees, one.why])
+    agree = sum(one.agrees for one in found)
+    sources = " · ".join(dict.fromkeys(one.source for one in found))
+    head = f"{agree} of {len(found)} medians agree within {earlier.TOLERANCE:.0%}. Measured earlier: {sources}."
+    headers = ["measured", "here", "earlier", "ratio", f"within {earlier.TOLERANCE:.0%}", "where not, why"]
+    return f"{head}\n\n{table(rows, headers)}"
+
+
+def transfers(machines: Sequence[Evidence]) -> str:
+    """The model fitted on one machine judged on each other of its kind, and a line for a machine without another."""
+    rows = [
+        [one.fitted_on, one.judged_on, look(one.method).label, str(one.num_points),
+         f"{one.median_error:.1%} ({one.worst_error:.0%})", f"{one.num_right} of {one.num_points}",
+         ABSENT if one.own_error != one.own_error else f"{one.own_error:.1%}"]
+        for source, target in transfer.pairs(machines)
+        for one in transfer.judge(source, target)
+    ]  # fmt: skip
+    parts = []
+    if rows:
+        headers = ["fitted on", "judged on", "method", "points", "error: median (worst)", "verdicts predicted",
+                   "for comparison: own fit, held out"]  # fmt: skip
+        parts.append(table(rows, headers))
+    for machine in transfer.alone(machines):
+        parts.append(f"{machine.name} is the only machine of its kind ({machine.kind}) with this section measured, so "
+                     "its model is not judged on another one.")  # fmt: skip
+    return "\n\n".join(parts)

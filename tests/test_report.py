@@ -4,10 +4,11 @@ import dataclasses
 import sys
 
 import jinja2
+import pandas as pd
 import pytest
 import stored
 
-from maco_lib.study import claims, evidence, figures, publish, published, report
+from maco_lib.study import claims, earlier, evidence, figures, findings, publish, published, report, transfer
 from maco_lib.study.files import CHECKOUT
 
 
@@ -133,3 +134,96 @@ def test_without_pandoc_one_line_says_so(tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "pypandoc", None)
     assert publish.build(tmp_path) == []
     assert "pypandoc is not installed" in capsys.readouterr().out
+
+
+def with_rows(machine, method, **values):
+    """The machine as if it had also measured `method`: two streams' rows with `values` in place of theirs."""
+    table = machine.table("overlap")
+    more = table[table["method"] == "two_stream"].assign(method=method, **values)
+    return dataclasses.replace(machine, tables={**machine.tables, "overlap": pd.concat([table, more])})
+
+
+def test_findings_follow_the_data(tmp_path, fresh):
+    machine, _ = evidence.load(stored.study(tmp_path), "h200-x2")
+    plain = findings.take_home(machine, tmp_path)
+    undecided = ("overlap_synchronisation", False)  # 1.01× [1.00, 1.02]
+    assert [(found.figure, found.decided) for found in plain[1:]] == [("overlap_published", True), undecided]
+    assert plain[0].sentence.startswith("vLLM's 16.13× (published 5.87×) is for 67% compilation and CUDA graphs")
+
+    slow = {"speedup": 1.0, "speedup_lo": 0.99, "speedup_hi": 1.01}
+    slower = with_rows(machine, "two_stream_matmul_first", **slow)
+    assert "intervals part in 4 of 4 configurations" in findings.take_home(slower, tmp_path)[0].sentence
+    same = with_rows(machine, "two_stream_matmul_first")
+    assert "order of issue" not in " ".join(found.sentence for found in findings.take_home(same, tmp_path))
+
+
+def test_agreement_with_earlier_measurements(tmp_path, fresh):
+    machine, _ = evidence.load(stored.study(tmp_path), "h200-x2")
+    with pytest.raises(evidence.Missing, match="no earlier measurement of h200-x2 is on file"):
+        earlier.compare(machine, tmp_path)
+    configuration = "configuration=Large compute, large comm; protocol=device; method=two_stream"
+    entries = [
+        ("h200-x*", "environment", "value", "quantity=peer_read", "360", "380", "GB/s", "", ""),
+        ("h200-x4", "environment", "value", "quantity=peer_read", "1", "1", "GB/s", "", ""),
+        (
+            "h200-x2",
+            "bandwidth",
+            "time_us",
+            "collective=all_reduce; backend=nccl; bytes=8192",
+            "30",
+            "30",
+            "µs",
+            "",
+            "",
+        ),
+        (
+            "h200-x2",
+            "bandwidth",
+            "time_us",
+            "collective=all_reduce; backend=nccl; bytes=67108864",
+            "264",
+            "264",
+            "µs",
+            "",
+            "",
+        ),
+        ("h200-x2", "overlap", "t_overlap_us", configuration, "522", "522", "µs", "method=sequential", "one by one"),
+    ]
+    (tmp_path / "data" / "earlier").mkdir()
+    rows = pd.DataFrame([(*entry, "a source") for entry in entries], columns=earlier.COLUMNS)
+    rows.to_csv(tmp_path / "data" / "earlier" / "h200.csv", index=False)
+    read, small, large, overlapped = earlier.compare(machine, tmp_path)
+    assert [one.agrees for one in (read, small, large, overlapped)] == [True, False, True, False]
+    assert read.why == "" and "agree at the largest size (1.00), so the link's rate is the same" in small.why
+    assert overlapped.why == "one by one; our arm `sequential` does so: 522 µs, 1.00 of the earlier value, which agrees"
+    assert "2 of 4 medians agree within 10%" in text_of(stored.Store(tmp_path))
+
+
+def test_the_model_of_one_machine_is_judged_on_another_of_its_kind(tmp_path, fresh):
+    machine, _ = evidence.load(stored.study(tmp_path), "h200-x2")
+    table = machine.table("when_to_overlap")
+    slower = table.assign(measured_us=2 * table["measured_us"])
+    other = dataclasses.replace(machine, name="h200-x4", tables={**machine.tables, "when_to_overlap": slower})
+    processor = dataclasses.replace(machine, name="cpu-2", kind="cpu")
+    machines = [machine, other, processor]
+    assert [(one.name, two.name) for one, two in transfer.pairs(machines)] == [
+        ("h200-x2", "h200-x4"),
+        ("h200-x4", "h200-x2"),
+    ]
+    assert [one.name for one in transfer.alone(machines)] == ["cpu-2"]
+    (found,) = transfer.judge(machine, other)
+    assert (found.method, found.num_points) == ("two_stream", len(table))
+    assert 0.3 < found.median_error < 0.7  # half of what was measured
+
+
+def test_minutes_are_those_of_the_launches(tmp_path, fresh):
+    store = stored.study(tmp_path)
+    record = store.record("h200-x2", "overlap")
+    launches = {
+        name: {"seconds": seconds, "git": {"commit": commit, "dirty": dirty}}
+        for name, seconds, commit, dirty in (("a", 100.0, "acda2b9", None), ("b", 50.0, "0123456789abcdef", True))
+    }
+    store.write_record("h200-x2", "overlap", {**record, "launches": launches})
+    line = next(line for line in text_of(store).splitlines() if line.startswith("| overlap_published"))
+    assert line.split("|")[4].strip() == "2.5"
+    assert "0123456 (modified), acda2b9" in text_of(store)

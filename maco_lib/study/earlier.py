@@ -134,8 +134,9 @@ def why(evidence: Evidence, one: Comparison, entry, others: Iterable[Comparison]
     larger = [other for other in others if other.kind == one.kind and other.size > one.size and other.unit == "µs"]
     if larger and max(larger, key=lambda other: other.size).agrees:
         end = max(larger, key=lambda other: other.size)
-        reasons.append(f"a fixed {abs(one.ours - (one.low + one.high) / 2):.2g} µs per call, not the rate: at the "
-                       f"largest size the two agree ({end.ratio:.2f})")  # fmt: skip
+        reasons.append(f"the two agree at the largest size ({end.ratio:.2f}), so the link's rate is the same and the "
+                       f"{abs(one.ours - (one.low + one.high) / 2):.2g} µs lie in the start of a call (latency, choice "
+                       "of algorithm)")  # fmt: skip
     return "; ".join(reasons) or "not known"
 
 

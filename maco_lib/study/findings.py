@@ -121,7 +121,7 @@ def leaner_collective(evidence: Evidence, root: pathlib.Path) -> Found:
         ratio = overlap_ratio(evidence, name, "device", method)
         before = rows.loc[(name, "two_stream")]
         lines.append(
-            f"{name}: {look(method).label} {ratio} = {row['speedup_collective']:.2f}× from the faster collective · "
+            f"{name}: {look(method).label} {ratio} = {row['speedup_collective']:.2f}× from the collective itself · "
             f"{row['speedup_overlap']:.2f}× from overlapping it; {look(before['backend']).label} overlapped "
             f"{speedup(before['t_seq_us'], before['t_overlap_us'])}; ideal {speedup(row['t_seq_us'], row['ideal_us'])}"
         )
@@ -135,7 +135,7 @@ def leaner_collective(evidence: Evidence, root: pathlib.Path) -> Found:
     faster = sum(one > other for one, other in zip(best, plain, strict=True))
     by_collective = sum(collective > overlap for collective, overlap in parts)
     return Found(
-        f"A faster collective, overlapped, gives {span(best)}, where overlapping {look(default).label} gives "
+        f"The best other collective, overlapped, gives {span(best)}, where overlapping {look(default).label} gives "
         f"{span(plain)}: ahead in {faster} of {len(best)} configurations, in {by_collective} of them more by the "
         f"collective ({span([part for part, _ in parts])}) than by the overlap ({span([part for _, part in parts])})",
         "overlap_published", decided, lines,

@@ -1,5 +1,6 @@
 """Every notebook in the smoke profile through the real runner, and what the command line refuses before it runs."""
 
+import dataclasses
 import os
 import pathlib
 import shutil
@@ -11,6 +12,7 @@ import nbformat
 import pytest
 
 from maco_lib.machine import this_machine
+from maco_lib.study import notebook
 from maco_lib.study.sections import SECTIONS
 from maco_lib.study.store import Store
 
@@ -124,19 +126,30 @@ def test_bad_input_is_refused_before_anything_runs(tmp_path, arguments, says):
     assert not (tmp_path / "data").exists()
 
 
-def test_notebooks_open_on_stored_results_of_another_machine(study, monkeypatch):
-    """By hand, `machine` may name a folder measured elsewhere: its tables are shown and nothing is measured."""
-    import dataclasses
+@pytest.fixture
+def stored(tmp_path, monkeypatch):
+    """A study root with the reference machines' data, opened on a host that has one GPU and measured nothing yet."""
+    shutil.copytree(CHECKOUT / "data", tmp_path / "data", ignore=shutil.ignore_patterns("executed", ".journal"))
+    one_gpu = dataclasses.replace(this_machine(), kind="cuda", name="h100-x1", num_devices=1, identity="f" * 16)
+    monkeypatch.setenv("MACO_ROOT", str(tmp_path))
+    monkeypatch.setattr(notebook, "this_machine", lambda: one_gpu)
+    return Store(tmp_path)
 
-    from maco_lib.study import notebook
 
-    root, _ = study
-    monkeypatch.setenv("MACO_ROOT", str(root))
-    elsewhere = dataclasses.replace(this_machine(), name="h200-x2", identity="f" * 16)
-    monkeypatch.setattr(notebook, "this_machine", lambda: elsewhere)
-    (folder,) = Store(root).machines()
-    run = notebook.begin("overlap", profile="smoke", machine=folder)
+def test_a_notebook_opens_on_the_machine_it_names(stored):
+    before = stored.machines()
+    run = notebook.begin("overlap", machine="cpu-2")
     run.measure()
-    assert len(run.table("overlap"))
+    assert set(run.table("overlap")["backend"]) == {"gloo"}
     run.complete()
-    assert Store(root).machines() == [folder]
+    assert stored.machines() == before
+
+
+def test_a_notebook_that_cannot_measure_shows_a_reference_machine(stored, capsys):
+    run = notebook.begin("overlap")
+    run.measure()
+    assert "cannot be measured here" in capsys.readouterr().out
+    assert run.table("overlap")["num_ranks"].unique() == [4], "the largest machine with GPUs is the reference"
+    run.figure("overlap_published")
+    run.complete()
+    assert stored.record("h100-x1", "overlap")["verdict"]["state"] == "unavailable"

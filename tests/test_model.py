@@ -116,3 +116,10 @@ def test_points_of_one_case_make_both_sides_slow_alike():
     stretch = model.fit(t_comm, t_comp, model.predict(t_comm, t_comp, 2.0, 1.25, 0.0))
     assert stretch.sigma_comm == pytest.approx(stretch.sigma_comp, rel=0.02)
     assert stretch.predict(t_comm, t_comp) == pytest.approx(t_comp + 0.4 * t_comm, rel=1e-3)
+
+
+def test_a_slow_collective_that_hides_well_does_not_count_as_a_gain():
+    stretch = model.Stretch(1.0, 1.0, 0.0)
+    assert model.gain(100.0, 100.0, stretch)["gain"] == pytest.approx(2.0)
+    slow = model.gain(300.0, 100.0, stretch, baseline_us=100.0 + 100.0)
+    assert slow["gain"] == pytest.approx(200 / 300) and slow["verdict"] == "hurts"

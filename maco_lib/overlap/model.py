@@ -116,16 +116,20 @@ def _stretch(unknown: np.ndarray, measured: np.ndarray) -> Stretch:
     return Stretch(float(unknown[0]), float(unknown[1]), float(unknown[2] * measured.min()))
 
 
-def gain(t_comm: float, t_comp: float, stretch: Stretch, num_joins: int = 1) -> dict[str, float | str]:
+def gain(
+    t_comm: float, t_comp: float, stretch: Stretch, num_joins: int = 1, baseline_us: float | None = None
+) -> dict[str, float | str]:
     """What overlapping can give where `num_joins` equal collectives sum to `t_comm`, each beside its part of `t_comp`.
 
-    `comm_share` of the sequential time; `ideal_gain` if the shorter side vanished behind the longer one; predicted
-    `gain` over sequential with its interval `gain_lo`, `gain_hi` and what that says (`verdict`).
+    `comm_share` of the technique's own sequential time; `ideal_gain` if the shorter side vanished behind the longer
+    one; predicted `gain` with its interval `gain_lo`, `gain_hi` and what that says (`verdict`). Gains are over
+    `baseline_us`, the time without overlap by the default collective; None: by this one.
     """
-    total, part = t_comm + t_comp, (t_comm / num_joins, t_comp / num_joins)
+    part = (t_comm / num_joins, t_comp / num_joins)
+    total = t_comm + t_comp if baseline_us is None else baseline_us
     low, high = (num_joins * float(bound) for bound in stretch.interval(*part))
     return {
-        "comm_share": t_comm / total,
+        "comm_share": t_comm / (t_comm + t_comp),
         "ideal_gain": total / max(t_comm, t_comp),
         "gain": total / (num_joins * float(stretch.predict(*part))),
         "gain_lo": total / high,

@@ -8,11 +8,13 @@ import subprocess
 import sys
 import time
 
+import pandas as pd
 import psutil
 import pytest
 
 from maco_lib.machine import this_machine
 from maco_lib.study import launch, sections
+from maco_lib.study.rows import aggregate, as_csv
 from maco_lib.study.store import DataError, Store
 from tests import toy
 
@@ -59,6 +61,19 @@ def test_repeats_are_separate_launches(store):
     assert set(store.samples("here", "toy")["rank"]) == {0, 1}
     assert len(store.record("here", "toy")["launches"]) == 2
     assert measure(store, sizes=[5], num_launches=3) == {5: 1}
+
+
+def test_launches_are_aggregated_conservatively():
+    rows = pd.DataFrame({
+        "point_key": "k", "repeat": [0, 1, 2], "launch": ["a", "b", "c"], "method_version": 1, "arm": "x",
+        "bytes": 2**30, "time_us": [5.0, 3.0, 4.0], "time_lo_us": [4.0, 2.5, 3.5], "time_hi_us": [6.0, 3.5, 9.0],
+        "correct": True, "error": "",
+    })  # fmt: skip
+    row = aggregate(rows, ["arm"]).iloc[0]
+    assert (row["time_us"], row["time_lo_us"], row["time_hi_us"], row["num_launches"]) == (4.0, 2.5, 9.0, 3)
+    assert row["bytes"] == 2**30 and b"1073741824" in as_csv(aggregate(rows, ["arm"]))
+    wrong = aggregate(rows.assign(correct=[True, False, True], error=["", "3 elements are wrong", ""]), ["arm"]).iloc[0]
+    assert not wrong["correct"] and wrong["error"] == "3 elements are wrong" and pd.isna(wrong["time_us"])
 
 
 def test_a_failure_keeps_finished_points_and_stored_data(store):

@@ -15,7 +15,7 @@ if TYPE_CHECKING:  # the command line imports this module for every command; pan
 
 TABLES = ("when_to_overlap", "bandwidth", "environment")
 NOTE = (
-    "Gains are over the default all-reduce after the matmul. An interval is only as good as the shapes it was fitted on.\n"
+    "Gains are over the default all-reduce, then the matmul. An interval is as good as the shapes it is fitted on.\n"
     "The gain counts on other work to run beside the all-reduce: another micro-batch, or the same matmul in chunks.\n"
     "Attention, norms and activations are left out, so the true share of communication is smaller."
 )

@@ -64,7 +64,8 @@ def one_configuration(configuration: str) -> Callable[[Evidence, pathlib.Path], 
     def judge(evidence: Evidence, root: pathlib.Path) -> Finding:
         printed = at_published_sizes(evidence, root)[configuration]
         ratio = overlap_ratio(evidence, configuration)
-        numbers = f"{ratio} in the published protocol, printed {printed:.2f}×"
+        doubt = " (the interval leaves it undecided)" if ratio.low < 1 < ratio.high else ""
+        numbers = f"{ratio} in the published protocol{doubt}, printed {printed:.2f}×"
         try:
             numbers += f"; {overlap_ratio(evidence, configuration, 'device')} in the device protocol"
         except Missing as missing:
@@ -89,10 +90,13 @@ def average(evidence: Evidence, root: pathlib.Path) -> Finding:
 
 def scales(evidence: Evidence, root: pathlib.Path) -> Finding:
     ratios = all_four(evidence, root)
-    larger = min(ratios[name].value for name in (LARGE, VERY_LARGE))
-    smaller = max(ratios[name].value for name in (SMALL, MEDIUM))
-    numbers = f"the two larger matmuls gain at least {larger:.2f}×, the two smaller at most {smaller:.2f}×"
-    return decide(larger > smaller), numbers
+    larger = min((ratios[name] for name in (LARGE, VERY_LARGE)), key=lambda ratio: ratio.low)
+    smaller = max((ratios[name] for name in (SMALL, MEDIUM)), key=lambda ratio: ratio.high)
+    numbers = (
+        f"of the two larger matmuls the less certain gains {larger.value:.2f}× [{larger.low:.2f}, {larger.high:.2f}], "
+        f"of the two smaller {smaller.value:.2f}× [{smaller.low:.2f}, {smaller.high:.2f}]"
+    )
+    return decide(larger.low > smaller.high), numbers
 
 
 def best_case(evidence: Evidence, root: pathlib.Path) -> Finding:

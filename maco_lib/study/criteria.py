@@ -18,8 +18,8 @@ CRITERIA = {
     "speedup": "a printed speedup is reproduced if the measured 95 % interval lies above 1 and reaches the printed "
     f"ratio less {RATIO_TOLERANCE:.0%}; more than printed counts as reproduced. Section 1 is judged in the published "
     "protocol with the published technique, two streams.",
-    "scaling": "overlap scales with workload size if each of the two configurations with the larger matmul gains more "
-    "than each of the other two.",
+    "scaling": "overlap scales with workload size if the interval of each of the two configurations with the larger "
+    "matmul lies above those of the other two.",
     "bandwidth": "a printed bandwidth is reproduced if the measured interval of 2 S / t touches it "
     f"± {BANDWIDTH_TOLERANCE:.0%} (it is printed with “~”).",
     "NVLink": "“consistent with NVLink” is reproduced if the printed busbw at the largest size is at least "

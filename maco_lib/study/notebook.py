@@ -19,13 +19,15 @@ from IPython.display import HTML, Image, Markdown, display
 
 from maco_lib.machine import Machine, this_machine
 from maco_lib.study import derive, figures, launch
-from maco_lib.study.figures.style import FORMATS
+from maco_lib.study.figures.style import FORMATS, RC
 from maco_lib.study.sections import section as find_section
 from maco_lib.study.sections import table as find_table
 from maco_lib.study.spec import Derived, Parameters, Section
 from maco_lib.study.status import COMPLETE, RUNNING, UNAVAILABLE, stale_tables
 from maco_lib.study.store import DataError, Store, utc_now
 from maco_lib.study.supervise import die_with_parent
+
+SCREEN_DPI = 110
 
 
 def begin(section: str, profile: str = "standard", machine: str = "auto", **parameters: Any) -> "Run":
@@ -145,10 +147,12 @@ class Run:
 
     def figure(self, name: str) -> None:
         """Draw figures/<machine>/<name>.{svg,pdf,png,csv} and show it at its printed size."""
-        specification = figures.FIGURES[name]
+        specification = figures.figure_spec(name)
         source = next((found for found in map(self.source, specification.tables) if found != self.folder), self.folder)
         paths = figures.write(self.store, source, name)
-        display(Image(data=next(path for path in paths if path.suffix == ".png").read_bytes(), embed=True))
+        png = next(path for path in paths if path.suffix == ".png").read_bytes()
+        width_px = int.from_bytes(png[16:20], "big")  # PNG's header chunk
+        display(Image(data=png, embed=True, width=round(width_px / RC["savefig.dpi"] * SCREEN_DPI)))
         display(Markdown(f"*{specification.caption}*"))
 
     def complete(self) -> None:

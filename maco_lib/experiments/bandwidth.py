@@ -6,7 +6,7 @@ from typing import Any
 
 from maco_lib import comm, stats
 from maco_lib.experiments import worker
-from maco_lib.experiments.worker import Context, Result, Samples
+from maco_lib.experiments.worker import Context, Result, samples_of
 from maco_lib.timing import Arm, Timing, decided, first_error, interleave
 
 
@@ -35,12 +35,7 @@ def measure(point: dict[str, Any], context: Context) -> Result:
     for backend, error in errors.items():
         key = {"collective": name, "backend": backend, "bytes": num_bytes, "dtype": point["dtype"]}
         rows.append({**key, **columns(name, num_bytes, timings.get(backend), context.num_ranks), "error": error})
-    samples = [
-        Samples("time_us", [[round(value, 3) for value in rank] for rank in timing.values],
-                {"arm": arm, "timing": timing.timing, "repeats": timing.repeats, "num_late": timing.num_late})
-        for arm, timing in timings.items()
-    ]  # fmt: skip
-    return Result(rows, samples)
+    return Result(rows, samples_of(timings))
 
 
 def columns(name: str, num_bytes: int, timing: Timing | None, num_ranks: int) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from maco_lib.experiments import worker
 from maco_lib.experiments.overlap_methods import IDEAL_BACKENDS, METHODS, PUBLISHED
 from maco_lib.experiments.overlap_problem import Problem
 from maco_lib.experiments.overlap_stretch import stretch
-from maco_lib.experiments.worker import Context, Result, Samples
+from maco_lib.experiments.worker import Context, Result, samples_of
 from maco_lib.timing import Arm, Timing, interleave
 
 # Samples of the stretch factors, which are taken apart from the others.
@@ -30,12 +30,7 @@ def measure(point: dict[str, Any], context: Context) -> Result:
         num_samples = STRETCH_SAMPLES[context.device.type]
         stretches = {name: stretch(problem, METHODS["device"][name], num_samples) for name in overlapped}
     rows = [row(point, context, problem, name, timings, stretches, errors) for name in methods]
-    samples = [
-        Samples("time_us", [[round(value, 3) for value in rank] for rank in timing.values],
-                {"arm": name, "timing": timing.timing, "repeats": timing.repeats, "num_late": timing.num_late})
-        for name, timing in timings.items()
-    ]  # fmt: skip
-    return Result(rows, samples)
+    return Result(rows, samples_of(timings))
 
 
 def checked_arms(problem: Problem, methods: list[str]) -> tuple[list[Arm], dict[str, str]]:

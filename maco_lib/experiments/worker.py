@@ -13,7 +13,7 @@ import pathlib
 import threading
 import time
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -22,6 +22,7 @@ import torch.distributed as dist
 
 from maco_lib.study.journal import append_line
 from maco_lib.study.supervise import die_with_parent
+from maco_lib.timing import Timing
 
 HEARTBEAT_S = 5.0
 COLLECTIVE_TIMEOUT_S = 120.0
@@ -42,6 +43,18 @@ class Result:
 
     rows: list[dict[str, Any]]
     samples: list[Samples] = field(default_factory=list)
+
+
+def samples_of(timings: Mapping[str, Timing]) -> list[Samples]:
+    """The raw samples of interleaved arms in µs, with how each was taken."""
+    return [
+        Samples(
+            "time_us",
+            [[round(value, 3) for value in rank] for rank in timing.values],
+            {"arm": arm, "timing": timing.timing, "repeats": timing.repeats, "num_late": timing.num_late},
+        )
+        for arm, timing in timings.items()
+    ]
 
 
 @dataclass

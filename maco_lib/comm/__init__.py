@@ -1,16 +1,21 @@
 """The collectives: what each is (`record`), and the backends that run it, one per file.
 
 A backend has `name`, `needs`, `unavailable(collective, device, group) -> why or None` and
-`operation(collective, numel, dtype, device, group) -> Operation`.
+`operation(collective, numel, dtype, device, group) -> Operation`, and for the caller's own tensor
+`all_reduce(tensor, group, async_op)`.
 """
 
 import torch
 import torch.distributed as dist
 
+from maco_lib.comm.copy_engine import CopyEngine
 from maco_lib.comm.gloo import Gloo
 from maco_lib.comm.nccl import Nccl
 from maco_lib.comm.record import COLLECTIVES, DTYPES, Collective, Operation, Reference, algbw, busbw, check, collective
-from maco_lib.comm.symm_mem import SymmetricMemory
+from maco_lib.comm.staged import MacoStaged
+from maco_lib.comm.symm_mem import OneShot, TwoShot
+from maco_lib.comm.symmetric import SymmetricAllReduce, symmetric_empty
+from maco_lib.comm.two_shot import MacoTwoShot
 
 BACKENDS = {
     backend.name: backend
@@ -18,18 +23,40 @@ BACKENDS = {
         Nccl("nccl"),
         Nccl("nccl_cta4", max_ctas=4),
         Nccl("nccl_cta8", max_ctas=8),
-        SymmetricMemory("symm_mem_one_shot", shots=1),
-        SymmetricMemory("symm_mem_two_shot", shots=2),
+        OneShot("symm_mem_one_shot"),
+        TwoShot("symm_mem_two_shot"),
+        MacoTwoShot("maco_two_shot_8", num_ctas=8),
+        MacoTwoShot("maco_two_shot_24", num_ctas=24),
+        MacoStaged("maco_staged"),
+        CopyEngine("copy_engine"),
         Gloo(),
     )
 }
 
 
-def backend(name: str) -> Nccl | SymmetricMemory | Gloo:
+Backend = Nccl | Gloo | SymmetricAllReduce
+
+
+def backend(name: str) -> Backend:
     """The backend called `name`; raises ValueError with the valid names."""
     if name not in BACKENDS:
         raise ValueError(f"unknown backend {name!r}; the backends are {', '.join(BACKENDS)}")
     return BACKENDS[name]
+
+
+def all_reduce(
+    tensor: torch.Tensor, backend_name: str, group: dist.ProcessGroup | None = None, async_op: bool = False
+) -> dist.Work | None:
+    """Sum contiguous `tensor` in place over the ranks on the current stream, over the backend of that name. Collective.
+
+    async_op: gloo returns its Work at once; the others are ordered by the stream and return None. The backends in
+    symmetric memory need no copy for a tensor from `symmetric_empty`. Raises ValueError on an unknown backend, and on a
+    type or place that it has no kernel for.
+    """
+    group = group or dist.group.WORLD
+    if why := backend(backend_name).unavailable("all_reduce", tensor.device, group):
+        raise ValueError(why)
+    return backend(backend_name).all_reduce(tensor, group, async_op)
 
 
 def available(name: str, device: torch.device, group: dist.ProcessGroup) -> list[str]:
@@ -40,5 +67,6 @@ def available(name: str, device: torch.device, group: dist.ProcessGroup) -> list
 
 __all__ = [
     "BACKENDS", "COLLECTIVES", "DTYPES", "Collective", "Operation", "Reference",
-    "algbw", "available", "backend", "busbw", "check", "collective",
+    "algbw", "all_reduce", "available", "backend", "busbw", "check", "collective",
+    "symmetric_empty",
 ]  # fmt: skip

@@ -31,3 +31,7 @@ class Gloo:
     ) -> Operation:
         """The collective on fresh buffers."""
         return c10d.operation(name, numel, dtype, device, group)
+
+    def all_reduce(self, tensor: torch.Tensor, group: dist.ProcessGroup, async_op: bool = False) -> dist.Work | None:
+        """Sum `tensor` in place."""
+        return c10d.issue("all_reduce", tensor, tensor, group, async_op)

@@ -40,6 +40,11 @@ class Nccl:
         limited = group if self.max_ctas is None else limited_group(group, self.max_ctas)
         return c10d.operation(name, numel, dtype, device, limited)
 
+    def all_reduce(self, tensor: torch.Tensor, group: dist.ProcessGroup, async_op: bool = False) -> dist.Work | None:
+        """Sum `tensor` in place on the current stream; collective itself when the limited communicator is made."""
+        limited = group if self.max_ctas is None else limited_group(group, self.max_ctas)
+        return c10d.issue("all_reduce", tensor, tensor, limited, async_op)
+
 
 _LIMITED: "weakref.WeakKeyDictionary[dist.ProcessGroup, dict[int, dist.ProcessGroup]]" = weakref.WeakKeyDictionary()
 

@@ -1,0 +1,175 @@
+"""Memory that every rank of a host can address, and the base of the all-reduces that work in it.
+
+A `Region` is a buffer rendezvoused by all ranks of a group: each knows the address of everyone's. `symmetric_empty`
+gives the user a tensor in one, which these backends sum without a copy; any other tensor is staged through the group's
+workspace. No NVLink multicast: the `multimem` operations are left out on purpose.
+"""
+
+import math
+import weakref
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+import torch.distributed._symmetric_memory as symmetric
+
+from maco_lib.comm.record import Operation, collective
+
+ALIGNMENT = 16
+# A whole number of these is summed without a copy: the widest accesses of every kernel here (16 elements of fp32).
+GRANULE_BYTES = 64
+# Growing costs a rendezvous of all ranks: start with what most tensors fit into.
+MIN_WORKSPACE = 2**26
+
+
+@dataclass(frozen=True)
+class Region:
+    """A symmetric buffer. `base`: this rank's bytes (uint8); `addresses[rank]`: where it starts for each rank."""
+
+    base: torch.Tensor
+    handle: object
+
+    @property
+    def addresses(self) -> list[int]:
+        return list(self.handle.buffer_ptrs)
+
+    def holds(self, tensor: torch.Tensor) -> bool:
+        begin = self.base.data_ptr()
+        return begin <= tensor.data_ptr() and tensor.data_ptr() + tensor.nbytes <= begin + self.base.nbytes
+
+    def peer(self, rank: int, tensor: torch.Tensor) -> torch.Tensor:
+        """`rank`'s copy of `tensor`, a flat tensor of this region."""
+        offset = (tensor.data_ptr() - self.base.data_ptr()) // tensor.itemsize
+        return self.handle.get_buffer(rank, tensor.shape, tensor.dtype, offset)
+
+
+class Memory:
+    """What a group has allocated: `workspace` grows as needed, `regions` live as long as the group."""
+
+    def __init__(self, group: dist.ProcessGroup, device: torch.device):
+        self.group_name, self.device = group.group_name, device
+        self.workspace: Region | None = None
+        self.regions: list[Region] = []
+
+    def allocate(self, num_bytes: int) -> Region:
+        base = symmetric.empty(num_bytes, dtype=torch.uint8, device=self.device)
+        return Region(base, symmetric.rendezvous(base, self.group_name))
+
+    def staging(self, num_bytes: int) -> Region:
+        """The workspace, of at least `num_bytes`. Collective when it has to grow."""
+        if self.workspace is None or self.workspace.base.nbytes < num_bytes:
+            self.workspace = self.allocate(max(MIN_WORKSPACE, 1 << (num_bytes - 1).bit_length()))
+        return self.workspace
+
+    def find(self, tensor: torch.Tensor) -> Region | None:
+        """The region that holds `tensor`."""
+        owned = [*self.regions, *([self.workspace] if self.workspace else [])]
+        return next((region for region in owned if region.holds(tensor)), None)
+
+
+_MEMORY: "weakref.WeakKeyDictionary[dist.ProcessGroup, Memory]" = weakref.WeakKeyDictionary()
+
+
+def memory(group: dist.ProcessGroup, device: torch.device) -> Memory:
+    """The symmetric memory of `group` on this rank's GPU."""
+    if group not in _MEMORY:
+        _MEMORY[group] = Memory(group, device)
+    return _MEMORY[group]
+
+
+def whole(num_bytes: int) -> int:
+    """`num_bytes` rounded up to whole granules."""
+    return -(-num_bytes // GRANULE_BYTES) * GRANULE_BYTES
+
+
+def symmetric_empty(
+    shape: tuple[int, ...], dtype: torch.dtype, device: torch.device, group: dist.ProcessGroup | None = None
+) -> torch.Tensor:
+    """An uninitialised tensor that the symmetric-memory backends sum in place without a copy. Collective.
+
+    It is kept until the group goes: allocate once, at setup, not per step. Raises ValueError on ranks that cannot reach
+    each other's memory.
+    """
+    group = group or dist.group.WORLD
+    if why := unreachable(device, group):
+        raise ValueError(f"symmetric_empty: {why}")
+    numel = math.prod(shape)
+    region = memory(group, device).allocate(whole(max(1, numel) * dtype.itemsize))
+    memory(group, device).regions.append(region)
+    return region.base[: numel * dtype.itemsize].view(dtype).view(shape)
+
+
+def unreachable(device: torch.device, group: dist.ProcessGroup) -> str:
+    """Why the ranks of `group` cannot address each other's memory, or ""."""
+    if device.type != "cuda":
+        return f"symmetric memory is for GPUs, these ranks are on {device.type}"
+    if group.size() > torch.cuda.device_count():
+        return f"{group.size()} ranks on {torch.cuda.device_count()} visible GPUs: they are not on one host"
+    others = [index for index in range(torch.cuda.device_count()) if index != device.index]
+    refused = [other for other in others if not torch.cuda.can_device_access_peer(device, other)]
+    return f"GPU {device.index} cannot access the memory of GPU {refused[0]}" if refused else ""
+
+
+@dataclass(frozen=True)
+class SymmetricAllReduce:
+    """Base of the all-reduces in symmetric memory: subclasses say `dtypes`, `in_place` and `reduce`."""
+
+    name: str
+    dtypes = (torch.bfloat16, torch.float32)
+    in_place = True
+
+    def unavailable(self, collective: str, device: torch.device, group: dist.ProcessGroup) -> str | None:
+        """Why it cannot run here, or None."""
+        if collective != "all_reduce":
+            return f"{self.name} is an all-reduce, not {collective}"
+        return unreachable(device, group) or None
+
+    def reduce(self, region: Region, source: torch.Tensor, result: torch.Tensor, group: dist.ProcessGroup) -> None:
+        """Sum `source`, a flat tensor of whole granules in `region`, into `result`: itself exactly if `in_place`."""
+        raise NotImplementedError
+
+    def require(self, name: str, dtype: torch.dtype) -> None:
+        """Raise ValueError on another collective or a type without a kernel."""
+        if name != "all_reduce":
+            raise ValueError(f"{self.name} has no {name!r}; it has all_reduce")
+        if dtype not in self.dtypes:
+            raise ValueError(f"{self.name} has no kernel for {dtype}; it has {', '.join(map(str, self.dtypes))}")
+
+    def operation(
+        self, name: str, numel: int, dtype: torch.dtype, device: torch.device, group: dist.ProcessGroup
+    ) -> Operation:
+        """The all-reduce in the group's workspace: operations of one process share it, one at a time.
+
+        Collective. Raises ValueError on another collective or type, or no elements.
+        """
+        self.require(name, dtype)
+        collective(name).numels(numel, group.size())
+        region = memory(group, device).staging(whole(numel * dtype.itemsize))
+        source = region.base[: whole(numel * dtype.itemsize)].view(dtype)
+        result = source if self.in_place else torch.empty_like(source)
+        used = source[:numel]
+        return Operation(
+            name,
+            used,
+            used if self.in_place else result[:numel],
+            lambda src, dst, _: self.reduce(region, source, result, group),
+        )
+
+    def all_reduce(self, tensor: torch.Tensor, group: dist.ProcessGroup, async_op: bool = False) -> None:
+        """Sum contiguous `tensor` in place on the current stream; without a copy in a region and of whole granules.
+
+        The first call beyond the workspace's size is collective on the host: make it before a graph is captured.
+        """
+        self.require("all_reduce", tensor.dtype)
+        owner, flat = memory(group, tensor.device), tensor.view(-1)
+        region = owner.find(flat)
+        if region is not None and flat.nbytes % GRANULE_BYTES == 0 and flat.data_ptr() % ALIGNMENT == 0:
+            source = flat
+        else:
+            region = owner.staging(whole(flat.nbytes))
+            source = region.base[: whole(flat.nbytes)].view(flat.dtype)
+            source[: flat.numel()].copy_(flat)
+        result = source if self.in_place else torch.empty_like(source)
+        self.reduce(region, source, result, group)
+        if result is not flat:
+            flat.copy_(result[: flat.numel()])

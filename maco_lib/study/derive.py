@@ -6,12 +6,12 @@ computes both anew for stored machines, after their formulas changed; nothing is
 """
 
 from maco_lib.study import sections
-from maco_lib.study.spec import Derived, Parameters
+from maco_lib.study.spec import Derived, SectionParameters
 from maco_lib.study.status import input_digest, recorded_parameters
 from maco_lib.study.store import Store
 
 
-def compute(store: Store, folder: str, derived: Derived, parameters: Parameters) -> None:
+def compute(store: Store, folder: str, derived: Derived, parameters: SectionParameters) -> None:
     """Write a derived table from its inputs; raises DataError when one is missing or damaged."""
     tables = {table: store.read(folder, table) for table in derived.inputs}
     facts = {"inputs_sha256": input_digest(store, folder, derived, parameters)}

@@ -18,7 +18,7 @@ from maco_lib.study import sections
 from maco_lib.study.files import CHECKOUT, write_json
 from maco_lib.study.journal import drop_torn_line, read_lines
 from maco_lib.study.progress import Progress
-from maco_lib.study.spec import Dataset, Parameters, Point
+from maco_lib.study.spec import Dataset, Point, SectionParameters
 from maco_lib.study.store import Store
 
 START_TIMEOUT_S = 180.0
@@ -37,7 +37,7 @@ def labels(points: list[Point]) -> list[str]:
     return [", ".join(f"{name}={point[name]}" for name in varying if name in point)[:LABEL_LENGTH] for point in points]
 
 
-def plan(dataset: Dataset, parameters: Parameters, machine: Machine) -> list[Point]:
+def plan(dataset: Dataset, parameters: SectionParameters, machine: Machine) -> list[Point]:
     """The dataset's points for these parameters; ValueError on more ranks than devices or on a repeated point."""
     num_ranks = dataset.num_ranks(parameters, machine)
     devices = machine.num_devices if machine.kind == "cuda" else max(2, machine.num_devices)
@@ -77,7 +77,7 @@ def alone(store: Store, name: str) -> Iterator[None]:
 
 
 def measure(
-    store: Store, name: str, dataset: Dataset, parameters: Parameters, machine: Machine, force: bool = False
+    store: Store, name: str, dataset: Dataset, parameters: SectionParameters, machine: Machine, force: bool = False
 ) -> int:
     """Measure the missing points (all of them with `force`) and store the table; returns how many were measured.
 

@@ -22,7 +22,7 @@ from maco_lib.study import derive, figures, launch
 from maco_lib.study.figures.style import FORMATS, RC
 from maco_lib.study.sections import section as find_section
 from maco_lib.study.sections import table as find_table
-from maco_lib.study.spec import Derived, Parameters, Section
+from maco_lib.study.spec import Derived, Section, SectionParameters
 from maco_lib.study.status import COMPLETE, RUNNING, UNAVAILABLE, stale_tables
 from maco_lib.study.store import DataError, Store, utc_now
 from maco_lib.study.supervise import die_with_parent
@@ -64,7 +64,7 @@ class Run:
         machine: Machine,
         folder: str,
         profile: str,
-        parameters: Parameters,
+        parameters: SectionParameters,
         view_only: bool = False,
     ):
         self.store, self.section, self.machine, self.folder = store, section, machine, folder

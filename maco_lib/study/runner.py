@@ -21,7 +21,7 @@ from maco_lib.study.launch import plan
 from maco_lib.study.progress import View
 from maco_lib.study.sections import SECTIONS
 from maco_lib.study.sections import section as find_section
-from maco_lib.study.spec import PROFILES, Parameters, Section
+from maco_lib.study.spec import PROFILES, Section, SectionParameters
 from maco_lib.study.status import COMPLETE, FAILED, UNAVAILABLE, section_status
 from maco_lib.study.store import DataError, Store, utc_now
 
@@ -34,7 +34,7 @@ class Job:
 
     section: Section
     given: Mapping[str, Any]
-    parameters: Parameters
+    parameters: SectionParameters
 
 
 def parse_overrides(assignments: list[str]) -> dict[str, Any]:

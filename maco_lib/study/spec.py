@@ -21,10 +21,14 @@ Profile = Literal["smoke", "standard", "full"]
 Point = dict[str, Any]
 
 
-class Parameters(BaseModel):
+class SectionParameters(BaseModel):
     """Base of every section's parameters: typed, closed (an unknown name is an error) and immutable."""
 
     model_config = ConfigDict(strict=True, extra="forbid", frozen=True)
+
+
+class Parameters(SectionParameters):
+    """What every section that measures on several ranks takes as well."""
 
     num_ranks: int | None = Field(None, ge=1, description="ranks to start; None: every GPU, or 2 on a CPU")
     num_launches: int = Field(1, ge=1, description="separate process launches per point; rows are medians over them")
@@ -58,7 +62,7 @@ class Dataset:
     point_timeout_s: float = 300.0
     repeated: bool = True
 
-    def num_launches(self, parameters: "Parameters") -> int:
+    def num_launches(self, parameters: SectionParameters) -> int:
         """How many process launches each point gets: what the parameters say, once where repeating means nothing."""
         return parameters.num_launches if self.repeated else 1
 
@@ -85,7 +89,7 @@ class Section:
     name: str
     title: str
     notebook: str
-    parameters: type[Parameters]
+    parameters: type[SectionParameters]
     profiles: Mapping[str, Mapping[str, Mapping[str, Any]]]
     datasets: tuple[Dataset, ...] = ()
     derived: tuple[Derived, ...] = ()
@@ -96,7 +100,7 @@ class Section:
     def tables(self) -> tuple[str, ...]:
         return tuple(table.name for table in (*self.datasets, *self.derived))
 
-    def resolve(self, profile: str, machine: Machine, overrides: Mapping[str, Any] | None = None) -> Parameters:
+    def resolve(self, profile: str, machine: Machine, overrides: Mapping[str, Any] | None = None) -> SectionParameters:
         """The parameters in force: the class's defaults, then the profile's for this kind of machine, then `overrides`.
 
         An override of None means "as the profile says". Raises ValueError naming an unknown profile or parameter, or

@@ -8,7 +8,7 @@ from maco_lib.machine import Machine
 from maco_lib.provenance import source_digest
 from maco_lib.study.files import CHECKOUT
 from maco_lib.study.launch import missing, plan
-from maco_lib.study.spec import Derived, Parameters, Section
+from maco_lib.study.spec import Derived, Section, SectionParameters
 from maco_lib.study.store import DataError, Store
 
 COMPLETE, FAILED, UNAVAILABLE, RUNNING = "complete", "failed", "unavailable", "running"
@@ -27,7 +27,7 @@ class Status:
         return self.state in ("fresh", "code moved", "unavailable")
 
 
-def input_digest(store: Store, name: str, table: Derived, parameters: Parameters) -> str:
+def input_digest(store: Store, name: str, table: Derived, parameters: SectionParameters) -> str:
     """SHA-256 over the inputs of a derived table: the stored tables, the parameters and the method version."""
     total = hashlib.sha256(f"{table.method_version} {parameters.model_dump_json()}".encode())
     for needed in table.inputs:
@@ -35,7 +35,7 @@ def input_digest(store: Store, name: str, table: Derived, parameters: Parameters
     return total.hexdigest()
 
 
-def recorded_parameters(section: Section, record: dict[str, Any]) -> Parameters:
+def recorded_parameters(section: Section, record: dict[str, Any]) -> SectionParameters:
     """The parameters a section was last run with; raises ValueError when the section no longer takes them."""
     try:
         return section.parameters(**record["parameters"])
@@ -44,7 +44,7 @@ def recorded_parameters(section: Section, record: dict[str, Any]) -> Parameters:
 
 
 def section_status(
-    store: Store, name: str, section: Section, machine: Machine, parameters: Parameters | None = None
+    store: Store, name: str, section: Section, machine: Machine, parameters: SectionParameters | None = None
 ) -> Status:
     """How `section` stands in data/<name>/ for `parameters` (default: those it was last run with)."""
     try:
@@ -76,7 +76,7 @@ def section_status(
 
 
 def stale_tables(
-    store: Store, name: str, section: Section, machine: Machine, parameters: Parameters, record: dict[str, Any]
+    store: Store, name: str, section: Section, machine: Machine, parameters: SectionParameters, record: dict[str, Any]
 ) -> list[str]:
     """One sentence for each table that is not what `parameters` ask for."""
     problems = []

@@ -4,13 +4,13 @@ import pandera.pandas as pa
 from pydantic import Field
 
 from maco_lib.machine import Machine
-from maco_lib.study.spec import Dataset, Parameters, Point, Section
+from maco_lib.study.spec import Dataset, Point, Section, SectionParameters
 
 MIB = 2**20
 
 
-class EnvironmentParameters(Parameters):
-    num_ranks: int | None = Field(None, ge=1, description="without effect here: one process sees every device")
+class EnvironmentParameters(SectionParameters):
+    num_launches: int = Field(1, ge=1, description="separate process launches per point; rows are medians over them")
     matmul_n: list[int] = Field([256, 512, 1024, 2048], min_length=1, description="n of the n×n matmuls, both dtypes")
     skinny_m: list[int] = Field([1, 64], description="m of the (m, n) @ (n, n) matmuls in bf16; n is skinny_n")
     skinny_n: int = Field(2048, ge=1, description="n of those; its n×n weights should not fit into a cache")

@@ -12,7 +12,7 @@ from pydantic import Field, PositiveInt, field_validator
 from maco_lib.checkpoint import check_model, weight_bytes
 from maco_lib.experiments.engines import ARMS, BASELINE
 from maco_lib.machine import Machine
-from maco_lib.study.spec import Dataset, Derived, Parameters, Point, Section
+from maco_lib.study.spec import Dataset, Derived, Point, Section, SectionParameters
 
 WINNER = "vllm"
 # Two ways from the published baseline to the published winner: what compilation and graphs give and what the engine and
@@ -29,8 +29,8 @@ STEPS = {
 }
 
 
-class InferenceParameters(Parameters):
-    num_ranks: int | None = Field(None, ge=1, le=1, description="always one process on one device")
+class InferenceParameters(SectionParameters):
+    num_launches: int = Field(1, ge=1, description="separate process launches per point; rows are medians over them")
     model: str = Field(
         "Qwen3-0.6B-Base",
         description="a checkpoint folder or a hub name; random weights of its dimensions where the hub is out of reach",

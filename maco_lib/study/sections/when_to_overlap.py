@@ -13,15 +13,13 @@ from maco_lib.overlap import model
 from maco_lib.overlap.costs import AllReduceCost, MatmulCost
 from maco_lib.overlap.layers import ALL_REDUCES_PER_LAYER, layer_times_us
 from maco_lib.stats import verdict
-from maco_lib.study.spec import Derived, Parameters, Section
+from maco_lib.study.spec import Derived, Section, SectionParameters
 
 MIN_SHAPES = 4
 VERDICTS = ["helps", "hurts", "undecided"]
 
 
-class WhenParameters(Parameters):
-    num_ranks: int | None = Field(None, ge=1, description="without effect here: it is that of the measured tables")
-    num_launches: int = Field(1, ge=1, description="without effect here: nothing is measured")
+class WhenParameters(SectionParameters):
     method: str = Field("two_stream", description="technique whose stretch predicts the gain of the models' layers")
     dtype: str = Field("bf16", pattern="^(bf16|fp32)$", description="type of the models' weights and activations")
     tp: list[int] = Field([2, 4], min_length=1, description="tensor-parallel sizes of the models' table")

@@ -12,10 +12,10 @@ from maco_lib.comm.copy_engine import CopyEngine
 from maco_lib.comm.gloo import Gloo
 from maco_lib.comm.nccl import Nccl
 from maco_lib.comm.record import COLLECTIVES, DTYPES, Collective, Operation, Reference, algbw, busbw, check, collective
-from maco_lib.comm.staged import MacoStaged
+from maco_lib.comm.staged import Staged
 from maco_lib.comm.symm_mem import OneShot, TwoShot
 from maco_lib.comm.symmetric import SymmetricAllReduce, symmetric_empty
-from maco_lib.comm.two_shot import MacoTwoShot
+from maco_lib.comm.two_shot import PullTwoShot, PushTwoShot
 
 BACKENDS = {
     backend.name: backend
@@ -25,9 +25,10 @@ BACKENDS = {
         Nccl("nccl_cta8", max_ctas=8),
         OneShot("symm_mem_one_shot"),
         TwoShot("symm_mem_two_shot"),
-        MacoTwoShot("maco_two_shot_8", num_ctas=8),
-        MacoTwoShot("maco_two_shot_24", num_ctas=24),
-        MacoStaged("maco_staged"),
+        PullTwoShot("maco_two_shot_8", num_ctas=8),
+        PullTwoShot("maco_two_shot_24", num_ctas=24),
+        PushTwoShot("maco_push_32", num_ctas=32),
+        Staged("maco_staged"),
         CopyEngine("copy_engine"),
         Gloo(),
     )

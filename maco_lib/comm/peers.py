@@ -1,4 +1,4 @@
-"""What our own all-reduces share: the flags and addresses of a group's ranks, and the split of a tensor into shares.
+"""What our own all-reduces share: the flags and buffers at which a group's ranks meet, and the split into shares.
 
 Every rank owns a share of the tensor: it sums the ranks' copies of it (reduce-scatter) and gives the sum to all
 (all-gather). In float32, by one rank, in one fixed order: deterministic, and bitwise equal on every rank.
@@ -11,66 +11,58 @@ import torch
 import torch.distributed as dist
 import torch.distributed._symmetric_memory as symmetric
 
-from maco_lib.comm.symmetric import GRANULE_BYTES, Region, SymmetricAllReduce
+from maco_lib.comm.symmetric import GRANULE_BYTES, Region, SymmetricAllReduce, memory
 
 
 class Peers:
-    """The flags at which a group's kernels meet, and the addresses that they are given. Made once, collective."""
+    """A group's ranks, as kernels see them: lists by rank begin with the next rank and end with this one.
+
+    So at any step every rank works with another one. Made once; collective.
+    """
 
     def __init__(self, group: dist.ProcessGroup, device: torch.device):
-        from maco_lib.kernels import sum_shares as kernel  # needs Triton
+        from maco_lib.kernels import meet  # needs Triton
 
-        self.kernel, self.group, self.device = kernel, group, device
+        self.group, self.device = group, device
         self.rank, self.num_ranks = group.rank(), group.size()
-        flags = symmetric.empty(kernel.NUM_FLAGS, dtype=torch.int32, device=device).zero_()
-        self.handle = symmetric.rendezvous(flags, group.group_name)
-        self.own_flags, self.flags = flags, self.tensor(list(self.handle.buffer_ptrs))
-        self.epochs = torch.zeros(kernel.MAX_CTAS, dtype=torch.int32, device=device)
-        self.made: dict[tuple[int, ...], torch.Tensor] = {}
+        self.others = [(self.rank + step) % self.num_ranks for step in range(1, self.num_ranks)]
+        self.own_flags = symmetric.empty(meet.NUM_FLAGS, dtype=torch.int32, device=device).zero_()
+        self.handle = symmetric.rendezvous(self.own_flags, group.group_name)
+        self.flags = self.rotated(list(self.handle.buffer_ptrs))
+        self.epochs = torch.zeros(meet.MAX_CTAS, dtype=torch.int32, device=device)
+        self.inbox: Region | None = None
         # Nobody may signal into flags that their owner has yet to clear.
         torch.cuda.synchronize(device)
         dist.barrier(group, device_ids=[device.index])
 
-    def tensor(self, addresses: list[int]) -> torch.Tensor:
-        return torch.tensor(addresses, dtype=torch.int64, device=self.device)
+    def rotated(self, by_rank: list[int], offset: int = 0) -> tuple[int, ...]:
+        return tuple(by_rank[rank] + offset for rank in (*self.others, self.rank))
 
-    def addresses(self, *addresses: int) -> torch.Tensor:
-        """The addresses on the GPU, int64; copied there once, so before a graph is captured."""
-        if addresses not in self.made:
-            self.made[addresses] = self.tensor(list(addresses))
-        return self.made[addresses]
-
-    def everywhere(self, region: Region, source: torch.Tensor) -> torch.Tensor:
-        """Where `source` begins on every rank, beginning with the next rank."""
-        offset = source.data_ptr() - region.base.data_ptr()
-        starts = region.addresses
-        return self.addresses(*[starts[rank] + offset for rank in (*self.others(), self.rank)])
-
-    def others(self) -> list[int]:
-        """The other ranks, beginning with the next: at any step every rank works with another one."""
-        return [(self.rank + step) % self.num_ranks for step in range(1, self.num_ranks)]
+    def everywhere(self, region: Region, tensor: torch.Tensor) -> tuple[int, ...]:
+        """Where every rank's copy of `tensor`, which lies in `region`, begins."""
+        return self.rotated(region.addresses, tensor.data_ptr() - region.base.data_ptr())
 
     def share(self, numel: int, itemsize: int, rank: int) -> tuple[int, int]:
-        """(begin, end) of `rank`'s share of `numel` elements, in whole granules."""
-        granule = GRANULE_BYTES // itemsize
-        length = -(-numel // (self.num_ranks * granule)) * granule
+        """(begin, end) of `rank`'s share of `numel` elements, in whole granules; it may be empty."""
+        length = self.share_length(numel, itemsize)
         return min(rank * length, numel), min((rank + 1) * length, numel)
 
-    def sum(
-        self, sources: torch.Tensor, targets: torch.Tensor, begin: int, end: int, dtype: torch.dtype,
-        num_ctas: int, enter: bool, leave: bool,
-    ) -> None:  # fmt: skip
-        """`kernels.sum_shares` with this group's flags."""
-        self.kernel.sum_shares(
-            sources, targets, begin, end, dtype, flags=self.flags, epochs=self.epochs,
-            rank=self.rank, num_ranks=self.num_ranks, num_ctas=num_ctas, enter=enter, leave=leave,
-        )  # fmt: skip
+    def share_length(self, numel: int, itemsize: int) -> int:
+        granule = GRANULE_BYTES // itemsize
+        return -(-numel // (self.num_ranks * granule)) * granule
+
+    def inboxes(self, num_bytes: int) -> Region:
+        """Where peers leave data for this rank, at least `num_bytes`; collective when it has to grow."""
+        if self.inbox is None or self.inbox.base.nbytes < num_bytes:
+            self.inbox = memory(self.group, self.device).allocate(1 << (num_bytes - 1).bit_length())
+        return self.inbox
 
 
 _PEERS: "weakref.WeakKeyDictionary[dist.ProcessGroup, Peers]" = weakref.WeakKeyDictionary()
 
 
 def peers(group: dist.ProcessGroup, device: torch.device) -> Peers:
+    """The peers of `group`, made at the first call: before a graph is captured."""
     if group not in _PEERS:
         _PEERS[group] = Peers(group, device)
     return _PEERS[group]
@@ -93,3 +85,15 @@ class SharedSum(SymmetricAllReduce):
         except ImportError:
             return f"{self.name} needs Triton, which is not installed"
         return None
+
+    def sum(
+        self, shared: Peers, sources: tuple[int, ...], targets: tuple[int, ...], begin: int, end: int,
+        dtype: torch.dtype, *, num_ctas: int, enter: bool, leave: bool,
+    ) -> None:  # fmt: skip
+        """`kernels.sum_shares` among these peers."""
+        from maco_lib.kernels.sum_shares import sum_shares
+
+        sum_shares(
+            sources, targets, begin, end, dtype, flags=shared.flags, epochs=shared.epochs, rank=shared.rank,
+            num_ctas=num_ctas, enter=enter, leave=leave,
+        )  # fmt: skip

@@ -1,7 +1,11 @@
-"""Our two-shot all-reduce on a set number of CTAs: a kernel sums the copies of a share and writes the sum to all ranks.
+"""Our two-shot all-reduces on a set number of CTAs.
 
-Wins from about 1 MiB up, and beside a computation: 8 CTAs fill NVLink as well as NCCL's 16 to 32 and hold fewer SMs, so
-a persistent matmul has to wait for fewer of its own.
+Few CTAs leave the SMs to the computation beside them: 8 nearly fill NVLink, where NCCL takes 16 to 32 and a persistent
+matmul has to wait for the SMs that are gone.
+
+    pull    a kernel reads all copies of its share and writes the sum to all ranks
+    push    ranks write their parts of a share to its owner, who writes the sum to all ranks: writes only, which NVLink
+            carries faster than reads; needs one more buffer of the tensor's size
 """
 
 from dataclasses import dataclass
@@ -14,9 +18,23 @@ from maco_lib.comm.symmetric import Region
 
 
 @dataclass(frozen=True)
-class MacoTwoShot(SharedSum):
+class PullTwoShot(SharedSum):
     def reduce(self, region: Region, source: torch.Tensor, result: torch.Tensor, group: dist.ProcessGroup) -> None:
         shared = peers(group, source.device)
         begin, end = shared.share(source.numel(), source.itemsize, shared.rank)
         buffers = shared.everywhere(region, source)
-        shared.sum(buffers, buffers, begin, end, source.dtype, self.num_ctas, enter=True, leave=True)
+        self.sum(shared, buffers, buffers, begin, end, source.dtype, num_ctas=self.num_ctas, enter=True, leave=True)
+
+
+@dataclass(frozen=True)
+class PushTwoShot(SharedSum):
+    def reduce(self, region: Region, source: torch.Tensor, result: torch.Tensor, group: dist.ProcessGroup) -> None:
+        from maco_lib.kernels.push_two_shot import push_two_shot
+
+        shared = peers(group, source.device)
+        length = shared.share_length(source.numel(), source.itemsize)
+        inbox = shared.inboxes(shared.num_ranks * length * source.itemsize)
+        push_two_shot(
+            shared.everywhere(region, source), shared.rotated(inbox.addresses), source.numel(), length, source.dtype,
+            flags=shared.flags, epochs=shared.epochs, rank=shared.rank, num_ctas=self.num_ctas,
+        )  # fmt: skip

@@ -1,4 +1,7 @@
-"""Profile one configuration of section 1: what ran where and when, sequential and overlapped."""
+"""Profile one configuration of section 1: what ran where and when, sequential and overlapped.
+
+On GPUs it is a replay of the CUDA graph that is timed: the order of eager launches is the host's, who jitters.
+"""
 
 import json
 import pathlib
@@ -12,11 +15,13 @@ from maco_lib.experiments import worker
 from maco_lib.experiments.overlap_methods import METHODS
 from maco_lib.experiments.overlap_problem import Problem
 from maco_lib.experiments.worker import Context, Result
-from maco_lib.timing import SLEEP_CYCLES_PER_US, Arm, Barrier, gather, synchronize
+from maco_lib.timing import SLEEP_CYCLES_PER_US, Arm, Barrier, capture, first_error, gather, synchronize
 
 # Longer than the host needs to issue the arm under the profiler, so that the trace shows the device at work.
 BACKLOG_US = 3000
-COMMUNICATION = ("nccl", "gloo", "all_reduce", "symm_mem")
+# Kernels of a collective by their names, and the copies of those that use the copy engine.
+COMMUNICATION = ("nccl", "gloo", "all_reduce", "symm_mem", "one_shot", "two_shot", "sum_shares", "maco", "memcpy")
+DEVICE_WORK = ("kernel", "gpu_memcpy", "gpu_memset")
 SPIN = "spin_kernel"
 
 
@@ -31,24 +36,34 @@ def measure(point: dict[str, Any], context: Context) -> Result:
         if not error:
             arm = problem.arm(name)
             error = problem.error(arm, backend, True)
+        timing, events = ("", []) if error else traced(arm, problem)
+        by_rank = gather(events, problem.group)
+        if not error and not all(by_rank):
+            error = f"rank {by_rank.index([])}: the profiler saw nothing of {name}"
         if error:
             nothing = {"lane": "", "name": "", "category": "comm", "start_us": 0.0, "duration_us": 0.0}
-            rows.append({**key, "rank": 0, "event": 0, **nothing, "correct": False, "error": error})
+            rows.append({**key, "rank": 0, "event": 0, **nothing, "timing": timing, "correct": False, "error": error})
             continue
-        for rank, events in enumerate(gather(traced(arm, problem), problem.group)):
+        for rank, events in enumerate(by_rank):
             for number, event in enumerate(events):
-                rows.append({**key, "rank": rank, "event": number, **event, "correct": True, "error": ""})
+                rows.append({
+                    **key, "rank": rank, "event": number, **event, "timing": timing, "correct": True, "error": "",
+                })  # fmt: skip
     return Result(rows)
 
 
-def traced(arm: Arm, problem: Problem) -> list[dict[str, Any]]:
-    """This rank's events of one run of `arm`, in order of their start; times in µs since the first of them.
+def traced(arm: Arm, problem: Problem) -> tuple[str, list[dict[str, Any]]]:
+    """How `arm` was run once, and this rank's events in order of their start; times in µs since the first of them.
 
-    The first of two profiles only warms the profiler up. A barrier within the profile starts the ranks together,
+    "graph": the replay of a graph of one run, "eager": launched by the host, where a rank cannot capture it, "host": on
+    CPUs. The first of two profiles only warms the profiler up. A barrier within the profile starts the ranks together,
     whatever their profilers took to start; its own event comes first and is left out.
     """
     cuda = problem.device.type == "cuda"
     barrier = Barrier(problem.group, problem.device)
+    graph, why = capture(arm.run, 1) if cuda else (None, "")
+    timing = "host" if not cuda else "eager" if first_error(why, problem.group) else "graph"
+    run = graph.replay if timing == "graph" else arm.run
     for _ in range(2):
         if arm.prepare:
             arm.prepare()
@@ -57,23 +72,23 @@ def traced(arm: Arm, problem: Problem) -> list[dict[str, Any]]:
             if cuda:
                 torch.cuda._sleep(BACKLOG_US * SLEEP_CYCLES_PER_US)
             barrier()
-            arm.run()
+            run()
             synchronize(problem.device)
+    if graph is not None:
+        graph.reset()
     with tempfile.TemporaryDirectory() as folder:
         path = pathlib.Path(folder, "trace.json")
         profiler.export_chrome_trace(str(path))
         trace = json.loads(path.read_text())["traceEvents"]
     spans = [event for event in trace if event.get("ph") == "X" and event.get("dur", 0) > 0]
-    events = [describe(event) for event in spans if (is_kernel(event) if cuda else is_step(event))]
-    _, *events = sorted(events, key=lambda event: event["start_us"]) or [None]
-    if not events:
-        raise RuntimeError(f"the profiler saw no event of {arm.name} among {len(spans)} spans")
-    origin = events[0]["start_us"]
-    return [{**event, "start_us": round(event["start_us"] - origin, 3)} for event in events]
+    described = [describe(event) for event in spans if (is_device_work(event) if cuda else is_step(event))]
+    events = sorted(described, key=lambda event: event["start_us"])[1:]
+    return timing, [{**event, "start_us": round(event["start_us"] - events[0]["start_us"], 3)} for event in events]
 
 
-def is_kernel(event: dict[str, Any]) -> bool:
-    return event.get("cat") == "kernel" and SPIN not in event["name"]
+def is_device_work(event: dict[str, Any]) -> bool:
+    """On GPUs: kernels, copies and fills, without the backlog."""
+    return event.get("cat") in DEVICE_WORK and SPIN not in event["name"]
 
 
 def is_step(event: dict[str, Any]) -> bool:

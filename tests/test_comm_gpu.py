@@ -1,0 +1,218 @@
+"""The all-reduces that other libraries bring: right, deterministic, equal on every rank, capturable; a clean exit.
+
+The checks on GPUs need two of them; the rest says what is refused before any is touched.
+"""
+
+import importlib.util
+
+import pytest
+import torch
+import torch.distributed as dist
+from ranks import run_ranks
+
+from maco_lib import comm
+from maco_lib.comm import nccl_symmetric
+from maco_lib.comm.nccl_symmetric import NcclSymmetric
+from maco_lib.comm.vllm_custom import VllmCustom
+from maco_lib.timing import capture, first_error
+
+NUM_REPEATS = 1000
+NCCL = NcclSymmetric("nccl_symmetric")
+VLLM = VllmCustom("vllm_custom")
+
+
+def bits(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.reshape(-1).contiguous().view(torch.uint8)
+
+
+def same_everywhere(tensor: torch.Tensor, num_ranks: int) -> bool:
+    own = bits(tensor)
+    copies = [torch.empty_like(own) for _ in range(num_ranks)]
+    dist.all_gather(copies, own)
+    return all(torch.equal(copy, own) for copy in copies)
+
+
+class Case:
+    """One size and type on this rank: random input, and whether a result is its sum on all ranks, bit for bit."""
+
+    def __init__(self, numel: int, dtype: torch.dtype, rank: int, num_ranks: int, seed: int = 1):
+        self.device = torch.device("cuda", rank)
+        self.num_ranks, self.label = num_ranks, f"{numel} x {dtype}"
+        self.reference = comm.Reference("all_reduce", numel, dtype, self.device, rank, num_ranks, seed)
+        self.source = self.reference.source
+
+    def judge(self, result: torch.Tensor, what: str) -> None:
+        error = first_error(self.reference.error(result), dist.group.WORLD)
+        assert not error, f"{what}, {self.label}: {error}"
+        assert same_everywhere(result, self.num_ranks), f"{what}, {self.label}: the ranks' sums differ"
+
+
+def operations_are_right(backend, rank: int, num_ranks: int) -> None:
+    # From a part of one access, over what is no whole number of them, to more than the first workspace holds.
+    for numel in (1, 1001, 2**16, 2**20 + 3, 2**25 + 8):
+        for dtype in (torch.bfloat16, torch.float16, torch.float32):
+            device = torch.device("cuda", rank)
+            operation = backend.operation("all_reduce", numel, dtype, device, dist.group.WORLD)
+            for seed in (1, 2):
+                case = Case(numel, dtype, rank, num_ranks, seed)
+                operation.result.fill_(torch.nan)
+                operation.source.copy_(case.source)
+                operation.run()
+                case.judge(operation.result, "operation")
+
+
+def repeats_are_identical(backend, rank: int, num_ranks: int) -> None:
+    for numel in (1001, 2**20):
+        case = Case(numel, torch.bfloat16, rank, num_ranks)
+        operation = backend.operation("all_reduce", numel, torch.bfloat16, case.device, dist.group.WORLD)
+        first, num_different = None, torch.zeros((), dtype=torch.int64, device=case.device)
+        for _ in range(NUM_REPEATS):
+            operation.source.copy_(case.source)
+            operation.run()
+            first = operation.result.clone() if first is None else first
+            num_different += (bits(operation.result) != bits(first)).sum()
+        assert int(num_different) == 0, f"{case.label}: {int(num_different)} bytes differ in {NUM_REPEATS} repeats"
+        case.judge(first, "repeat")
+
+
+def graphs_are_right(backend, rank: int, num_ranks: int) -> None:
+    """A captured operation and a captured sum of the caller's tensor, replayed on new data, beside eager runs."""
+    numel, dtype = 2**18 + 8, torch.bfloat16
+    given, tensor = (torch.zeros(numel, dtype=dtype, device=f"cuda:{rank}") for _ in range(2))
+    backend.all_reduce(tensor, dist.group.WORLD)
+    operation = backend.operation("all_reduce", numel, dtype, given.device, dist.group.WORLD)
+
+    def run() -> None:
+        operation.source.copy_(given)
+        operation.run()
+
+    def run_on_tensor() -> None:
+        tensor.copy_(given)
+        backend.all_reduce(tensor, dist.group.WORLD)
+
+    graphs = []
+    for function in (run, run_on_tensor):
+        graph, why = capture(function, 3)
+        assert not first_error(why, dist.group.WORLD), why
+        graphs.append(graph)
+    for seed in (3, 4):
+        case = Case(numel, dtype, rank, num_ranks, seed)
+        given.copy_(case.source)
+        graphs[0].replay()
+        case.judge(operation.result, "replayed operation")
+        run()
+        case.judge(operation.result, "eager run after a replay")
+        graphs[1].replay()
+        case.judge(tensor, "replayed sum of a tensor")
+    torch.cuda.synchronize()
+    for graph in graphs:
+        graph.reset()
+
+
+def tensors_are_right(backend, place, rank: int, num_ranks: int) -> None:
+    """The caller's tensors: from `place(shape, dtype)` (no copy), from anywhere, and the middle of either."""
+    for dtype in (torch.bfloat16, torch.float16, torch.float32):
+        for shape in ((64, 1024), (17, 3)):
+            case = Case(shape[0] * shape[1], dtype, rank, num_ranks)
+            for tensor in (place(shape, dtype), torch.empty(shape, dtype=dtype, device=case.device)):
+                tensor.copy_(case.source.view(shape))
+                assert backend.all_reduce(tensor, dist.group.WORLD) is None
+                case.judge(tensor, "tensor")
+        case = Case(997, dtype, rank, num_ranks)
+        for whole in (place((1000,), dtype), torch.empty(1000, dtype=dtype, device=case.device)):
+            whole.fill_(7)
+            whole[1:998].copy_(case.source)
+            backend.all_reduce(whole[1:998], dist.group.WORLD)
+            case.judge(whole[1:998], "part of a tensor")
+            assert whole[0] == 7 and (whole[998:] == 7).all(), f"{case.label}: wrote beside the tensor"
+
+
+def refusals_name_the_value(backend, rank: int, num_ranks: int) -> None:
+    device = torch.device("cuda", rank)
+    assert backend.unavailable("all_reduce", device, dist.group.WORLD) is None
+    assert "all_gather" in backend.unavailable("all_gather", device, dist.group.WORLD)
+    with pytest.raises(ValueError, match="float64"):
+        backend.all_reduce(torch.zeros(16, dtype=torch.float64, device=device), dist.group.WORLD)
+
+
+def check_all(backend, place, rank: int, num_ranks: int) -> None:
+    refusals_name_the_value(backend, rank, num_ranks)
+    operations_are_right(backend, rank, num_ranks)
+    tensors_are_right(backend, place, rank, num_ranks)
+    repeats_are_identical(backend, rank, num_ranks)
+    graphs_are_right(backend, rank, num_ranks)
+    assert dist.get_backend() == "nccl"
+    ours = Case(4096, torch.float32, rank, num_ranks)
+    dist.all_reduce(ours.source)
+    ours.judge(ours.source, "the caller's group afterwards")
+
+
+def nccl_symmetric_works(rank: int, num_ranks: int) -> None:
+    device = torch.device("cuda", rank)
+    check_all(NCCL, lambda shape, dtype: NCCL.empty(shape, dtype, device, dist.group.WORLD), rank, num_ranks)
+
+
+def vllm_custom_works(rank: int, num_ranks: int) -> None:
+    device = torch.device("cuda", rank)
+    check_all(VLLM, lambda shape, dtype: comm.symmetric_empty(shape, dtype, device), rank, num_ranks)
+
+
+def released_and_used_again(rank: int, num_ranks: int) -> None:
+    tensor = torch.full((1000,), rank + 1.0, device=f"cuda:{rank}")
+    for _ in range(2):
+        total = tensor.clone()
+        NCCL.all_reduce(total, dist.group.WORLD)
+        assert (total == sum(range(1, num_ranks + 1))).all()
+        nccl_symmetric.release(dist.group.WORLD)
+    nccl_symmetric.release(dist.group.WORLD)
+
+
+@pytest.mark.gpu(num_gpus=2)
+def test_nccl_symmetric_on_two_gpus():
+    # The ranks leave their buffers to the destruction of the group; a pool still registered would abort them.
+    run_ranks(nccl_symmetric_works, backend="nccl", timeout_s=300)
+
+
+@pytest.mark.gpu(num_gpus=2)
+def test_nccl_symmetric_is_released_and_used_again(monkeypatch):
+    monkeypatch.setenv("NCCL_DEBUG", "INFO")
+    monkeypatch.setenv("NCCL_DEBUG_SUBSYS", "TUNING")
+    output = run_ranks(released_and_used_again, backend="nccl")
+    # NCCL falls back without a word where it cannot: its log is the only witness of the kernels that ran.
+    assert output.count("AllReduce [Symmetric]") == 2, output
+
+
+@pytest.mark.gpu(num_gpus=2)
+@pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vLLM is not installed")
+def test_vllm_custom_on_two_gpus():
+    run_ranks(vllm_custom_works, backend="nccl", timeout_s=300)
+
+
+class Owner:
+    def finalize(self) -> None:
+        print(f"finalized while the group exists: {dist.is_initialized()}", flush=True)
+
+
+def own_something(rank: int, num_ranks: int) -> None:
+    nccl_symmetric.finalize_before_destruction(Owner())
+
+
+def test_owners_are_finalized_before_the_group_is_destroyed_and_at_exit():
+    output = run_ranks(own_something)
+    assert output.count("finalized while the group exists: True") == 2, output
+    assert output.count("finalized while the group exists: False") == 2, output
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: NCCL.require("all_gather", torch.bfloat16), "'all_gather'.*all_reduce"),
+        (lambda: NCCL.require("all_reduce", torch.float64), "float64.*bfloat16"),
+        (lambda: VLLM.require("all_reduce", torch.int32), "int32.*bfloat16"),
+        (lambda: VLLM.operation("all_reduce", 2**29, torch.float32, torch.device("cpu"), None), "2147483648 bytes"),
+        (lambda: VLLM.all_reduce(torch.empty(2**29, dtype=torch.float32, device="meta"), None), "2147483648 bytes"),
+    ],
+)
+def test_what_they_cannot_do_is_named(call, message):
+    with pytest.raises(ValueError, match=message):
+        call()

@@ -76,6 +76,29 @@ def test_launches_are_aggregated_conservatively():
     assert not wrong["correct"] and wrong["error"] == "3 elements are wrong" and pd.isna(wrong["time_us"])
 
 
+def test_many_launches_narrow_the_interval_to_how_far_they_differ():
+    def reported(times_us: list[float]) -> tuple[float, float]:
+        rows = pd.DataFrame({
+            "point_key": "k", "arm": "x", "launch": list(map(str, times_us)), "time_us": times_us,
+            "time_lo_us": [time / 2 for time in times_us], "time_hi_us": [time * 2 for time in times_us],
+        })  # fmt: skip
+        row = aggregate(rows, ["arm"]).iloc[0]
+        return row["time_lo_us"], row["time_hi_us"]
+
+    assert reported([5.0, 1.0, 4.0, 2.0, 3.0]) == (0.5, 10.0), (
+        "few say nothing of the spread: every interval is covered"
+    )
+    assert reported([5.0, 1.0, 4.0, 2.0, 3.0, 6.0]) == (1.0, 6.0)
+    assert reported([5.0, 1.0, 4.0, 2.0, 3.0, 6.0, 7.0, 90.0, 8.0]) == (2.0, 8.0)
+
+
+def test_a_point_may_get_more_launches_than_the_others(store):
+    dataset = dataclasses.replace(toy.DATASET, launches=lambda parameters, point: 3 if point["size"] == 2 else 1)
+    assert launch.measure(store, "here", dataset, toy.ToyParameters(), this_machine()) == 5
+    assert store.read("here", "toy")["num_launches"].tolist() == [1, 3, 1]
+    assert launch.measure(store, "here", dataset, toy.ToyParameters(), this_machine()) == 0
+
+
 def test_a_failure_keeps_finished_points_and_stored_data(store):
     measure(store, sizes=[1])
     before = (store.data / "here" / "toy.csv").read_bytes()

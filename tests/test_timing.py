@@ -39,6 +39,17 @@ def test_arms_are_interleaved_and_prepared_before_every_sample():
     assert len(set(blocks)) > 1
 
 
+def test_the_published_protocol_does_not_count_a_run_after_another_arm():
+    calls = []
+    arms = [Arm(name, lambda name=name: (spin(3e-3 if calls[-1:] != [name] else 1e-3), calls.append(name)))
+            for name in "ab"]  # fmt: skip
+    request = {"group": None, "device": CPU, "iterations": 12, "num_blocks": 4, "warmup": 1}
+    published = interleave(arms, protocol="published", **request)
+    assert [len(timing.values[0]) for timing in published.values()] == [12, 12]
+    assert max(max(timing.slowest) for timing in published.values()) < 2900
+    assert max(interleave(arms, **request)["a"].slowest) > 2900
+
+
 def test_the_budget_decides_the_iterations_within_their_bounds():
     def count(**request) -> int:
         timings = interleave([Arm("arm", lambda: spin(1e-3))], group=None, device=CPU, **request)

@@ -52,17 +52,21 @@ def plan(dataset: Dataset, parameters: SectionParameters, machine: Machine) -> l
     return points
 
 
-def missing(
-    store: Store, name: str, dataset: Dataset, points: list[Point], num_launches: int
-) -> list[tuple[Point, int]]:
-    """The (point, repeat) pairs not measured yet, in the order in which they would be."""
-    done = store.measured(name, dataset.name)
+def repeats(dataset: Dataset, parameters: SectionParameters, points: list[Point]) -> list[tuple[Point, int]]:
+    """The (point, repeat) pairs that the parameters ask for, launch after launch."""
+    counts = [dataset.num_launches(parameters, point) for point in points]
     return [
         (point, repeat)
-        for repeat in range(num_launches)
-        for point in points
-        if (dataset.key(point), repeat) not in done
+        for repeat in range(max(counts, default=0))
+        for point, count in zip(points, counts, strict=True)
+        if repeat < count
     ]
+
+
+def missing(store: Store, name: str, dataset: Dataset, pairs: list[tuple[Point, int]]) -> list[tuple[Point, int]]:
+    """Those of the (point, repeat) pairs that are not measured yet."""
+    done = store.measured(name, dataset.name)
+    return [(point, repeat) for point, repeat in pairs if (dataset.key(point), repeat) not in done]
 
 
 @contextlib.contextmanager
@@ -83,19 +87,16 @@ def measure(
 
     Finished points survive any failure in the journal, and the next call goes on from there.
     """
-    points, num_launches = plan(dataset, parameters, machine), dataset.num_launches(parameters)
+    points = plan(dataset, parameters, machine)
+    pairs = repeats(dataset, parameters, points)
     with alone(store, name):
         journal = store.journal(name, dataset.name)
         drop_torn_line(journal)
-        todo = (
-            [(point, repeat) for repeat in range(num_launches) for point in points]
-            if force
-            else missing(store, name, dataset, points, num_launches)
-        )
+        todo = pairs if force else missing(store, name, dataset, pairs)
         launches: dict[tuple, list[Point]] = {}
         for point, repeat in todo:
             launches.setdefault((repeat, *dataset.group(point)), []).append(point)
-        with Progress(dataset.name, len(points) * num_launches, len(todo)) as progress:
+        with Progress(dataset.name, len(pairs), len(todo)) as progress:
             for (repeat, *_), entries in launches.items():
                 launch(store, name, dataset, entries, repeat, machine, progress)
         keys = [dataset.key(point) for point in points]

@@ -6,17 +6,23 @@ from typing import Any
 
 import pandas as pd
 
+from maco_lib import stats
 from maco_lib.study.spec import Dataset
 
 FLOAT_FORMAT = "%.6g"
 LAUNCH_COLUMNS = ["point_key", "repeat", "launch", "method_version"]
+BOUND = re.compile(r"_(lo|hi)(?=_|$)")
+# The least and greatest of as many launches cover the median of their distribution with 95 %.
+MIN_LAUNCHES = 6
 
 
 def aggregate(rows: pd.DataFrame, index: Iterable[str]) -> pd.DataFrame:
-    """Reported rows from per-launch rows: median over launches, intervals widened to cover every launch's interval.
+    """Reported rows from per-launch rows: median over launches, with an interval that says how far launches differ.
 
-    Columns with `_lo` or `_hi` take the least or greatest value, `correct` is true where it is in every launch, a text
-    takes its first non-empty value, a number of a row that is not correct is NaN; `num_launches` counts the launches.
+    Columns with `_lo` or `_hi` take the least or greatest value of few launches, which covers every launch's interval;
+    from MIN_LAUNCHES on the rank-based interval of the launches' values, which does not grow with their number.
+    `correct` is true where it is in every launch, a text takes its first non-empty value, a number of a row that is not
+    correct is NaN; `num_launches` counts the launches.
     """
     by = ["point_key", *index]
     rules: dict[str, Any] = {}
@@ -25,14 +31,16 @@ def aggregate(rows: pd.DataFrame, index: Iterable[str]) -> pd.DataFrame:
             rules[column] = "all"
         elif not pd.api.types.is_numeric_dtype(rows[column]):
             rules[column] = lambda values: next((value for value in values if pd.notna(value) and value != ""), "")
-        elif re.search(r"_lo(_|$)", column):
-            rules[column] = "min"
-        elif re.search(r"_hi(_|$)", column):
-            rules[column] = "max"
+        elif bound := BOUND.search(column):
+            rules[column] = {"lo": "min", "hi": "max"}[bound[1]]
         else:
             rules[column] = "median"
     groups = rows.groupby(by, sort=False, dropna=False)
     result = groups.agg(rules)
+    for place, (_, launches) in enumerate(groups):
+        if launches["launch"].nunique() >= MIN_LAUNCHES:
+            for column, value in between_launches(launches).items():
+                result.iloc[place, result.columns.get_loc(column)] = value
     for column in rules:  # a count or a size stays the whole number that it is
         if pd.api.types.is_integer_dtype(rows[column]) and (result[column] % 1 == 0).all():
             result[column] = result[column].astype("int64")
@@ -41,6 +49,18 @@ def aggregate(rows: pd.DataFrame, index: Iterable[str]) -> pd.DataFrame:
         result.loc[~result["correct"].astype(bool), timed] = float("nan")
     result["num_launches"] = groups["launch"].nunique()
     return result.reset_index()
+
+
+def between_launches(launches: pd.DataFrame) -> dict[str, float]:
+    """The bounds of one row's values by their spread over its launches, by column."""
+    bounds = {}
+    for column in launches.columns:
+        bound = BOUND.search(column)
+        value = BOUND.sub("", column)
+        if bound and value in launches and launches[value].notna().all():
+            _, low, high = stats.median_interval(launches[value])
+            bounds[column] = low if bound[1] == "lo" else high
+    return bounds
 
 
 def as_csv(rows: pd.DataFrame) -> bytes:

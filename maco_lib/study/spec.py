@@ -45,8 +45,9 @@ class Dataset:
     """A table filled by the module `program`, which torchrun starts on `num_ranks` ranks, one or more rows a point.
 
     `index` names the columns that identify a row; every other column is a value. `group(point)` says which points share
-    a process launch. `finish` adds the columns that need more than one point's rows. `unavailable` says in one sentence
-    why this machine cannot measure the dataset, or returns None.
+    a process launch, `launches(parameters, point)` how many launches a point gets. `finish` adds the columns that need
+    more than one point's rows. `unavailable` says in one sentence why this machine cannot measure the dataset, or
+    returns None.
     """
 
     name: str
@@ -58,13 +59,14 @@ class Dataset:
     num_ranks: Callable[[Any, Machine], int]
     unavailable: Callable[[Any, Machine], str | None] = lambda parameters, machine: None
     group: Callable[[Point], tuple] = lambda point: ()
+    launches: Callable[[Any, Point], int] = lambda parameters, point: parameters.num_launches
     finish: Callable[[pd.DataFrame], pd.DataFrame] = lambda rows: rows
     point_timeout_s: float = 300.0
     repeated: bool = True
 
-    def num_launches(self, parameters: SectionParameters) -> int:
-        """How many process launches each point gets: what the parameters say, once where repeating means nothing."""
-        return parameters.num_launches if self.repeated else 1
+    def num_launches(self, parameters: SectionParameters, point: Point) -> int:
+        """How many process launches the point gets: what the parameters say, once where repeating means nothing."""
+        return self.launches(parameters, point) if self.repeated else 1
 
     def key(self, point: Mapping[str, Any]) -> str:
         return point_key(self.name, self.method_version, point)

@@ -7,7 +7,7 @@ from typing import Any
 from maco_lib.machine import Machine
 from maco_lib.provenance import source_digest
 from maco_lib.study.files import CHECKOUT
-from maco_lib.study.launch import missing, plan
+from maco_lib.study.launch import missing, plan, repeats
 from maco_lib.study.spec import Derived, Section, SectionParameters
 from maco_lib.study.store import DataError, Store
 
@@ -90,10 +90,11 @@ def stale_tables(
                 f"{dataset.name}: method version {stored['method_version']} is now {dataset.method_version}"
             )
             continue
-        points, num_launches = plan(dataset, parameters, machine), dataset.num_launches(parameters)
-        todo = missing(store, name, dataset, points, num_launches)
+        points = plan(dataset, parameters, machine)
+        pairs = repeats(dataset, parameters, points)
+        todo = missing(store, name, dataset, pairs)
         if todo:
-            problems.append(f"{dataset.name}: {len(todo)} of {len(points) * num_launches} points not measured")
+            problems.append(f"{dataset.name}: {len(todo)} of {len(pairs)} points not measured")
         elif stored.get("keys") != [dataset.key(point) for point in points]:
             problems.append(f"{dataset.name}: the reported rows are those of other parameters")
         else:

@@ -15,6 +15,7 @@ import pytest
 from maco_lib.machine import this_machine
 from maco_lib.study import launch, sections
 from maco_lib.study.rows import aggregate, as_csv
+from maco_lib.study.status import Status, section_status
 from maco_lib.study.store import DataError, Store
 from tests import toy
 
@@ -121,6 +122,17 @@ def test_a_hanging_point_is_stopped(store, monkeypatch):
 def test_more_ranks_than_devices_is_refused(store):
     with pytest.raises(ValueError, match="num_ranks = 4096, but this machine has"):
         measure(store, num_ranks=4096)
+
+
+def test_status_counts_rows_whose_arm_failed(store):
+    measure(store)
+    complete = {"parameters": toy.ToyParameters().model_dump(), "verdict": {"state": "complete"}}
+    store.write_record("here", "toy", {**store.record("here", "toy"), **complete})
+    assert section_status(store, "here", toy.SECTION, this_machine()) == Status("fresh")
+    rows = store.read("here", "toy").assign(correct=[True, False, True], error=["", "3 elements are wrong", ""])
+    store.write_table("here", toy.DATASET, rows, {"keys": rows["point_key"].tolist()})
+    status = section_status(store, "here", toy.SECTION, this_machine())
+    assert status == Status("fresh", "toy: 1 of 3 rows failed") and status.settled
 
 
 def test_a_changed_file_is_named(store):

@@ -16,7 +16,10 @@ COMPLETE, FAILED, UNAVAILABLE, RUNNING = "complete", "failed", "unavailable", "r
 
 @dataclass(frozen=True)
 class Status:
-    """`state` is one of the words above; `detail` says which input changed, which points are missing or what failed."""
+    """`state` is one of the words above; `detail` says which input changed, which points are missing or what failed.
+
+    A point whose arm failed is measured: what the failure says stays until `--force` measures it again.
+    """
 
     state: str
     detail: str = ""
@@ -72,7 +75,21 @@ def section_status(
         for table, entry in record.get("tables", {}).items()
         if entry.get("source_sha256") != source_digest(CHECKOUT)
     ]
-    return Status("code moved", f"since {', '.join(moved)} was written") if moved else Status("fresh")
+    failed = failed_rows(store, name, section, record)
+    if moved:
+        return Status("code moved", "; ".join([f"since {', '.join(moved)} was written", *failed]))
+    return Status("fresh", "; ".join(failed))
+
+
+def failed_rows(store: Store, name: str, section: Section, record: dict[str, Any]) -> list[str]:
+    """For each stored table with rows whose arm failed, how many there are."""
+    counts = []
+    for dataset in section.datasets:
+        rows = store.read(name, dataset.name) if dataset.name in record.get("tables", {}) else ()
+        failed = int((~rows["correct"]).sum()) if "correct" in rows else 0
+        if failed:
+            counts.append(f"{dataset.name}: {failed} of {len(rows)} rows failed")
+    return counts
 
 
 def stale_tables(

@@ -152,6 +152,13 @@ def nccl_symmetric_works(rank: int, num_ranks: int) -> None:
     check_all(NCCL, lambda shape, dtype: NCCL.empty(shape, dtype, device, dist.group.WORLD), rank, num_ranks)
 
 
+def ours_work(rank: int, num_ranks: int) -> None:
+    device = torch.device("cuda", rank)
+    for name in ("maco_pull_8", "maco_push_64", "maco_push_128", "maco_staged_8", "copy_engine"):
+        print(name, flush=True)
+        check_all(comm.backend(name), lambda shape, dtype: comm.symmetric_empty(shape, dtype, device), rank, num_ranks)
+
+
 def vllm_custom_works(rank: int, num_ranks: int) -> None:
     device = torch.device("cuda", rank)
     check_all(VLLM, lambda shape, dtype: comm.symmetric_empty(shape, dtype, device), rank, num_ranks)
@@ -165,6 +172,11 @@ def released_and_used_again(rank: int, num_ranks: int) -> None:
         assert (total == sum(range(1, num_ranks + 1))).all()
         nccl_symmetric.release(dist.group.WORLD)
     nccl_symmetric.release(dist.group.WORLD)
+
+
+@pytest.mark.gpu(num_gpus=2)
+def test_ours_on_two_gpus():
+    run_ranks(ours_work, backend="nccl", timeout_s=300)
 
 
 @pytest.mark.gpu(num_gpus=2)

@@ -11,11 +11,13 @@ import torch.distributed as dist
 from maco_lib.comm.copy_engine import CopyEngine
 from maco_lib.comm.gloo import Gloo
 from maco_lib.comm.nccl import Nccl
+from maco_lib.comm.nccl_symmetric import NcclSymmetric, release
 from maco_lib.comm.record import COLLECTIVES, DTYPES, Collective, Operation, Reference, algbw, busbw, check, collective
 from maco_lib.comm.staged import Staged
 from maco_lib.comm.symm_mem import OneShot, TwoShot
 from maco_lib.comm.symmetric import SymmetricAllReduce, symmetric_empty
 from maco_lib.comm.two_shot import PullTwoShot, PushTwoShot
+from maco_lib.comm.vllm_custom import VllmCustom
 
 BACKENDS = {
     backend.name: backend
@@ -23,19 +25,22 @@ BACKENDS = {
         Nccl("nccl"),
         Nccl("nccl_cta4", max_ctas=4),
         Nccl("nccl_cta8", max_ctas=8),
+        NcclSymmetric("nccl_symmetric"),
         OneShot("symm_mem_one_shot"),
         TwoShot("symm_mem_two_shot"),
-        PullTwoShot("maco_two_shot_8", num_ctas=8),
-        PullTwoShot("maco_two_shot_24", num_ctas=24),
-        PushTwoShot("maco_push_32", num_ctas=32),
-        Staged("maco_staged"),
+        PullTwoShot("maco_pull_8", num_ctas=8),
+        PushTwoShot("maco_push_64", num_ctas=64),
+        PushTwoShot("maco_push_128", num_ctas=128),
+        Staged("maco_staged_8", num_ctas=8),
+        Staged("maco_staged_12", num_ctas=12),
         CopyEngine("copy_engine"),
+        VllmCustom("vllm_custom"),
         Gloo(),
     )
 }
 
 
-Backend = Nccl | Gloo | SymmetricAllReduce
+Backend = Nccl | NcclSymmetric | Gloo | SymmetricAllReduce
 
 
 def backend(name: str) -> Backend:
@@ -69,5 +74,5 @@ def available(name: str, device: torch.device, group: dist.ProcessGroup) -> list
 __all__ = [
     "BACKENDS", "COLLECTIVES", "DTYPES", "Collective", "Operation", "Reference",
     "algbw", "all_reduce", "available", "backend", "busbw", "check", "collective",
-    "symmetric_empty",
+    "release", "symmetric_empty",
 ]  # fmt: skip

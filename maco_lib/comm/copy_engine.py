@@ -28,8 +28,5 @@ class CopyEngine(SharedSum):
         # The kernel takes one offset for all its arrays: each slot as if it began where the tensor does.
         arrived = [slots[rank].data_ptr() - begin * itemsize for rank in shared.others]
         own = (source.data_ptr(),)
-        self.sum(shared, (*arrived, *own), own, begin, end, dtype, num_ctas=self.num_ctas, enter=True, leave=False)
-        if end > begin:
-            for rank in shared.others:
-                region.peer(rank, source)[begin:end].copy_(source[begin:end])
-        self.sum(shared, own, own, end, end, dtype, num_ctas=1, enter=False, leave=True)
+        shared.sum((*arrived, *own), own, begin, end, dtype, num_ctas=self.num_ctas, enter=True, leave=False)
+        shared.give(region, source[begin:end])

@@ -57,6 +57,27 @@ class Peers:
             self.inbox = memory(self.group, self.device).allocate(1 << (num_bytes - 1).bit_length())
         return self.inbox
 
+    def sum(
+        self, sources: tuple[int, ...], targets: tuple[int, ...], begin: int, end: int, dtype: torch.dtype,
+        *, num_ctas: int, enter: bool, leave: bool,
+    ) -> None:  # fmt: skip
+        """`kernels.sum_shares` among these ranks."""
+        from maco_lib.kernels.sum_shares import sum_shares
+
+        sum_shares(
+            sources, targets, begin, end, dtype, flags=self.flags, epochs=self.epochs, rank=self.rank,
+            num_ctas=num_ctas, enter=enter, leave=leave,
+        )  # fmt: skip
+
+    def give(self, region: Region, part: torch.Tensor) -> None:
+        """Have the copy engine write `part`, a part of `region`, to the other ranks, and wait for theirs."""
+        if part.numel():
+            for rank in self.others:
+                region.peer(rank, part).copy_(part)
+        # A kernel that sums nothing: its leave tells the others that the copies before it have arrived.
+        own = (region.base.data_ptr(),)
+        self.sum(own, own, 0, 0, torch.float32, num_ctas=1, enter=False, leave=True)
+
 
 _PEERS: "weakref.WeakKeyDictionary[dist.ProcessGroup, Peers]" = weakref.WeakKeyDictionary()
 
@@ -85,15 +106,3 @@ class SharedSum(SymmetricAllReduce):
         except ImportError:
             return f"{self.name} needs Triton, which is not installed"
         return None
-
-    def sum(
-        self, shared: Peers, sources: tuple[int, ...], targets: tuple[int, ...], begin: int, end: int,
-        dtype: torch.dtype, *, num_ctas: int, enter: bool, leave: bool,
-    ) -> None:  # fmt: skip
-        """`kernels.sum_shares` among these peers."""
-        from maco_lib.kernels.sum_shares import sum_shares
-
-        sum_shares(
-            sources, targets, begin, end, dtype, flags=shared.flags, epochs=shared.epochs, rank=shared.rank,
-            num_ctas=num_ctas, enter=enter, leave=leave,
-        )  # fmt: skip

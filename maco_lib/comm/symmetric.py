@@ -169,7 +169,10 @@ class SymmetricAllReduce:
             region = owner.staging(whole(flat.nbytes))
             source = region.base[: whole(flat.nbytes)].view(flat.dtype)
             source[: flat.numel()].copy_(flat)
-        result = source if self.in_place else torch.empty_like(source)
+        if self.in_place:
+            result = source
+        else:
+            result = flat if source is not flat and flat.numel() == source.numel() else torch.empty_like(source)
         self.reduce(region, source, result, group)
         if result is not flat:
             flat.copy_(result[: flat.numel()])

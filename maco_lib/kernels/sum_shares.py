@@ -32,10 +32,12 @@ def sum_shares_kernel(
     for start in range(begin + tl.program_id(0) * block, end, tl.num_programs(0) * block):
         offsets = start + tl.arange(0, block)
         inside = offsets < end
-        total = tl.zeros((block,), tl.float32)
+        loaded = ()
         for number in tl.static_range(num_sources):
-            source = array(sources[number], element)
-            total += tl.load(source + offsets, mask=inside, other=0.0, cache_modifier=".cg").to(tl.float32)
+            loaded = loaded + (tl.load(array(sources[number], element) + offsets, mask=inside, cache_modifier=".cg"),)
+        total = loaded[0].to(tl.float32)
+        for number in tl.static_range(1, num_sources):
+            total += loaded[number].to(tl.float32)
         for number in tl.static_range(num_targets):
             tl.store(array(targets[number], element) + offsets, total.to(element), mask=inside)
     if leave:

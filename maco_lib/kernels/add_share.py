@@ -1,0 +1,59 @@
+"""Add the peers' copies of a range of elements to ours, in memory: a reduce-scatter that moves the fewest bytes per SM.
+
+The sum is done where our copy lies (16-byte reductions in the L2 cache), so an SM only reads what comes from a peer and
+passes it on: where a few SMs have to keep up with NVLink this takes two thirds of the time of `sum_shares`. Rounds at
+every addition, P - 1 times, as NCCL's ring does. Each element is added to by one thread, in one order: deterministic.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+from maco_lib.kernels.meet import array, meet
+from maco_lib.kernels.sum_shares import ELEMENTS
+
+# What a CTA has in flight: the peers are about 2 µs away.
+TILE_BYTES = 2**17
+NUM_WARPS = 32
+
+
+@triton.jit
+def add_share_kernel(
+    sources, target, flags, epochs, begin, end,
+    rank: tl.constexpr, num_ranks: tl.constexpr, element: tl.constexpr, block: tl.constexpr,
+):  # fmt: skip
+    epoch = tl.load(epochs + tl.program_id(0)) + 1
+    meet(flags, rank, num_ranks, 0, epoch)
+    sums = array(target, element)
+    for number in tl.static_range(num_ranks - 1):
+        source = array(sources[number], element)
+        for start in range(begin + tl.program_id(0) * block, end, tl.num_programs(0) * block):
+            offsets = start + tl.arange(0, block)
+            inside = offsets < end
+            values = tl.load(source + offsets, mask=inside, cache_modifier=".cg")
+            tl.atomic_add(sums + offsets, values, mask=inside, sem="relaxed", scope="gpu")
+    tl.debug_barrier()
+    tl.store(epochs + tl.program_id(0), epoch)
+
+
+def add_share(
+    sources: tuple[int, ...],
+    target: int,
+    begin: int,
+    end: int,
+    dtype: torch.dtype,
+    *,
+    flags: tuple[int, ...],
+    epochs: torch.Tensor,
+    rank: int,
+    num_ctas: int,
+) -> None:
+    """Add elements [begin, end) of every source to those of target, once every rank has come here. Collective.
+
+    Arguments as in `sum_shares`; target: the address of this rank's own copy.
+    """
+    block = TILE_BYTES // dtype.itemsize
+    add_share_kernel[(num_ctas,)](
+        sources, target, flags, epochs, begin, end,
+        rank=rank, num_ranks=len(flags), element=ELEMENTS[dtype], block=block, num_warps=NUM_WARPS,
+    )  # fmt: skip

@@ -1,0 +1,52 @@
+"""The table `sm_sharing` of section 1: a matmul's time when SMs are taken from it, in several ways (one GPU)."""
+
+import pandera.pandas as pa
+
+from maco_lib.machine import Machine
+from maco_lib.study.spec import Dataset, Point, SectionParameters
+
+TECHNIQUES = ("held", "carveout", "green_context")
+
+
+def points(parameters: SectionParameters, machine: Machine) -> list[Point]:
+    """Each technique at each n, in the device protocol."""
+    how = {"budget_s": parameters.budget_s, "min_iterations": parameters.min_iterations}
+    return [{"matmul_n": n, "technique": technique, **how} for technique in TECHNIQUES for n in parameters.sm_sharing_n]
+
+
+def unavailable(parameters: SectionParameters, machine: Machine) -> str | None:
+    return None if machine.kind == "cuda" else "a CPU has no SMs to share"
+
+
+TIME = pa.Column(float, pa.Check.gt(0), nullable=True)
+SM_SHARING = Dataset(
+    name="sm_sharing",
+    program="maco_lib.experiments.sm_sharing",
+    method_version=1,
+    schema=pa.DataFrameSchema(
+        {
+            "point_key": pa.Column(str),
+            "matmul_n": pa.Column(int, pa.Check.gt(0)),
+            "asked": pa.Column(str, pa.Check.isin(TECHNIQUES)),
+            "technique": pa.Column(str, pa.Check.isin([*TECHNIQUES, "alone"])),
+            "num_sms": pa.Column(int, pa.Check.ge(0)),
+            # Of the time of the matmul alone; 1 for what lasts as long as the matmul does.
+            "hold_part": pa.Column(float, pa.Check.in_range(0, 1)),
+            "t_comp_us": TIME,
+            "t_comp_lo_us": TIME,
+            "t_comp_hi_us": TIME,
+            "timing": pa.Column(str),
+            "correct": pa.Column(bool),
+            "error": pa.Column(str),
+            "num_launches": pa.Column(int, pa.Check.ge(1)),
+        },
+        strict=False,
+        coerce=True,
+    ),
+    index=("matmul_n", "asked", "technique", "num_sms", "hold_part"),
+    points=points,
+    num_ranks=lambda parameters, machine: 1,
+    unavailable=unavailable,
+    group=lambda point: (point["technique"],),
+    launches=lambda parameters, point: 1,
+)

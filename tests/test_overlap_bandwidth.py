@@ -10,10 +10,13 @@ import torch.distributed as dist
 from ranks import run_ranks
 
 from maco_lib.machine import Machine
+from maco_lib.study.launch import plan
 from maco_lib.study.sections import bandwidth, overlap
 from maco_lib.study.spec import check_rows
 
 CPU = Machine("cpu", 2, "cpu-2", "0" * 16, 24 * 2**30, {})
+# In data/h200-x2/overlap.csv: 1 MiB beside n = 1024, in the sweep of profile "full".
+POINT_OF_BEFORE = "890ca627df5765eb"
 GPUS = Machine("cuda", 4, "h200-x4", "0" * 16, 140 * 2**30, {})
 
 
@@ -35,6 +38,14 @@ def test_the_published_configurations_are_asked_for_as_printed():
     assert {p.get("iterations") for p in asked if p["protocol"] == "published"} == {50}
 
 
+def test_what_was_measured_before_the_planner_is_still_what_its_parameters_ask_for():
+    recorded = {"sweep_comm_bytes": [2**20], "sweep_matmul_n": [1024], "sweep_budget_s": 0.1}  # names no methods
+    asked = plan(overlap.OVERLAP, overlap.OverlapParameters(**recorded, num_ranks=2), GPUS)
+    assert "auto" not in ",".join(point["methods"] for point in asked)
+    assert overlap.OVERLAP.key(asked[-1]) == POINT_OF_BEFORE
+    assert all("auto" in point["methods"] for point in points(overlap, "full", GPUS) if point["protocol"] == "device")
+
+
 def test_bandwidth_sizes_double_and_the_published_ones_are_always_there():
     asked = points(bandwidth, "standard", CPU)
     gathers = [p["bytes"] for p in asked if p["collective"] == "all_gather"]
@@ -50,6 +61,8 @@ def test_bandwidth_sizes_double_and_the_published_ones_are_always_there():
         (overlap, {"sweep_comm_bytes": [2**40], "sweep_matmul_n": [64]}, "comm_bytes = 1099511627776 .* GiB"),
         (overlap, {"sweep_comm_bytes": [1024], "sweep_matmul_n": [200_000]}, "matmul_n = 200000 needs"),
         (overlap, {"sweep_comm_bytes": [10], "sweep_matmul_n": [64]}, "comm_bytes = 10 "),
+        (overlap, {"methods": ["sequential", "telepathy"]}, "'telepathy'.*maco_staged_stream"),
+        (overlap, {"sweep_methods": ["two_stream"]}, "'sequential'"),
         (bandwidth, {"max_bytes": 2**38}, "all_reduce of .* GiB"),
         (bandwidth, {"min_bytes": 4096, "max_bytes": 1024}, "min_bytes = 4096"),
         (bandwidth, {"min_bytes": 8}, "min_bytes = 8 "),
@@ -71,43 +84,47 @@ def measure_with_a_wrong_arm(rank: int, num_ranks: int) -> None:
     from maco_lib.experiments.worker import Context
     from maco_lib.timing import Arm
 
-    good = Problem.overlapped
+    good = Problem.planned
 
-    def spoiled(self, name, method):
-        arm = good(self, name, method)
+    def spoiled(self, name, plan, *rest):
+        arm = good(self, name, plan, *rest)
 
         def run() -> None:
             arm.run()
             self.product[3, 3:] += 100 * (rank == 1)
 
-        return Arm(name, run, arm.prepare)
+        return Arm(name, run, arm.prepare) if name == "two_stream" else arm
 
     context = Context(rank, num_ranks, torch.device("cpu"), dist.group.WORLD, pathlib.Path("unused"))
     point = {
         "configuration": "sweep", "comm_bytes": 4096, "matmul_n": 64, "protocol": "device", "dtype": "bf16",
-        "methods": "sequential,two_stream,two_shot_stream", "budget_s": 0.01, "min_iterations": 5,
+        "methods": "sequential,two_stream,two_shot_stream,auto", "budget_s": 0.01, "min_iterations": 5,
     }  # fmt: skip
     right = program.measure(point, context)
-    Problem.overlapped = spoiled
+    Problem.planned = spoiled
     wrong = program.measure(point, context)
     for result in (right, wrong):
         table = pd.DataFrame(result.rows).assign(point_key="k", num_launches=1)
         check_rows(overlap.OVERLAP, table, "test")
-    sequential, two_stream, two_shot = right.rows
+    sequential, two_stream, two_shot, auto = right.rows
     assert sequential["correct"] and sequential["speedup"] == 1.0 and two_stream["correct"]
     assert two_stream["ideal_us"] == max(two_stream["t_comp_us"], two_stream["t_comm_us"])
     assert two_stream["fraction_of_ideal"] == two_stream["ideal_us"] / two_stream["t_overlap_us"]
     assert two_stream["speedup"] == pytest.approx(two_stream["t_seq_us"] / two_stream["t_overlap_us"])
     assert two_stream["sigma_comm"] > 0 and two_stream["sigma_comp"] > 0
     assert not two_shot["correct"] and "GPUs" in two_shot["error"]  # what cannot run here says why
-    sequential, two_stream, _ = wrong.rows
-    assert sequential["correct"]
+    assert (sequential["plan"], two_stream["plan"]) == ("gloo, sequential", "gloo, overlapped")
+    assert auto["correct"] and auto["plan"] in (sequential["plan"], two_stream["plan"])
+    assert auto["speedup_collective"] == 1.0 and auto["speedup_overlap"] == pytest.approx(auto["speedup"])
+    sequential, two_stream, _, auto = wrong.rows
+    assert sequential["correct"] and auto["correct"]
     assert not two_stream["correct"] and "rank 1: matmul: relative error" in two_stream["error"]
     assert np.isnan(two_stream["t_overlap_us"]) and np.isnan(two_stream["speedup"])
     assert "two_stream" not in {samples.labels["arm"] for samples in wrong.samples}
 
 
-def test_a_wrong_arm_is_reported_and_never_timed():
+def test_a_wrong_arm_is_reported_and_never_timed(tmp_path, monkeypatch):
+    monkeypatch.setenv("MACO_CACHE", str(tmp_path))
     run_ranks(measure_with_a_wrong_arm)
 
 

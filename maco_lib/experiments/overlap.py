@@ -5,11 +5,12 @@ from typing import Any
 
 from maco_lib import stats
 from maco_lib.experiments import worker
-from maco_lib.experiments.overlap_methods import IDEAL_BACKENDS, METHODS, PUBLISHED
+from maco_lib.experiments.overlap_methods import IDEAL_BACKENDS, METHODS, PUBLISHED, SWEEP, SWEEP_IDEAL_BACKENDS
 from maco_lib.experiments.overlap_problem import Problem
 from maco_lib.experiments.overlap_stretch import stretch
 from maco_lib.experiments.worker import Context, Result, samples_of
-from maco_lib.timing import Arm, Timing, interleave
+from maco_lib.overlap.plan import Plan
+from maco_lib.timing import Arm, Timing, first_error, interleave
 
 # Samples of the stretch factors, which are taken apart from the others.
 STRETCH_SAMPLES = {"cuda": 10, "cpu": 3}
@@ -17,8 +18,9 @@ STRETCH_SAMPLES = {"cuda": 10, "cpu": 3}
 
 def measure(point: dict[str, Any], context: Context) -> Result:
     problem = Problem(point, context)
-    methods = point["methods"].split(",")
-    arms, errors = checked_arms(problem, methods)
+    errors: dict[str, str] = {}
+    plans = {name: planned(problem, name, errors) for name in point["methods"].split(",")}
+    arms = checked_arms(problem, point["configuration"], plans, errors)
     request = {name: point[name] for name in ("iterations", "budget_s", "min_iterations") if name in point}
     timings = interleave(
         arms, group=problem.group, device=problem.device, protocol=problem.protocol,
@@ -26,26 +28,40 @@ def measure(point: dict[str, Any], context: Context) -> Result:
     )  # fmt: skip
     stretches = {}
     if problem.protocol == "device":
-        overlapped = [name for name in methods if name in timings and METHODS["device"][name].overlapped]
+        overlapped = {name: plan for name, plan in plans.items() if name in timings and plan.overlapped}
         num_samples = STRETCH_SAMPLES[context.device.type]
-        stretches = {name: stretch(problem, METHODS["device"][name], num_samples) for name in overlapped}
-    rows = [row(point, context, problem, name, timings, stretches, errors) for name in methods]
+        stretches = {name: stretch(problem, plan, num_samples) for name, plan in overlapped.items()}
+    rows = [row(point, context, problem, name, plan, timings, stretches, errors) for name, plan in plans.items()]
     return Result(rows, samples_of(timings))
 
 
-def checked_arms(problem: Problem, methods: list[str]) -> tuple[list[Arm], dict[str, str]]:
-    """The arms that gave the right result, and arm or method -> what was wrong with the others."""
-    errors: dict[str, str] = {}
+def planned(problem: Problem, name: str, errors: dict[str, str]) -> Plan | None:
+    """The plan of a method; None where the planner failed, with `errors[name]` saying why. Collective."""
+    if METHODS[problem.protocol][name] == "auto":
+        problem.context.note("auto: choosing a plan")
+    try:
+        plan, why = problem.plan(name), ""
+    except (RuntimeError, ValueError) as error:
+        plan, why = None, f"{type(error).__name__}: {error}"
+    errors[name] = first_error(why, problem.group)
+    return None if errors[name] else plan
+
+
+def checked_arms(
+    problem: Problem, configuration: str, plans: dict[str, Plan | None], errors: dict[str, str]
+) -> list[Arm]:
+    """The arms that gave the right result; `errors` says what was wrong with the others, by arm or method."""
     arms = []
 
-    def admit(arm: Arm, backend: str | None, computes: bool) -> None:
-        errors[arm.name] = problem.error(arm, backend, computes)
+    def admit(arm: Arm, operation: str | None, computes: bool) -> None:
+        errors[arm.name] = problem.error(arm, operation, computes)
         if not errors[arm.name]:
             arms.append(arm)
 
     admit(Arm("compute", problem.matmul), None, True)
-    ours = [problem.backend(METHODS[problem.protocol][name]) for name in methods]
-    alone = IDEAL_BACKENDS[problem.device.type] if problem.protocol == "device" else []
+    ours = [plan.backend for plan in plans.values() if plan]
+    ideal = SWEEP_IDEAL_BACKENDS if configuration == SWEEP else IDEAL_BACKENDS
+    alone = ideal[problem.device.type] if problem.protocol == "device" else []
     for backend in dict.fromkeys([problem.default, *alone, *ours]):
         errors[f"comm:{backend}"] = problem.use(backend)
         if errors[f"comm:{backend}"]:
@@ -54,11 +70,12 @@ def checked_arms(problem: Problem, methods: list[str]) -> tuple[list[Arm], dict[
         # The speedup over sequential NCCL is split at the same backend's sequential time.
         if backend in ours and backend != problem.default:
             admit(problem.sequential(f"sequential:{backend}", backend), backend, True)
-    for name, backend in zip(methods, ours, strict=True):
-        errors[name] = problem.unusable.get(backend, "")
+    for name, plan in plans.items():
+        errors[name] = errors[name] or problem.unusable.get(plan.backend, "")
         if not errors[name]:
-            admit(problem.arm(name), backend, True)
-    return arms, errors
+            automatic = METHODS[problem.protocol][name] == "auto"
+            admit(problem.arm(name), "auto" if automatic else plan.backend, True)
+    return arms
 
 
 def row(
@@ -66,12 +83,13 @@ def row(
     context: Context,
     problem: Problem,
     name: str,
+    plan: Plan | None,
     timings: dict[str, Timing],
     stretches: dict[str, tuple[float, float]],
     errors: dict[str, str],
 ) -> dict[str, Any]:
     """The reported row of one method: times with intervals, ratios to the ideal and to sequential."""
-    backend = problem.backend(METHODS[problem.protocol][name])
+    backend = plan.backend if plan else ""
     # The published study reports means; medians elsewhere.
     statistic = "mean" if problem.protocol == "published" else "median"
     summarise = stats.mean_interval if statistic == "mean" else stats.median_interval
@@ -101,6 +119,7 @@ def row(
         "protocol": point["protocol"],
         "method": name,
         "backend": backend,
+        "plan": str(plan) if plan else "",
         "dtype": point["dtype"],
         "num_ranks": context.num_ranks,
         "published_size": PUBLISHED.get(point["configuration"]) == (point["comm_bytes"], point["matmul_n"]),

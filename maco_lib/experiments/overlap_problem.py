@@ -7,9 +7,11 @@ from collections.abc import Callable
 import torch
 
 from maco_lib import comm
-from maco_lib.experiments.overlap_methods import DEFAULT_BACKEND, METHODS, Method
+from maco_lib.experiments.overlap_methods import DEFAULT_BACKEND, HOST_WAITS, METHODS
 from maco_lib.experiments.worker import Context
 from maco_lib.overlap import streams
+from maco_lib.overlap.auto import tune
+from maco_lib.overlap.plan import Plan
 from maco_lib.timing import Arm, decided, first_error, synchronize
 
 NUM_CHECKED_ROWS = 128
@@ -18,7 +20,8 @@ NUM_CHECKED_ROWS = 128
 class Problem:
     """An n×n matmul and an all-reduce of `comm_bytes`, on random normal data that is new in every process and point.
 
-    `operations[backend]`: the all-reduce over each usable backend, and `unusable[backend]`: why not.
+    `operations[backend]`: the all-reduce over each usable backend, and `unusable[backend]`: why not. The planner's is
+    called "auto": that of a tensor of the user's, in symmetric memory where the machine has it.
     """
 
     def __init__(self, point: dict, context: Context):
@@ -40,11 +43,12 @@ class Problem:
     def use(self, backend: str) -> str:
         """Make the all-reduce over `backend` ready; "" or why it cannot be used here. Collective."""
         if backend not in self.operations and backend not in self.unusable:
-            entry = comm.backend(backend)
-            why = first_error(entry.unavailable("all_reduce", self.device, self.group) or "", self.group)
+            why = first_error(self.why_not(backend), self.group)
             if not why:
                 try:
-                    operation = entry.operation("all_reduce", self.numel, self.dtype, self.device, self.group)
+                    operation = comm.backend(backend).operation(
+                        "all_reduce", self.numel, self.dtype, self.device, self.group
+                    )
                 except (RuntimeError, ValueError) as error:
                     why = str(error)
                 why = first_error(why, self.group)
@@ -53,6 +57,12 @@ class Problem:
             else:
                 self.operations[backend] = operation
         return self.unusable.get(backend, "")
+
+    def why_not(self, backend: str) -> str:
+        """Why this rank cannot use `backend`, or ""."""
+        if backend not in comm.BACKENDS:
+            return f"this version has no backend {backend!r}"
+        return comm.backend(backend).unavailable("all_reduce", self.device, self.group) or ""
 
     def matmul(self) -> None:
         torch.mm(self.a, self.b, out=self.product)
@@ -63,50 +73,70 @@ class Problem:
         in_place = operation.result is operation.source
         return (lambda: operation.source.copy_(self.reference.source)) if in_place else None
 
-    def backend(self, method: Method) -> str:
-        return method.backend or self.default
+    def backend(self, plan: Plan) -> str:
+        """The backend that runs `plan` here."""
+        return plan.on(self.device.type).backend
+
+    def plan(self, name: str) -> Plan:
+        """The plan of the method called `name`, everything said; "auto" is tuned for, see `tuned`. Collective."""
+        method = METHODS[self.protocol][name]
+        return self.tuned if method == "auto" else method.on(self.device.type)
+
+    @functools.cached_property
+    def tuned(self) -> Plan:
+        """What the planner chooses, for a tensor of the user's. Collective; calibrates in the first point."""
+        tensor = self.users_tensor()
+        tensor.copy_(self.reference.source)
+        plan = tune(self.matmul, tensor, self.group)
+        all_reduce = functools.partial(comm.all_reduce, backend_name=plan.backend, group=self.group)
+        self.operations["auto"] = comm.Operation(
+            "all_reduce", tensor, tensor, lambda source, result, async_op: all_reduce(result, async_op=async_op)
+        )
+        return plan
+
+    def users_tensor(self) -> torch.Tensor:
+        """Where a user who cares puts the tensor; the memory is kept for the points to come."""
+        kept, need = self.context.state.get("symmetric"), self.numel * self.dtype.itemsize
+        if self.device.type != "cuda" or comm.symmetric.unreachable(self.device, self.group):
+            return torch.empty(self.numel, dtype=self.dtype, device=self.device)
+        if kept is None or kept.numel() < need:
+            capacity = 1 << (need - 1).bit_length()
+            kept = comm.symmetric_empty((capacity,), torch.uint8, self.device, self.group)
+            self.context.state["symmetric"] = kept
+        return kept[:need].view(self.dtype)
 
     def communication(self, backend: str) -> Arm:
         return Arm(f"comm:{backend}", self.operations[backend].run, self.restore(backend))
 
-    def sequential(self, name: str, backend: str, host_wait: bool = False) -> Arm:
-        """The all-reduce, then the matmul, in stream order."""
+    def planned(self, name: str, plan: Plan, backend: str = "") -> Arm:
+        """The all-reduce and the matmul as `plan` says; `backend`: whose operation, where it is not the plan's own."""
+        backend = backend or self.backend(plan)
         operation = self.operations[backend]
+        used = (operation.source,)
+        run = functools.partial(streams.run_plan, plan, self.matmul, operation.run, operation.result, used)
+        return Arm(name, run, self.restore(backend))
+
+    def sequential(self, name: str, backend: str) -> Arm:
+        """The all-reduce over `backend`, then the matmul, in stream order."""
+        return self.planned(name, Plan(backend, overlapped=False))
+
+    def waiting(self, name: str) -> Arm:
+        """The published sequential arm: the host waits between the two steps."""
+        operation = self.operations[self.default]
 
         def run() -> None:
             operation.run()
-            if host_wait:
-                synchronize(self.device)
+            synchronize(self.device)
             self.matmul()
 
-        return Arm(name, run, self.restore(backend))
-
-    def overlapped(self, name: str, method: Method) -> Arm:
-        """The all-reduce on a side stream (or gloo's thread), the matmul beside it, joined at the end."""
-        operation = self.operations[self.backend(method)]
-        priority = streams.highest_priority() if method.urgent and self.device.type == "cuda" else 0
-
-        def run() -> None:
-            launch = functools.partial(
-                streams.launch, operation.run, operation.result, used=(operation.source,), priority=priority
-            )
-            if method.matmul_first:
-                fork = torch.cuda.current_stream(self.device).record_event()
-                self.matmul()
-                launch(after=fork).wait()
-            else:
-                handle = launch()
-                self.matmul()
-                handle.wait()
-
-        return Arm(name, run, self.restore(self.backend(method)))
+        return Arm(name, run, self.restore(self.default))
 
     def arm(self, name: str) -> Arm:
         """The arm of the method called `name` in this point's protocol."""
-        method = METHODS[self.protocol][name]
-        if method.overlapped:
-            return self.overlapped(name, method)
-        return self.sequential(name, self.backend(method), method.host_wait)
+        if (self.protocol, name) in HOST_WAITS:
+            return self.waiting(name)
+        automatic = METHODS[self.protocol][name] == "auto"
+        return self.planned(name, self.plan(name), "auto" if automatic else "")
 
     def error(self, arm: Arm, backend: str | None, computes: bool) -> str:
         """Run `arm` once on poisoned outputs: "" on every rank, or the first rank's finding on every rank."""

@@ -1,15 +1,14 @@
 """How long the all-reduce and the matmul each take while both run: the numerators of the stretch factors σ."""
 
-import functools
 import threading
 import time
 
 import numpy as np
 import torch
 
-from maco_lib.experiments.overlap_methods import Method
 from maco_lib.experiments.overlap_problem import Problem
 from maco_lib.overlap import streams
+from maco_lib.overlap.plan import Plan
 from maco_lib.timing import SLEEP_CYCLES_PER_US, Barrier, gather
 
 # Longer than the host needs to issue one sample, so that both sides start together.
@@ -17,25 +16,25 @@ BACKLOG_US = 500
 CALLBACK_TIMEOUT_S = 10.0
 
 
-def stretch(problem: Problem, method: Method, num_samples: int) -> tuple[float, float]:
+def stretch(problem: Problem, plan: Plan, num_samples: int) -> tuple[float, float]:
     """(communication, computation) in µs while both run: median over samples of the slowest rank. Collective."""
     sample = device_sample if problem.device.type == "cuda" else host_sample
     barrier = Barrier(problem.group, problem.device)
-    restore = problem.restore(problem.backend(method))
+    restore = problem.restore(problem.backend(plan))
     mine = []
     for _ in range(num_samples + 1):
         if restore:
             restore()
-        mine.append(sample(problem, method, barrier))
+        mine.append(sample(problem, plan, barrier))
     # ranks × samples × sides, the first sample being the warm-up
     every_rank = np.array(gather(mine[1:], problem.group))
     communication, computation = np.median(every_rank.max(axis=0), axis=0)
     return float(communication), float(computation)
 
 
-def device_sample(problem: Problem, method: Method, barrier: Barrier) -> tuple[float, float]:
+def device_sample(problem: Problem, plan: Plan, barrier: Barrier) -> tuple[float, float]:
     """CUDA events around each side, issued eagerly behind a backlog."""
-    operation = problem.operations[problem.backend(method)]
+    operation = problem.operations[problem.backend(plan)]
     events = [torch.cuda.Event(enable_timing=True) for _ in range(4)]
     torch.cuda._sleep(BACKLOG_US * SLEEP_CYCLES_PER_US)
     barrier()
@@ -45,23 +44,19 @@ def device_sample(problem: Problem, method: Method, barrier: Barrier) -> tuple[f
         operation.run(async_op)
         events[1].record()
 
-    priority = streams.highest_priority() if method.urgent else 0
-    fork = torch.cuda.current_stream(problem.device).record_event()
-    launch = functools.partial(
-        streams.launch, communicate, operation.result, used=(operation.source,), priority=priority, after=fork
-    )
-    handle = None if method.matmul_first else launch()
-    events[2].record()
-    problem.matmul()
-    events[3].record()
-    (handle or launch()).wait()
+    def compute() -> None:
+        events[2].record()
+        problem.matmul()
+        events[3].record()
+
+    streams.run_plan(plan, compute, communicate, operation.result, (operation.source,))
     torch.cuda.synchronize(problem.device)
     return events[0].elapsed_time(events[1]) * 1e3, events[2].elapsed_time(events[3]) * 1e3
 
 
-def host_sample(problem: Problem, method: Method, barrier: Barrier) -> tuple[float, float]:
+def host_sample(problem: Problem, plan: Plan, barrier: Barrier) -> tuple[float, float]:
     """The host's clock; gloo's thread says when the collective ended."""
-    operation = problem.operations[problem.backend(method)]
+    operation = problem.operations[problem.backend(plan)]
     ended, ended_at = threading.Event(), []
 
     def note(_) -> None:

@@ -1,4 +1,4 @@
-"""Overlap of communication with computation: how to run it (`streams`), what it can give (`model`, torch free)."""
+"""Overlap of communication with computation: how to run it (`streams`, `auto`), what it can give (`model`)."""
 
 import importlib
 
@@ -6,6 +6,10 @@ _HOMES = {
     "overlap": "maco_lib.overlap.streams",  # run a computation and a collective side by side
     "start": "maco_lib.overlap.streams",  # start a collective, go on, wait later
     "Handle": "maco_lib.overlap.streams",  # a collective in flight
+    "Plan": "maco_lib.overlap.plan",  # one way to do it: backend, order, stream
+    "tune": "maco_lib.overlap.auto",  # find the fastest plan at once
+    "decisions": "maco_lib.overlap.plan",  # how plans were chosen
+    "calibrate": "maco_lib.overlap.calibration",  # measure what the choice is predicted from
 }
 __all__ = list(_HOMES)
 

@@ -4,19 +4,24 @@ On GPUs the collective is issued on a side stream that starts where the current 
 stream, not the host, wait for it, so everything can be captured in a CUDA graph. On CPUs gloo's thread does the work.
 
     result, total = overlap(lambda: x @ w, gradient)             # gradient is summed in place over the ranks
+    result, total = overlap(lambda: x @ w, gradient, plan="auto")              # the fastest way on this machine
     handles = [start(tensor) for tensor in tensors]; ...; totals = [handle.wait() for handle in handles]
 """
 
 import functools
-from collections.abc import Callable
-from typing import Any, TypeVar
+from collections.abc import Callable, Hashable
+from typing import Literal, TypeVar
 
 import torch
 import torch.distributed as dist
 
-from maco_lib.comm import DTYPES, c10d, collective
+from maco_lib import comm
+from maco_lib.comm import c10d
+from maco_lib.overlap.plan import Plan
+from maco_lib.overlap.validation import check_agreement, require_plan, result_shape, validate
 
 R = TypeVar("R")
+Run = Callable[[bool], dist.Work | None]
 
 
 class Handle:
@@ -33,11 +38,18 @@ class Handle:
         May be called again. Raises RuntimeError when the collective failed on a CPU.
         """
         if self.event is not None:
+            if _EXCLUSIVE.get(self.result.device) is self.event:
+                del _EXCLUSIVE[self.result.device]
             torch.cuda.current_stream(self.result.device).wait_event(self.event)
         if self.work is not None:
             self.work.wait()
             self.work = None
         return self.result
+
+
+# The end of a GPU's last planned collective that nobody has waited for. Those that work in symmetric memory share their
+# flags and workspace, so planned ones run one after the other, whatever streams they are on.
+_EXCLUSIVE: dict[torch.device, torch.cuda.Event] = {}
 
 
 @functools.cache
@@ -52,27 +64,70 @@ def highest_priority() -> int:
 
 
 def launch(
-    run: Callable[[bool], dist.Work | None],
+    run: Run,
     result: torch.Tensor,
     *,
     used: tuple[torch.Tensor, ...] = (),
     priority: int = 0,
     after: torch.cuda.Event | None = None,
+    exclusive: bool = False,
 ) -> Handle:
     """Issue `run(async_op)` beside the current stream; `result` and `used` are the tensors that it touches.
 
-    On GPUs it begins once what the current stream holds is done, or at the earlier event `after`.
+    On GPUs it begins once what the current stream holds is done, or at the earlier event `after`; if `exclusive`, also
+    after the exclusive one before it.
     """
-    if result.device.type != "cuda":
+    device = result.device
+    if device.type != "cuda":
         return Handle(result, work=run(True))
-    side = side_stream(result.device, priority)
-    side.wait_event(after or torch.cuda.current_stream(result.device).record_event())
+    side = side_stream(device, priority)
+    side.wait_event(after or torch.cuda.current_stream(device).record_event())
+    if exclusive and device in _EXCLUSIVE:
+        side.wait_event(_EXCLUSIVE[device])
     with torch.cuda.stream(side):
         run(False)
     # Memory freed while the side stream still uses it must not be handed out again by the allocator.
     for tensor in (result, *used):
         tensor.record_stream(side)
-    return Handle(result, event=side.record_event())
+    event = side.record_event()
+    if exclusive:
+        _EXCLUSIVE[device] = event
+    return Handle(result, event=event)
+
+
+def launch_planned(
+    plan: Plan,
+    run: Run,
+    result: torch.Tensor,
+    used: tuple[torch.Tensor, ...] = (),
+    after: torch.cuda.Event | None = None,
+) -> Handle:
+    """`launch` as `plan` says; in the current stream, done when this returns on a CPU, if it does not overlap."""
+    on_gpu = result.device.type == "cuda"
+    if plan.overlapped:
+        priority = highest_priority() if plan.urgent and on_gpu else 0
+        return launch(run, result, used=used, priority=priority, after=after, exclusive=True)
+    if on_gpu and result.device in _EXCLUSIVE:
+        torch.cuda.current_stream(result.device).wait_event(_EXCLUSIVE[result.device])
+    run(False)
+    return Handle(result)
+
+
+def run_plan(
+    plan: Plan, compute: Callable[[], R], run: Run, result: torch.Tensor, used: tuple[torch.Tensor, ...] = ()
+) -> R:
+    """Run `compute()` and the collective `run(async_op)` as `plan` says, and join them: what `compute` returned.
+
+    When `compute` raises, the collective is run and waited for all the same before the error goes on.
+    """
+    forks = plan.overlapped and result.device.type == "cuda"
+    fork = torch.cuda.current_stream(result.device).record_event() if forks else None
+    issue = functools.partial(launch_planned, plan, run, result, used, fork)
+    handle = None if plan.overlapped and plan.compute_first else issue()
+    try:
+        return compute()
+    finally:
+        (handle or issue()).wait()
 
 
 def start(
@@ -82,6 +137,7 @@ def start(
     *,
     priority: int = 0,
     check: bool = False,
+    plan: Plan | None = None,
 ) -> Handle:
     """Start a collective on `tensor` and return its `Handle`; every rank of the group calls it, in the same order.
 
@@ -93,15 +149,21 @@ def start(
     group: None for all ranks. A group of one, and no process group at all: the result is `tensor` itself, at once.
     priority: of the side stream, on GPUs; lower is more urgent (`highest_priority()`).
     check: first compare shape and type across the ranks (blocks the host, not for captured code).
+    plan: for an all-reduce, the backend and stream that run it; planned ones run one after the other. A tensor from
+        `comm.symmetric_empty` is summed where it lies, any other is copied into symmetric memory and back.
 
-    Raises ValueError on an unknown collective, a wrong device, layout, type or shape, and with `check` on every rank
-    when the ranks disagree.
+    Raises ValueError on an unknown collective, a wrong device, layout, type or shape, a plan that cannot be followed
+    here (nothing else is run in its place), and with `check` on every rank when the ranks disagree.
     """
     num_ranks = validate(tensor, collective, group)
+    if plan is not None:
+        plan = require_plan(plan, tensor, collective, group, num_ranks, priority, computes=False)
     if num_ranks == 1:
         return Handle(tensor)
     if check:
         check_agreement(tensor, collective, group)
+    if plan is not None:
+        return launch_planned(plan, planned_all_reduce(plan, tensor, group), tensor)
     shape = result_shape(collective, tensor.shape, num_ranks)
     result = tensor if collective == "all_reduce" else tensor.new_empty(shape)
     issue = functools.partial(c10d.issue, collective, tensor, result, group)
@@ -116,64 +178,46 @@ def overlap(
     *,
     priority: int = 0,
     check: bool = False,
+    plan: Plan | Literal["auto"] | None = None,
+    key: Hashable = None,
 ) -> tuple[R, torch.Tensor]:
     """Run `compute()` while a collective works on `tensor`: (what compute returned, the collective's result).
 
-    compute: takes nothing, must not touch `tensor`. The rest as in `start`. On return both are ordered before whatever
-    the current stream does next. When `compute` raises, the collective is waited for before the error goes on.
+    compute: takes nothing, must not touch `tensor`; it is run once, whatever the plan. The rest as in `start`. On
+    return both are ordered before whatever the current stream does next. When `compute` raises, the collective is
+    waited for before the error goes on.
+
+    plan: None for the default collective on a side stream; a `Plan`; or "auto", for an all-reduce: the fastest plan of
+    this machine, sequential where overlapping does not pay. The first calls for a `key` measure: how long `compute`
+    takes alone, then a few plans, one in each call, and the host waits for each call before the next. One of them takes
+    up to a minute if this machine was never calibrated (`calibrate`). After some 30 calls the plan is settled
+    (`decisions()`). Inside the capture of a CUDA graph nothing is measured: call `tune` before, else the model decides
+    from what is known of the key at other sizes, else it is sequential.
+    key: names the computation for "auto", equal on every rank; None: where `compute` is defined. Give one if the same
+    code does work of different size. The size and type of `tensor` are part of it anyhow.
     """
-    handle = start(tensor, collective, group, priority=priority, check=check)
-    try:
-        computed = compute()
-    finally:
-        total = handle.wait()
-    return computed, total
-
-
-def validate(tensor: torch.Tensor, name: str, group: dist.ProcessGroup | None) -> int:
-    """The number of ranks; raises ValueError naming what is wrong with the call on this rank."""
-    collective(name)
-    if not isinstance(tensor, torch.Tensor):
-        raise ValueError(f"{name} takes a torch.Tensor, not {type(tensor).__name__}")
-    if tensor.dtype not in DTYPES.values():
-        raise ValueError(f"{name} of {tensor.dtype}; the types are {', '.join(map(str, DTYPES.values()))}")
-    if not tensor.is_contiguous():
-        raise ValueError(f"{name} needs a contiguous tensor; shape {tuple(tensor.shape)} has strides {tensor.stride()}")
-    num_ranks = dist.get_world_size(group) if dist.is_initialized() else 1
-    if num_ranks < 1:
-        raise ValueError(f"rank {dist.get_rank()} is not in the group given to {name}")
+    if plan is None:
+        handle = start(tensor, collective, group, priority=priority, check=check)
+        try:
+            computed = compute()
+        finally:
+            total = handle.wait()
+        return computed, total
+    num_ranks = validate(tensor, collective, group)
+    if key is not None and plan != "auto":
+        raise ValueError(f"key = {key!r} is for plan='auto', not for {plan!r}")
+    plan = require_plan(plan, tensor, collective, group, num_ranks, priority)
     if num_ranks == 1:
-        return num_ranks
-    kinds = device_kinds(group)
-    if tensor.device.type not in kinds:
-        where = " or ".join(kinds)
-        raise ValueError(f"tensor is on {tensor.device}, but the {dist.get_backend(group)} group works on {where}")
-    result_shape(name, tensor.shape, num_ranks)
-    return num_ranks
+        return compute(), tensor
+    if check:
+        check_agreement(tensor, collective, group)
+    if plan == "auto":
+        from maco_lib.overlap.auto import planner  # it measures through this module
+
+        return planner(group, tensor.device).run(compute, tensor, key), tensor
+    return run_plan(plan, compute, planned_all_reduce(plan, tensor, group), tensor), tensor
 
 
-def device_kinds(group: dist.ProcessGroup | None) -> list[str]:
-    """Device types the group has a backend for here; "cuda" only where there is a GPU."""
-    kinds = [entry.split(":")[0] for entry in dist.get_backend_config(group).split(",")]
-    return [kind for kind in kinds if kind != "cuda" or torch.cuda.is_available()]
-
-
-def result_shape(name: str, shape: torch.Size, num_ranks: int) -> tuple[int, ...]:
-    """Shape of the result of each rank; ValueError when its first dimension cannot be divided."""
-    if name == "all_reduce":
-        return tuple(shape)
-    if not shape:
-        raise ValueError(f"{name} needs a tensor of at least one dimension")
-    if name in ("reduce_scatter", "all_to_all") and shape[0] % num_ranks:
-        raise ValueError(f"{name}: the first dimension of {tuple(shape)} cannot be divided among {num_ranks} ranks")
-    first = {"reduce_scatter": shape[0] // num_ranks, "all_gather": shape[0] * num_ranks, "all_to_all": shape[0]}[name]
-    return (first, *shape[1:])
-
-
-def check_agreement(tensor: torch.Tensor, name: str, group: dist.ProcessGroup | None) -> None:
-    """Raise ValueError on every rank unless all call the same collective with the same shape and type. Collective."""
-    described: list[Any] = [None] * dist.get_world_size(group)
-    dist.all_gather_object(described, f"{name} of {tuple(tensor.shape)} {tensor.dtype}", group=group)
-    for rank, theirs in enumerate(described):
-        if theirs != described[0]:
-            raise ValueError(f"the ranks disagree: rank 0 calls {described[0]}, rank {rank} calls {theirs}")
+def planned_all_reduce(plan: Plan, tensor: torch.Tensor, group: dist.ProcessGroup | None) -> Run:
+    """The all-reduce of `tensor` over the plan's backend, to be issued with `async_op`."""
+    return functools.partial(comm.all_reduce, tensor, plan.backend, group or dist.group.WORLD)

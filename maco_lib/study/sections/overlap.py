@@ -7,7 +7,15 @@ import pandera.pandas as pa
 from pydantic import Field
 
 from maco_lib import stats
-from maco_lib.experiments.overlap_methods import DEVICE_METHODS, METHODS, PUBLISHED, SWEEP, SWEEP_METHODS
+from maco_lib.experiments.overlap_methods import (
+    DEVICE_METHODS,
+    FIRST_METHODS,
+    FIRST_SWEEP_METHODS,
+    METHODS,
+    PUBLISHED,
+    SWEEP,
+    SWEEP_METHODS,
+)
 from maco_lib.machine import Machine
 from maco_lib.study.sections.memory import BYTES_PER_ELEMENT, require, resolve_ranks, too_few_ranks
 from maco_lib.study.spec import Dataset, Parameters, Point, Section
@@ -24,6 +32,8 @@ class OverlapParameters(Parameters):
     budget_s: float = Field(1.0, gt=0, description="seconds of samples per configuration in the device protocol")
     min_iterations: int = Field(10, ge=2, description="samples of each arm, at least, in the device protocol")
     published_iterations: int = Field(50, ge=2, description="samples of each arm in the published protocol")
+    methods: list[str] = Field([], description="techniques in the device protocol; []: those of before the planner")
+    sweep_methods: list[str] = Field([], description="techniques in the sweep; []: those of before the planner")
     sweep_comm_bytes: list[int] = Field([], description="bytes of the all-reduced tensor in the sweep")
     sweep_matmul_n: list[int] = Field([], description="n of the n×n matmul in the sweep")
     sweep_budget_s: float = Field(0.2, gt=0, description="seconds of samples per point of the sweep")
@@ -45,31 +55,43 @@ def check_sizes(parameters: OverlapParameters, machine: Machine, comm_bytes: int
         raise ValueError(f"comm_bytes = {comm_bytes} is not a positive multiple of 16 bytes")
     if matmul_n < 1:
         raise ValueError(f"matmul_n = {matmul_n} is below 1")
-    # Sources of five backends and the reference in wider types; three matrices and one of them in float64.
-    needed = comm_bytes * (7 + 20 / itemsize) + matmul_n**2 * (3 * itemsize + 8)
+    # Buffers of all backends and the reference in wider types; three matrices and one of them in float64.
+    needed = comm_bytes * (16 + 20 / itemsize) + matmul_n**2 * (3 * itemsize + 8)
     ranks = resolve_ranks(parameters.num_ranks, machine)
     require(f"comm_bytes = {comm_bytes} with matmul_n = {matmul_n}", needed, machine, ranks)
+
+
+def check_methods(asked: list[str]) -> str:
+    """The methods of a point as it names them; raises ValueError with the valid ones."""
+    for name in asked:
+        if name not in METHODS["device"]:
+            raise ValueError(f"unknown method {name!r}; the methods are {', '.join(METHODS['device'])}")
+    if "sequential" not in asked or len(set(asked)) < len(asked):
+        raise ValueError(f"methods = {asked}: each is named once, 'sequential' among them to judge the others against")
+    return ",".join(asked)
 
 
 def points(parameters: OverlapParameters, machine: Machine) -> list[Point]:
     """Published configurations in each protocol, then the sweep (device protocol)."""
     asked: list[Point] = []
+    device_methods = check_methods(parameters.methods or FIRST_METHODS[machine.kind])
+    sweep_methods = check_methods(parameters.sweep_methods or FIRST_SWEEP_METHODS[machine.kind])
     for name in parameters.configurations:
         comm_bytes, matmul_n = sizes(parameters, name)
         shared = {"configuration": name, "comm_bytes": comm_bytes, "matmul_n": matmul_n}
         for protocol in parameters.protocols:
             if protocol == "device":
-                methods = DEVICE_METHODS[machine.kind]
+                methods = device_methods
                 how = {"budget_s": parameters.budget_s, "min_iterations": parameters.min_iterations}
             else:
-                methods = list(METHODS["published"])
+                methods = ",".join(METHODS["published"])
                 how = {"iterations": parameters.published_iterations}
-            asked.append({**shared, "protocol": protocol, "methods": ",".join(methods), **how})
+            asked.append({**shared, "protocol": protocol, "methods": methods, **how})
     for comm_bytes in parameters.sweep_comm_bytes:
         for matmul_n in parameters.sweep_matmul_n:
             cell = {"configuration": SWEEP, "comm_bytes": comm_bytes, "matmul_n": matmul_n, "protocol": "device"}
             how = {"budget_s": parameters.sweep_budget_s, "min_iterations": parameters.min_iterations}
-            asked.append({**cell, "methods": ",".join(SWEEP_METHODS[machine.kind]), **how})
+            asked.append({**cell, "methods": sweep_methods, **how})
     for point in asked:
         check_sizes(parameters, machine, point["comm_bytes"], point["matmul_n"])
     return [{**point, "dtype": parameters.dtype} for point in asked]
@@ -104,6 +126,7 @@ OVERLAP_SCHEMA = pa.DataFrameSchema(
         "protocol": pa.Column(str, pa.Check.isin(list(METHODS))),
         "method": pa.Column(str),
         "backend": pa.Column(str),
+        "plan": pa.Column(str, required=False),  # tables from before the planner have none
         "published_size": pa.Column(bool),
         "timing": pa.Column(str, pa.Check.isin(["graph", "backlog", "host", ""])),
         **{f"{name}{bound}_us": TIME for name in TIMES for bound in ("", "_lo", "_hi")},
@@ -186,6 +209,7 @@ TIMELINE = Dataset(
     num_ranks=num_ranks,
     unavailable=too_few_ranks,
 )
+EVERY = {kind: {"methods": DEVICE_METHODS[kind], "sweep_methods": SWEEP_METHODS[kind]} for kind in DEVICE_METHODS}
 SECTION = Section(
     name="overlap",
     title="1. Overlap of an all-reduce with a matmul",
@@ -194,32 +218,38 @@ SECTION = Section(
     profiles={
         "smoke": {
             "cpu": {
+                **EVERY["cpu"],
                 "shrink": 16, "budget_s": 0.05, "min_iterations": 5, "published_iterations": 5,
                 "sweep_comm_bytes": [64 * KIB, MIB], "sweep_matmul_n": [64, 256], "sweep_budget_s": 0.03,
             },
             "cuda": {
+                **EVERY["cuda"],
                 "budget_s": 0.2, "published_iterations": 10, "sweep_budget_s": 0.05,
                 "sweep_comm_bytes": [MIB, 16 * MIB], "sweep_matmul_n": [1024, 4096],
             },
         },
         "standard": {
             "cpu": {
+                **EVERY["cpu"],
                 "budget_s": 2.5, "min_iterations": 5, "published_iterations": 4, "sweep_budget_s": 0.4,
                 "sweep_comm_bytes": [64 * KIB, 256 * KIB, MIB, 4 * MIB, 16 * MIB],
                 "sweep_matmul_n": [256, 512, 1024, 1536],
             },
             "cuda": {
+                **EVERY["cuda"],
                 "sweep_comm_bytes": [256 * KIB, MIB, 4 * MIB, 16 * MIB, 64 * MIB],
                 "sweep_matmul_n": [1024, 2048, 4096, 8192], "timeline_configurations": list(PUBLISHED),
             },
         },
         "full": {
             "cpu": {
+                **EVERY["cpu"],
                 "budget_s": 20.0, "num_launches": 3, "sweep_budget_s": 1.0,
                 "sweep_comm_bytes": [64 * KIB, 256 * KIB, MIB, 4 * MIB, 8 * MIB, 16 * MIB],
                 "sweep_matmul_n": [256, 512, 768, 1024, 1536, 2048], "timeline_configurations": list(PUBLISHED),
             },
             "cuda": {
+                **EVERY["cuda"],
                 "num_launches": 3, "sweep_budget_s": 0.1,
                 "sweep_comm_bytes": [256 * KIB, MIB, 4 * MIB, 8 * MIB, 16 * MIB, 32 * MIB, 64 * MIB, 128 * MIB],
                 "sweep_matmul_n": [1024, 2048, 3072, 4096, 6144, 8192], "timeline_configurations": list(PUBLISHED),

@@ -1,0 +1,116 @@
+"""Plans: the ways to run a computation and an all-reduce, which of them to try, and which of those tried to keep.
+
+Without torch: `streams` runs a plan, `calibration` predicts its time, `auto` measures it.
+"""
+
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
+
+DEFAULT_BACKEND = {"cpu": "gloo", "cuda": "nccl"}
+# What a user's work is tried with before one plan is kept: each costs a few calls.
+MAX_CANDIDATES = 5
+# A plan replaces a simpler one if it is faster by more than this, as in `stats.verdict`.
+MARGIN = 0.01
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A way to run a computation and an all-reduce.
+
+    backend: of `maco_lib.comm.BACKENDS`, which also decides how many SMs the all-reduce takes; "": the device's default
+    (NCCL or gloo). overlapped: side by side, else the all-reduce and then the computation. urgent: on a side stream of
+    the highest priority (GPUs). compute_first: the computation is issued first, so that it is first to get SMs.
+    """
+
+    backend: str = ""
+    overlapped: bool = True
+    urgent: bool = True
+    compute_first: bool = False
+
+    def on(self, kind: str) -> "Plan":
+        """The same with everything said, for a `kind` of device ("cpu" or "cuda"); a CPU has no urgent streams."""
+        return replace(self, backend=self.backend or DEFAULT_BACKEND[kind], urgent=self.urgent and kind == "cuda")
+
+    def __str__(self) -> str:
+        """ "maco_two_shot_8, overlapped, urgent"."""
+        words = [self.backend or "default backend", "overlapped" if self.overlapped else "sequential"]
+        if self.overlapped:
+            words += ["urgent"] * self.urgent + ["computation first"] * self.compute_first
+        return ", ".join(words)
+
+
+def sequential(kind: str) -> Plan:
+    """What everything is judged against: the default collective, then the computation."""
+    return Plan(overlapped=False).on(kind)
+
+
+def overlapping(kind: str, backends: Iterable[str]) -> list[Plan]:
+    """The overlapping plans that are calibrated on a `kind` of device with these backends."""
+    plans = [Plan(backend).on(kind) for backend in backends]
+    if kind == "cuda":
+        plans += [replace(plan, compute_first=True) for plan in plans]
+        plans.append(Plan(DEFAULT_BACKEND[kind], urgent=False))
+    return plans
+
+
+def shortlist(predicted: Mapping[Plan, float], kind: str) -> list[Plan]:
+    """The plans worth a measurement, at most `MAX_CANDIDATES`: `predicted` has the time of each.
+
+    The default sequential one, the best other sequential one, then the best overlapping ones, one of each backend.
+    """
+    by_time = sorted(predicted, key=lambda plan: (predicted[plan], str(plan)))
+    best_sequential = next(plan for plan in by_time if not plan.overlapped)
+    chosen = list(dict.fromkeys([sequential(kind), best_sequential]))
+    of_backend: dict[str, Plan] = {}
+    for plan in by_time:
+        if plan.overlapped:
+            of_backend.setdefault(plan.backend, plan)
+    return [*chosen, *of_backend.values()][:MAX_CANDIDATES]
+
+
+def choose(measured: Mapping[Plan, float], kind: str) -> Plan:
+    """The plan to keep: overlapped only where that beats the best sequential one by more than `MARGIN`.
+
+    `measured`: time of each, among them `sequential(kind)`; NaN or inf for one that could not be measured.
+    """
+    kept = sequential(kind)
+    for overlapped in (False, True):
+        rivals = [plan for plan in measured if plan.overlapped == overlapped and math.isfinite(measured[plan])]
+        best = min(rivals, key=lambda plan: (measured[plan], str(plan)), default=kept)
+        if measured[best] < (1 - MARGIN) * measured[kept] or not math.isfinite(measured[kept]):
+            kept = best
+    return kept
+
+
+@dataclass
+class Decision:
+    """How a plan was chosen for one key; times in µs of the slowest rank.
+
+    predicted_us: by the model, of every candidate; measured_us: of those measured so far. how: "calls" (on the user's
+    own calls), "tune", or "predicted" (under graph capture, nothing measured). chosen: None while calls are measured.
+    """
+
+    key: str
+    num_bytes: int
+    dtype: str
+    num_ranks: int
+    how: str
+    t_comp_us: float = math.nan
+    predicted_us: dict[Plan, float] = field(default_factory=dict)
+    measured_us: dict[Plan, float] = field(default_factory=dict)
+    chosen: Plan | None = None
+
+
+_DECISIONS: list[Decision] = []
+
+
+def record(decision: Decision) -> Decision:
+    """Add to what `decisions()` tells."""
+    _DECISIONS.append(decision)
+    return decision
+
+
+def decisions() -> list[Decision]:
+    """Every decision of this process, in the order in which they were begun."""
+    return list(_DECISIONS)

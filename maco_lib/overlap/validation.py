@@ -1,0 +1,102 @@
+"""Whether a call of `start` or `overlap` makes sense: errors that name the offending value and the valid ones."""
+
+import weakref
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from maco_lib.comm import DTYPES, backend, collective
+from maco_lib.overlap.plan import Plan
+
+
+def validate(tensor: torch.Tensor, name: str, group: dist.ProcessGroup | None) -> int:
+    """The number of ranks; raises ValueError naming what is wrong with the call on this rank."""
+    collective(name)
+    if not isinstance(tensor, torch.Tensor):
+        raise ValueError(f"{name} takes a torch.Tensor, not {type(tensor).__name__}")
+    if tensor.dtype not in DTYPES.values():
+        raise ValueError(f"{name} of {tensor.dtype}; the types are {', '.join(map(str, DTYPES.values()))}")
+    if not tensor.is_contiguous():
+        raise ValueError(f"{name} needs a contiguous tensor; shape {tuple(tensor.shape)} has strides {tensor.stride()}")
+    num_ranks = dist.get_world_size(group) if dist.is_initialized() else 1
+    if num_ranks < 1:
+        raise ValueError(f"rank {dist.get_rank()} is not in the group given to {name}")
+    if num_ranks == 1:
+        return num_ranks
+    kinds = device_kinds(group)
+    if tensor.device.type not in kinds:
+        where = " or ".join(kinds)
+        raise ValueError(f"tensor is on {tensor.device}, but the {dist.get_backend(group)} group works on {where}")
+    result_shape(name, tensor.shape, num_ranks)
+    return num_ranks
+
+
+def device_kinds(group: dist.ProcessGroup | None) -> list[str]:
+    """Device types the group has a backend for here; "cuda" only where there is a GPU."""
+    kinds = [entry.split(":")[0] for entry in dist.get_backend_config(group).split(",")]
+    return [kind for kind in kinds if kind != "cuda" or torch.cuda.is_available()]
+
+
+def result_shape(name: str, shape: torch.Size, num_ranks: int) -> tuple[int, ...]:
+    """Shape of the result of each rank; ValueError when its first dimension cannot be divided."""
+    if name == "all_reduce":
+        return tuple(shape)
+    if not shape:
+        raise ValueError(f"{name} needs a tensor of at least one dimension")
+    if name in ("reduce_scatter", "all_to_all") and shape[0] % num_ranks:
+        raise ValueError(f"{name}: the first dimension of {tuple(shape)} cannot be divided among {num_ranks} ranks")
+    first = {"reduce_scatter": shape[0] // num_ranks, "all_gather": shape[0] * num_ranks, "all_to_all": shape[0]}[name]
+    return (first, *shape[1:])
+
+
+def check_agreement(tensor: torch.Tensor, name: str, group: dist.ProcessGroup | None) -> None:
+    """Raise ValueError on every rank unless all call the same collective with the same shape and type. Collective."""
+    described: list[Any] = [None] * dist.get_world_size(group)
+    dist.all_gather_object(described, f"{name} of {tuple(tensor.shape)} {tensor.dtype}", group=group)
+    for rank, theirs in enumerate(described):
+        if theirs != described[0]:
+            raise ValueError(f"the ranks disagree: rank 0 calls {described[0]}, rank {rank} calls {theirs}")
+
+
+def require_plan(
+    plan: Plan | str,
+    tensor: torch.Tensor,
+    name: str,
+    group: dist.ProcessGroup | None,
+    num_ranks: int,
+    priority: int = 0,
+    computes: bool = True,
+) -> Plan | str:
+    """The plan with its backend said ("auto" as it is); raises ValueError where it cannot be followed on this rank.
+
+    `computes`: whether the call has a computation to run, as `overlap` has and `start` has not.
+    """
+    if name != "all_reduce":
+        raise ValueError(f"{name} has no plans; plan = {plan!r} is for all_reduce")
+    if priority:
+        raise ValueError(f"priority = {priority} beside a plan: Plan.urgent chooses the stream")
+    if plan == "auto" and computes:
+        return plan
+    if not isinstance(plan, Plan):
+        valid = "a Plan, 'auto' or None" if computes else "a Plan or None ('auto' needs the computation: use overlap)"
+        raise ValueError(f"plan = {plan!r} is not {valid}")
+    if plan.compute_first and not computes:
+        raise ValueError(f"plan = {plan!r}: start has no computation to issue first, use overlap")
+    plan = plan.on(tensor.device.type)
+    backend(plan.backend)
+    if num_ranks > 1 and (why := unavailable(plan.backend, tensor.device, group or dist.group.WORLD)):
+        raise ValueError(f"plan with backend {plan.backend!r}: {why}")
+    return plan
+
+
+_UNAVAILABLE: "weakref.WeakKeyDictionary[dist.ProcessGroup, dict[tuple[str, torch.device], str]]"
+_UNAVAILABLE = weakref.WeakKeyDictionary()
+
+
+def unavailable(name: str, device: torch.device, group: dist.ProcessGroup) -> str:
+    """Why the backend `name` cannot all-reduce here, or ""; asked once."""
+    known = _UNAVAILABLE.setdefault(group, {})
+    if (name, device) not in known:
+        known[name, device] = backend(name).unavailable("all_reduce", device, group) or ""
+    return known[name, device]

@@ -1,0 +1,332 @@
+"""Plans: all give the right result, "auto" settles on the faster one, on every rank the same, and errors are clear."""
+
+import itertools
+import json
+import pathlib
+import time
+
+import pytest
+import torch
+import torch.distributed as dist
+from ranks import run_ranks
+
+from maco_lib import comm
+from maco_lib.overlap import Plan, calibrate, decisions, overlap, start, tune
+from maco_lib.overlap.plan import MAX_CANDIDATES, choose, overlapping, sequential, shortlist
+
+CPU = torch.device("cpu")
+SEQUENTIAL, OVERLAPPED = sequential("cpu"), Plan("gloo", urgent=False)
+
+
+@pytest.fixture
+def cache(tmp_path, monkeypatch) -> pathlib.Path:
+    monkeypatch.setenv("MACO_CACHE", str(tmp_path))
+    return tmp_path
+
+
+def small_grid() -> None:
+    from maco_lib.overlap import calibration
+
+    beside = ((2**16, 64), (2**16, 128), (2**18, 64))
+    calibration.GRIDS["cpu"] = calibration.Grid((2**16, 2**18), beside, budget_s=0.02)
+
+
+# -- which plans to try and to keep ------------------------------------------------------------------------------------
+
+
+def test_a_plan_says_what_it_does():
+    assert str(Plan("maco_two_shot_8")) == "maco_two_shot_8, overlapped, urgent"
+    assert str(Plan(overlapped=False).on("cuda")) == "nccl, sequential"
+    assert str(Plan(urgent=False, compute_first=True).on("cuda")) == "nccl, overlapped, computation first"
+    assert Plan().on("cpu") == OVERLAPPED
+
+
+def test_the_shortlist_is_short_and_has_what_it_is_judged_against():
+    plans = overlapping("cuda", list(comm.BACKENDS))
+    predicted = {plan: 100.0 + index for index, plan in enumerate(plans)}
+    predicted |= {Plan(name, overlapped=False).on("cuda"): 200.0 for name in comm.BACKENDS}
+    faster = Plan("symm_mem_two_shot", overlapped=False)
+    predicted[faster] = 150.0
+    chosen = shortlist(predicted, "cuda")
+    assert len(chosen) == MAX_CANDIDATES and chosen[:2] == [sequential("cuda"), faster]
+    assert chosen[2:] == plans[:3]  # the best of each backend, best first
+    assert shortlist({sequential("cuda"): 1.0}, "cuda") == [sequential("cuda")]
+
+
+def test_overlap_is_kept_only_where_it_beats_the_best_sequential_plan():
+    default, other, overlapped = sequential("cuda"), Plan("copy_engine", overlapped=False), Plan("copy_engine")
+    inf = float("inf")
+    for times, kept in {
+        (100.0, 80.0, 70.0): overlapped,
+        (100.0, 80.0, 79.5): other,
+        (100.0, 80.0, 90.0): other,
+        (100.0, 99.5, 99.2): default,  # within noise nothing replaces what is simpler
+        (100.0, inf, inf): default,
+        (inf, inf, 90.0): overlapped,
+    }.items():
+        assert choose(dict(zip((default, other, overlapped), times, strict=True)), "cuda") == kept
+
+
+# -- running them ------------------------------------------------------------------------------------------------------
+
+
+def every_plan_gives_the_same(rank: int, num_ranks: int) -> None:
+    total, a = sum(range(1, num_ranks + 1)), torch.randn(32, 32)
+    for dtype, overlapped, urgent, compute_first in itertools.product(
+        (torch.float32, torch.bfloat16), *[(True, False)] * 3
+    ):
+        calls = []
+        plan = Plan(overlapped=overlapped, urgent=urgent, compute_first=compute_first)
+        tensor = torch.full((100, 3), rank + 1.0, dtype=dtype)
+        product, summed = overlap(lambda: (calls.append(1), a @ a)[1], tensor, plan=plan)  # noqa: B023
+        assert torch.equal(product, a @ a) and summed is tensor and (tensor == total).all() and calls == [1]
+    handles = [start(torch.full((9,), rank + 1.0), plan=Plan(overlapped=flag), check=True) for flag in (True, False)]
+    assert all((handle.wait() == total).all() for handle in handles)
+
+    tensor = torch.full((4,), rank + 1.0)
+    for plan in (Plan(), Plan(compute_first=True), Plan(overlapped=False)):
+        tensor.fill_(rank + 1.0)
+        with pytest.raises(KeyError):
+            overlap(lambda: {}["nothing"], tensor, plan=plan)
+        assert (tensor == total).all()  # the other ranks are not left waiting
+
+
+def wrong_use_is_refused(rank: int, num_ranks: int) -> None:
+    def message(call) -> str:
+        with pytest.raises(ValueError) as caught:
+            call()
+        return str(caught.value)
+
+    x = torch.full((8,), rank + 1.0)
+    unknown = message(lambda: overlap(int, x, plan=Plan("telepathy")))
+    assert "'telepathy'" in unknown and "symm_mem_two_shot" in unknown
+    assert "GPU" in message(lambda: overlap(int, x, plan=Plan("nccl")))
+    assert "GPU" in message(lambda: start(x, plan=Plan("symm_mem_two_shot")))
+    assert "plan = 'fastest'" in message(lambda: overlap(int, x, plan="fastest"))
+    assert "use overlap" in message(lambda: start(x, plan="auto"))
+    assert "use overlap" in message(lambda: start(x, plan=Plan(compute_first=True)))
+    for plan in (Plan(), "auto"):
+        assert "reduce_scatter has no plans" in message(lambda: overlap(int, x, "reduce_scatter", plan=plan))  # noqa: B023
+        assert "priority = -1" in message(lambda: overlap(int, x, plan=plan, priority=-1))  # noqa: B023
+        assert "contiguous" in message(lambda: overlap(int, torch.ones(4, 4).t(), plan=plan))  # noqa: B023
+        assert "on meta" in message(lambda: overlap(int, torch.ones(4, device="meta"), plan=plan))  # noqa: B023
+        differs = message(lambda: overlap(int, torch.ones(8 + rank), plan=plan, check=True))  # noqa: B023
+        assert "rank 0 calls all_reduce of (8,)" in differs and "rank 1 calls all_reduce of (9,)" in differs
+    assert "key = 'layer'" in message(lambda: overlap(int, x, plan=Plan(), key="layer"))
+    assert "torch.int64" in message(lambda: tune(int, torch.zeros(3, dtype=torch.long)))
+    assert (x == rank + 1.0).all()
+
+    alone = [dist.new_group([other]) for other in range(num_ranks)][rank]
+    assert overlap(lambda: 42, x, group=alone, plan="auto")[0] == 42 and (x == rank + 1.0).all()
+    assert tune(int, x, alone) == SEQUENTIAL
+
+
+def running_plans(rank: int, num_ranks: int) -> None:
+    every_plan_gives_the_same(rank, num_ranks)
+    wrong_use_is_refused(rank, num_ranks)
+
+
+def test_plans_on_two_ranks():
+    run_ranks(running_plans)
+
+
+# -- auto --------------------------------------------------------------------------------------------------------------
+
+
+def timed(tensor_us: float, plans: dict[Plan, float]):
+    """Let the trials see these times instead of what the clock says: of the computation, and of each plan."""
+    from maco_lib.overlap import auto
+
+    def collect(self) -> None:
+        if self.running is not None:
+            plan, _ = self.running
+            self.running = None
+            if self.candidates:
+                self.times_us[plan].append(plans[plan])
+            else:
+                self.t_comp_us.append(tensor_us)
+
+    auto.Trial.collect = collect
+
+
+def until_settled(rank: int, num_ranks: int, key: str) -> tuple[Plan, list[Plan], int]:
+    """(chosen, plan of each call, number of calls) of `auto` on a small tensor; every call is checked."""
+    from maco_lib.overlap import auto, streams
+
+    ran, run_plan = [], streams.run_plan
+    streams.run_plan = lambda plan, *rest: (ran.append(plan), run_plan(plan, *rest))[1]
+    tensor, calls = torch.empty(1000), []
+    planner = auto.planner(None, CPU)
+    for number in range(1, 100):
+        tensor.fill_(rank + 1.0)
+        result, summed = overlap(lambda: (calls.append(1), "result")[1], tensor, plan="auto", key=key)
+        assert result == "result" and summed is tensor and (tensor == sum(range(1, num_ranks + 1))).all()
+        assert len(calls) == number == len(ran)
+        if planner.trials[key, 4000, "torch.float32", False].decision.chosen:
+            break
+    streams.run_plan = run_plan
+    return decisions()[-1].chosen, ran, number
+
+
+def auto_settles(rank: int, num_ranks: int) -> None:
+    small_grid()
+    calibrate(CPU)
+    # Each rank alone would choose another plan: the slowest rank counts.
+    timed(50.0, {SEQUENTIAL: 100.0, OVERLAPPED: 120.0 if rank else 60.0})
+    chosen, ran, number = until_settled(rank, num_ranks, "hurts")
+    assert chosen == SEQUENTIAL == ran[-1] and ran[:3] == [SEQUENTIAL] * 3 and OVERLAPPED in ran
+    decision = decisions()[-1]
+    assert decision.key == "hurts" and decision.how == "calls" and decision.t_comp_us == 50.0
+    assert decision.measured_us == {SEQUENTIAL: 100.0, OVERLAPPED: 120.0} and set(decision.predicted_us) >= {SEQUENTIAL}
+    timed(50.0, {SEQUENTIAL: 100.0, OVERLAPPED: 70.0 + 10 * rank})
+    chosen, ran, _ = until_settled(rank, num_ranks, "helps")
+    assert chosen == OVERLAPPED == ran[-1]
+    x = torch.full((1000,), rank + 1.0)
+    count = len(decisions())
+    overlap(lambda: None, x, plan="auto", key="hurts")  # known from now on
+    assert len(decisions()) == count == 2
+
+    # A computation that fails in the midst is told, and the trial goes on.
+    def fail() -> None:
+        raise KeyError("compute failed")
+
+    for _ in range(2):
+        with pytest.raises(KeyError):
+            overlap(fail, x, plan="auto", key="helps, but fails")
+    until_settled(rank, num_ranks, "helps, but fails")
+
+
+def tuning_finds_out(rank: int, num_ranks: int) -> None:
+    """A computation that cannot be overlapped without harm: it is slow while the all-reduce is under way."""
+    from maco_lib.overlap import auto, streams
+
+    small_grid()
+    tensor, under_way, launch = torch.full((1000,), 7.0), [], streams.launch
+
+    def watched(run, *rest, **named):
+        under_way.append(1)
+        return launch(run, *rest, **named)
+
+    def compute() -> None:
+        time.sleep(0.03 if under_way else 0.002)
+        under_way.clear()
+
+    streams.launch = watched
+    assert tune(compute, tensor, budget_s=0.1) == SEQUENTIAL
+    assert (tensor == 7.0).all()
+    decision = decisions()[-1]
+    assert decision.how == "tune" and ".compute:" in decision.key
+    assert decision.measured_us[OVERLAPPED] > 2 * decision.measured_us[SEQUENTIAL] > 2000
+    streams.launch = launch
+    calls: list[int] = []
+    assert tune(lambda: calls.append(1), tensor, key="named") in (SEQUENTIAL, OVERLAPPED)
+    tensor.fill_(rank + 1.0)
+    calls.clear()
+    overlap(lambda: calls.append(1), tensor, plan="auto", key="named")
+    assert calls == [1] and (tensor == 3.0).all() and len(decisions()) == 2
+    # Where nothing can be measured: by the model for a known key, else sequential.
+    planner = auto.planner(None, CPU)
+    assert planner.foretell(("never seen", 4000, "torch.float32", False)) == SEQUENTIAL
+    assert planner.foretell(("named", 2000, "torch.float32", False)) in (SEQUENTIAL, OVERLAPPED)
+    foretold = decisions()[-1]
+    assert foretold.how == "predicted" and set(foretold.predicted_us) == {SEQUENTIAL, OVERLAPPED}
+
+
+def test_auto_settles_on_the_faster_plan_and_on_every_rank_the_same(cache):
+    run_ranks(auto_settles)
+
+
+def test_tuning_measures_at_once(cache):
+    run_ranks(tuning_finds_out)
+
+
+# -- calibration -------------------------------------------------------------------------------------------------------
+
+
+def calibrations(rank: int, num_ranks: int) -> None:
+    from maco_lib.overlap import calibration
+
+    small_grid()
+    measured, measure = [], calibration.measure
+    calibration.measure = lambda *rest: (measured.append(1), measure(*rest))[1]
+
+    def again(force: bool = False) -> calibration.Calibration:
+        calibration._CALIBRATIONS.clear()  # as in a new process
+        return calibration.calibrate(CPU, force=force)
+
+    first = again()
+    assert measured == [1] and set(first.stretches) == {OVERLAPPED} and first.unusable == {}
+    predicted = first.predictions(2**17, 1000.0, False)
+    assert set(predicted) == {SEQUENTIAL, OVERLAPPED}
+    assert predicted[SEQUENTIAL] == pytest.approx(1000.0 + first.all_reduce["staged"]["gloo"](2**17))
+    assert again().to_json() == first.to_json() and measured == [1]
+    assert calibration.calibrate(CPU) is calibration.calibrate(CPU)
+
+    (path,) = pathlib.Path(calibration.default_cache(), "calibration").iterdir()
+    assert "-2-ranks.json" in path.name
+    content = json.loads(path.read_text())
+    assert content["provenance"]["versions"]["torch"] and content["provenance"]["made_for"]["all_reduces_sha256"]
+    for damage in ('{"kind": "cpu"', json.dumps({**content, "plans": None})):
+        dist.barrier()
+        path.write_text(damage)
+        dist.barrier()
+        again()
+    assert len(measured) == 3
+    versions = calibration.LIBRARIES
+    calibration.LIBRARIES = ("numpy",)  # as if a version had changed
+    again()
+    again()
+    assert len(measured) == 4
+    calibration.LIBRARIES = versions
+    again(force=True)
+    assert len(measured) == 5
+    dist.barrier()
+
+
+def test_calibration_is_kept_and_refreshed(cache):
+    run_ranks(calibrations)
+
+
+@pytest.mark.gpu(num_gpus=2)
+def test_plans_on_two_gpus(cache):
+    run_ranks(plans_on_gpus, backend="nccl", timeout_s=240)
+
+
+def plans_on_gpus(rank: int, num_ranks: int) -> None:
+    """Every backend's plans on plain and symmetric tensors, several in flight, and captured after `tune`."""
+    device, group = torch.device("cuda", rank), dist.group.WORLD
+    total, a = sum(range(1, num_ranks + 1)), torch.randn(512, 512, device=device)
+    plain = torch.empty(2**18, device=device, dtype=torch.bfloat16)
+    tensors = [plain, comm.symmetric_empty((2**18,), torch.bfloat16, device, group)]
+    exact, bound = a.double() @ a.double(), (2 + 512**0.5) * torch.finfo(torch.float32).eps
+    names = comm.available("all_reduce", device, group)
+
+    def right(product: torch.Tensor) -> bool:
+        return float((product.double() - exact).norm() / exact.norm()) <= bound
+
+    for plan in [*overlapping("cuda", names), *(Plan(name, overlapped=False) for name in names)]:
+        for tensor in tensors:
+            tensor.fill_(rank + 1.0)
+            product, summed = overlap(lambda: a @ a, tensor, plan=plan)
+            assert (summed == total).all() and right(product), f"{plan}"
+    flights = [torch.full((2**16,), rank + 1.0, device=device) for _ in range(6)]
+    plans = [Plan("symm_mem_two_shot"), Plan("maco_two_shot_8", urgent=False), Plan("maco_staged", overlapped=False)]
+    handles = [start(tensor, plan=plan) for tensor, plan in zip(flights, plans * 2, strict=True)]
+    assert all((handle.wait() == total).all() for handle in reversed(handles))
+
+    for tensor in tensors:
+        plan = tune(lambda: a @ a, tensor, key="captured")
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+            product, _ = overlap(lambda: a @ a, tensor, plan="auto", key="captured")
+        for _ in range(3):
+            tensor.fill_(rank + 1.0)
+            graph.replay()
+            torch.cuda.synchronize()
+            assert (tensor == total).all() and right(product), f"{plan}"
+        graph.reset()
+    for call in range(50):
+        plain.fill_(rank + 1.0)
+        product, _ = overlap(lambda: a @ a, plain, plan="auto", key="calls")
+        assert (plain == total).all() and right(product), f"call {call}"
+    assert decisions()[-1].how == "calls" and decisions()[-1].chosen

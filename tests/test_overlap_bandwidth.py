@@ -61,7 +61,7 @@ def test_bandwidth_sizes_double_and_the_published_ones_are_always_there():
         (overlap, {"sweep_comm_bytes": [2**40], "sweep_matmul_n": [64]}, "comm_bytes = 1099511627776 .* GiB"),
         (overlap, {"sweep_comm_bytes": [1024], "sweep_matmul_n": [200_000]}, "matmul_n = 200000 needs"),
         (overlap, {"sweep_comm_bytes": [10], "sweep_matmul_n": [64]}, "comm_bytes = 10 "),
-        (overlap, {"methods": ["sequential", "telepathy"]}, "'telepathy'.*maco_staged_stream"),
+        (overlap, {"methods": ["sequential", "telepathy"]}, "'telepathy'.*maco_staged_8_stream"),
         (overlap, {"sweep_methods": ["two_stream"]}, "'sequential'"),
         (bandwidth, {"max_bytes": 2**38}, "all_reduce of .* GiB"),
         (bandwidth, {"min_bytes": 4096, "max_bytes": 1024}, "min_bytes = 4096"),

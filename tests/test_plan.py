@@ -35,7 +35,7 @@ def small_grid() -> None:
 
 
 def test_a_plan_says_what_it_does():
-    assert str(Plan("maco_two_shot_8")) == "maco_two_shot_8, overlapped, urgent"
+    assert str(Plan("maco_push_64")) == "maco_push_64, overlapped, urgent"
     assert str(Plan(overlapped=False).on("cuda")) == "nccl, sequential"
     assert str(Plan(urgent=False, compute_first=True).on("cuda")) == "nccl, overlapped, computation first"
     assert Plan().on("cpu") == OVERLAPPED
@@ -310,7 +310,7 @@ def plans_on_gpus(rank: int, num_ranks: int) -> None:
             product, summed = overlap(lambda: a @ a, tensor, plan=plan)
             assert (summed == total).all() and right(product), f"{plan}"
     flights = [torch.full((2**16,), rank + 1.0, device=device) for _ in range(6)]
-    plans = [Plan("symm_mem_two_shot"), Plan("maco_two_shot_8", urgent=False), Plan("maco_staged", overlapped=False)]
+    plans = [Plan("symm_mem_two_shot"), Plan("maco_push_64", urgent=False), Plan("maco_staged_8", overlapped=False)]
     handles = [start(tensor, plan=plan) for tensor, plan in zip(flights, plans * 2, strict=True)]
     assert all((handle.wait() == total).all() for handle in reversed(handles))
 

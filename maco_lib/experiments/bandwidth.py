@@ -17,11 +17,15 @@ def measure(point: dict[str, Any], context: Context) -> Result:
     seed = decided(random.getrandbits(32), group)
     reference = comm.Reference(name, numel, dtype, device, context.rank, context.num_ranks, seed)
     arms, errors = [], {}
-    for backend in decided(comm.available(name, device, group), group):
-        operation = comm.backend(backend).operation(name, numel, dtype, device, group)
+    asked = point["backends"].split(",") if "backends" in point else decided(comm.available(name, device, group), group)
+    for backend in asked:
+        entry = comm.backend(backend)
+        error = first_error(entry.unavailable(name, device, group) or "", group)
         try:
-            error = comm.check(operation, reference)
-        except RuntimeError as failure:
+            if not error:
+                operation = entry.operation(name, numel, dtype, device, group)
+                error = comm.check(operation, reference)
+        except (RuntimeError, ValueError) as failure:
             error = f"{type(failure).__name__}: {failure}"
         errors[backend] = first_error(error, group)
         if errors[backend]:

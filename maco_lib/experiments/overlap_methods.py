@@ -22,15 +22,22 @@ METHODS: dict[str, dict[str, Plan | str]] = {
         "two_stream_priority": Plan(),
         "two_stream_cta4": Plan("nccl_cta4", urgent=False),
         "two_stream_cta8": Plan("nccl_cta8", urgent=False),
-        "nccl_symmetric_stream": Plan("nccl_symmetric"),
         "two_shot_stream": Plan("symm_mem_two_shot"),
-        "maco_two_shot_8_stream": Plan("maco_two_shot_8"),
-        "maco_two_shot_24_stream": Plan("maco_two_shot_24"),
-        "maco_staged_stream": Plan("maco_staged"),
-        "copy_engine_stream": Plan("copy_engine"),
-        "vllm_custom_stream": Plan("vllm_custom"),
+        **{
+            f"{backend}_stream": Plan(backend)
+            for backend in (
+                "nccl_symmetric",
+                "vllm_custom",
+                "maco_pull_8",
+                "maco_push_64",
+                "maco_push_128",
+                "maco_staged_8",
+                "maco_staged_12",
+                "copy_engine",
+            )
+        },
         "auto": "auto",
-    },
+    },  # fmt: skip
     "published": {
         "sequential": Plan(overlapped=False),
         "sequential_unsynchronised": Plan(overlapped=False),
@@ -42,7 +49,7 @@ HOST_WAITS = {("published", "sequential")}
 DEVICE_METHODS = {"cpu": ["sequential", "two_stream", "auto"], "cuda": list(METHODS["device"])}
 SWEEP_METHODS = {
     "cpu": ["sequential", "two_stream", "auto"],
-    "cuda": ["sequential", "two_stream", "two_shot_stream", "maco_two_shot_8_stream", "maco_staged_stream", "auto"],
+    "cuda": ["sequential", "two_stream", "two_shot_stream", "maco_push_64_stream", "maco_staged_8_stream", "auto"],
 }
 # What was compared before there were plans, and is asked for where no methods are named: what was measured then, on
 # machines that are not at hand, stays what it is.
@@ -57,12 +64,12 @@ IDEAL_BACKENDS = {
     "cpu": ["gloo"],
     "cuda": [
         "nccl", "nccl_cta4", "nccl_cta8", "nccl_symmetric", "symm_mem_one_shot", "symm_mem_two_shot",
-        "maco_two_shot_8", "maco_two_shot_24", "maco_push_32", "maco_staged", "copy_engine", "vllm_custom",
+        "maco_pull_8", "maco_push_64", "maco_push_128", "maco_staged_8", "maco_staged_12", "copy_engine", "vllm_custom",
     ],
 }  # fmt: skip
 SWEEP_IDEAL_BACKENDS = {
     "cpu": ["gloo"],
-    "cuda": ["nccl", "symm_mem_one_shot", "symm_mem_two_shot", "maco_two_shot_24", "maco_two_shot_8"],
+    "cuda": ["nccl", "nccl_symmetric", "symm_mem_one_shot", "symm_mem_two_shot", "maco_push_64", "maco_push_128"],
 }
 
 __all__ = [

@@ -1,7 +1,11 @@
-"""How long a matmul takes when it does not get all SMs: the tax that communication on SMs imposes, by itself."""
+"""How long a matmul takes when it does not get all SMs: the tax that communication on SMs imposes, by itself.
+
+On a CPU, where gloo's threads take cores, the same with fewer threads.
+"""
 
 import functools
 import math
+import os
 from collections.abc import Callable
 from typing import Any
 
@@ -42,6 +46,10 @@ def measure(point: dict[str, Any], context: Context) -> Result:
             ways += [("held", num_sms, part) for num_sms in NUM_SMS for part in HOLDS]
             arms += [Arm(str(way), held(matmul, way[1], way[2] * alone, device)) for way in ways[1:]]
             arms.append(Arm("head start", head_start))
+        elif technique == "threads":
+            cores = len(os.sched_getaffinity(0))
+            ways += [(technique, taken, 1.0) for taken in (1, *NUM_SMS) if taken < cores]
+            arms = [Arm(str(way), matmul, functools.partial(torch.set_num_threads, cores - way[1])) for way in ways]
         else:
             ways += [(technique, num_sms, 1.0) for num_sms in NUM_SMS]
             arms += [Arm(str(way), {"carveout": carved, "green_context": confined}[technique](matmul, way[1], device))

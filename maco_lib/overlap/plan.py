@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 
 DEFAULT_BACKEND = {"cpu": "gloo", "cuda": "nccl"}
 # What a user's work is tried with before one plan is kept: each costs a few calls.
-MAX_CANDIDATES = 5
+MAX_CANDIDATES = 7
 # A plan replaces a simpler one if it is faster by more than this, as in `stats.verdict`.
 MARGIN = 0.01
 
@@ -33,7 +33,7 @@ class Plan:
         return replace(self, backend=self.backend or DEFAULT_BACKEND[kind], urgent=self.urgent and kind == "cuda")
 
     def __str__(self) -> str:
-        """ "maco_two_shot_8, overlapped, urgent"."""
+        """Its parts: "maco_push_64, overlapped, urgent"."""
         words = [self.backend or "default backend", "overlapped" if self.overlapped else "sequential"]
         if self.overlapped:
             words += ["urgent"] * self.urgent + ["computation first"] * self.compute_first
@@ -49,8 +49,8 @@ def overlapping(kind: str, backends: Iterable[str]) -> list[Plan]:
     """The overlapping plans that are calibrated on a `kind` of device with these backends."""
     plans = [Plan(backend).on(kind) for backend in backends]
     if kind == "cuda":
-        plans += [replace(plan, compute_first=True) for plan in plans]
-        plans.append(Plan(DEFAULT_BACKEND[kind], urgent=False))
+        # What order and priority do is shown by the default collective; the SMs go to whoever comes first.
+        plans += [Plan(DEFAULT_BACKEND[kind], compute_first=True), Plan(DEFAULT_BACKEND[kind], urgent=False)]
     return plans
 
 

@@ -10,6 +10,7 @@ import pandera.pandas as pa
 from pydantic import Field
 from scipy.optimize import nnls
 
+from maco_lib.experiments.overlap_methods import IDEAL_BACKENDS
 from maco_lib.machine import Machine
 from maco_lib.study.sections.memory import BYTES_PER_ELEMENT, require, resolve_ranks, too_few_ranks
 from maco_lib.study.spec import Dataset, Derived, Parameters, Point, Section
@@ -25,6 +26,7 @@ class BandwidthParameters(Parameters):
     collectives: list[Collective] = Field(
         ["all_reduce", "reduce_scatter", "all_gather", "all_to_all"], description="which collectives"
     )
+    all_reduces: list[str] = Field([], description="backends of the all-reduce; []: those that work here")
     min_bytes: int = Field(8 * KIB, ge=1, description="smallest size; the sizes are its doublings")
     max_bytes: int = Field(16 * MIB, ge=1, description="largest size; the published 8, 32, 64 MiB all-reduces run too")
     dtype: Literal["bf16", "fp32"] = Field("bf16", description="type of the tensors; published: bf16")
@@ -47,12 +49,15 @@ def points(parameters: BandwidthParameters, machine: Machine) -> list[Point]:
             size -= size % (16 * num_ranks)
             if size == 0:
                 raise ValueError(f"min_bytes = {parameters.min_bytes} is below 16 bytes for each of {num_ranks} ranks")
-            # Source and result of up to five backends, and the reference in wider types.
-            require(f"{collective} of {size} bytes", size * (8 + 20 / itemsize), machine, num_ranks)
-            asked.append({
+            # Buffers of the backends, many of which share one, and the reference in wider types.
+            require(f"{collective} of {size} bytes", size * (12 + 20 / itemsize), machine, num_ranks)
+            point = {
                 "collective": collective, "bytes": size, "dtype": parameters.dtype,
                 "budget_s": parameters.budget_s, "min_iterations": parameters.min_iterations,
-            })  # fmt: skip
+            }  # fmt: skip
+            if collective == "all_reduce" and parameters.all_reduces:
+                point["backends"] = ",".join(parameters.all_reduces)
+            asked.append(point)
     return asked
 
 
@@ -145,6 +150,7 @@ FIT = Derived(
     inputs=("bandwidth",),
     compute=bandwidth_fit,
 )
+EVERY = {"all_reduces": IDEAL_BACKENDS["cuda"]}
 SECTION = Section(
     name="bandwidth",
     title="3. Communication bandwidth",
@@ -153,12 +159,12 @@ SECTION = Section(
     profiles={
         "smoke": {
             "cpu": {"max_bytes": 128 * KIB, "budget_s": 0.02, "collectives": ["all_reduce", "all_gather"]},
-            "cuda": {"max_bytes": 8 * MIB, "budget_s": 0.05},
+            "cuda": {"max_bytes": 8 * MIB, "budget_s": 0.05, **EVERY},
         },
-        "standard": {"cpu": {"budget_s": 0.4}, "cuda": {"max_bytes": 256 * MIB, "budget_s": 0.1}},
+        "standard": {"cpu": {"budget_s": 0.4}, "cuda": {"max_bytes": 256 * MIB, "budget_s": 0.1, **EVERY}},
         "full": {
             "cpu": {"max_bytes": 64 * MIB, "budget_s": 1.0, "num_launches": 3},
-            "cuda": {"max_bytes": GIB, "budget_s": 0.1, "num_launches": 3},
+            "cuda": {"max_bytes": GIB, "budget_s": 0.1, "num_launches": 3, **EVERY},
         },
     },
     datasets=(BANDWIDTH,),

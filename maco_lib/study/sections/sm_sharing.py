@@ -1,11 +1,12 @@
-"""The table `sm_sharing` of section 1: a matmul's time when SMs are taken from it, in several ways (one GPU)."""
+"""The table `sm_sharing` of section 1: a matmul's time when SMs (or a CPU's cores) are taken from it; one device."""
 
 import pandera.pandas as pa
 
 from maco_lib.machine import Machine
 from maco_lib.study.spec import Dataset, Point, SectionParameters
 
-TECHNIQUES = ("held", "carveout", "green_context")
+TECHNIQUES = {"cuda": ("held", "carveout", "green_context"), "cpu": ("threads",)}
+EVERY = [name for names in TECHNIQUES.values() for name in names]
 
 
 def points(parameters: SectionParameters, machine: Machine) -> list[Point]:
@@ -27,8 +28,8 @@ SM_SHARING = Dataset(
         {
             "point_key": pa.Column(str),
             "matmul_n": pa.Column(int, pa.Check.gt(0)),
-            "asked": pa.Column(str, pa.Check.isin(TECHNIQUES)),
-            "technique": pa.Column(str, pa.Check.isin([*TECHNIQUES, "alone"])),
+            "asked": pa.Column(str, pa.Check.isin(EVERY)),
+            "technique": pa.Column(str, pa.Check.isin([*EVERY, "alone"])),
             "num_sms": pa.Column(int, pa.Check.ge(0)),
             # Of the time of the matmul alone; 1 for what lasts as long as the matmul does.
             "hold_part": pa.Column(float, pa.Check.in_range(0, 1)),
@@ -46,7 +47,6 @@ SM_SHARING = Dataset(
     index=("matmul_n", "asked", "technique", "num_sms", "hold_part"),
     points=points,
     num_ranks=lambda parameters, machine: 1,
-    unavailable=unavailable,
     group=lambda point: (point["technique"],),
     launches=lambda parameters, point: 1,
 )

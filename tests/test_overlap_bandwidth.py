@@ -1,5 +1,6 @@
 """Sections 1 and 3: what they ask for, that a wrong arm is reported and never timed, and the fit."""
 
+import os
 import pathlib
 
 import numpy as np
@@ -95,7 +96,7 @@ def measure_with_a_wrong_arm(rank: int, num_ranks: int) -> None:
 
         return Arm(name, run, arm.prepare) if name == "two_stream" else arm
 
-    context = Context(rank, num_ranks, torch.device("cpu"), dist.group.WORLD, pathlib.Path("unused"))
+    context = Context(rank, num_ranks, torch.device("cpu"), dist.group.WORLD, pathlib.Path(os.devnull))
     point = {
         "configuration": "sweep", "comm_bytes": 4096, "matmul_n": 64, "protocol": "device", "dtype": "bf16",
         "methods": "sequential,two_stream,two_shot_stream,auto", "budget_s": 0.01, "min_iterations": 5,

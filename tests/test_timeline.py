@@ -1,5 +1,6 @@
 """The timeline of section 1: what a trace's events are, that a program's rows fit the table, rows of the figure."""
 
+import os
 import pathlib
 
 import pandas as pd
@@ -35,7 +36,7 @@ def profiled(rank: int, num_ranks: int) -> None:
     from maco_lib.experiments import overlap_timeline
     from maco_lib.experiments.worker import Context
 
-    context = Context(rank, num_ranks, torch.device("cpu"), dist.group.WORLD, pathlib.Path("unused"))
+    context = Context(rank, num_ranks, torch.device("cpu"), dist.group.WORLD, pathlib.Path(os.devnull))
     point = {
         "configuration": "sweep", "comm_bytes": 65536, "matmul_n": 128, "dtype": "bf16",
         "methods": "sequential,two_stream,two_shot_stream",

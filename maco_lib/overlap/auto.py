@@ -17,7 +17,8 @@ import torch
 import torch.distributed as dist
 
 from maco_lib.overlap import streams
-from maco_lib.overlap.calibration import Calibration, calibrate, median_us, zero_copy
+from maco_lib.overlap.calibration import Calibration, calibrate
+from maco_lib.overlap.measure import in_symmetric_memory, median_us
 from maco_lib.overlap.plan import Decision, Plan, choose, record, sequential, shortlist
 from maco_lib.overlap.validation import require_plan, validate
 from maco_lib.timing import Arm, first_error, gather, interleave
@@ -122,7 +123,7 @@ class Planner:
 
     def identify(self, compute: Callable, tensor: torch.Tensor, key: Hashable) -> tuple[str, int, str, bool]:
         """What has a plan of its own: (name, bytes, type, whether the tensor is in symmetric memory)."""
-        return name_of(compute, key), tensor.nbytes, str(tensor.dtype), zero_copy(tensor, self.group)
+        return name_of(compute, key), tensor.nbytes, str(tensor.dtype), in_symmetric_memory(tensor, self.group)
 
     def decide(self, which: tuple, how: str) -> Decision:
         name, num_bytes, dtype, _ = which

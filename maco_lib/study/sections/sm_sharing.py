@@ -10,13 +10,10 @@ EVERY = [name for names in TECHNIQUES.values() for name in names]
 
 
 def points(parameters: SectionParameters, machine: Machine) -> list[Point]:
-    """Each technique at each n, in the device protocol."""
+    """Each of the machine's techniques at each n, in the device protocol."""
     how = {"budget_s": parameters.budget_s, "min_iterations": parameters.min_iterations}
-    return [{"matmul_n": n, "technique": technique, **how} for technique in TECHNIQUES for n in parameters.sm_sharing_n]
-
-
-def unavailable(parameters: SectionParameters, machine: Machine) -> str | None:
-    return None if machine.kind == "cuda" else "a CPU has no SMs to share"
+    techniques = TECHNIQUES[machine.kind]
+    return [{"matmul_n": n, "technique": technique, **how} for technique in techniques for n in parameters.sm_sharing_n]
 
 
 TIME = pa.Column(float, pa.Check.gt(0), nullable=True)

@@ -96,7 +96,8 @@ def measure_with_a_wrong_arm(rank: int, num_ranks: int) -> None:
 
         return Arm(name, run, arm.prepare) if name == "two_stream" else arm
 
-    context = Context(rank, num_ranks, torch.device("cpu"), dist.group.WORLD, pathlib.Path(os.devnull))
+    events = pathlib.Path(os.environ["MACO_CACHE"], "events.jsonl")
+    context = Context(rank, num_ranks, torch.device("cpu"), dist.group.WORLD, events)
     point = {
         "configuration": "sweep", "comm_bytes": 4096, "matmul_n": 64, "protocol": "device", "dtype": "bf16",
         "methods": "sequential,two_stream,two_shot_stream,auto", "budget_s": 0.01, "min_iterations": 5,

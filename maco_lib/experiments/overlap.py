@@ -37,12 +37,14 @@ def measure(point: dict[str, Any], context: Context) -> Result:
 
 def planned(problem: Problem, name: str, errors: dict[str, str]) -> Plan | None:
     """The plan of a method; None where the planner failed, with `errors[name]` saying why. Collective."""
+    doing = problem.context.doing
     if METHODS[problem.protocol][name] == "auto":
-        problem.context.note("auto: choosing a plan")
+        problem.context.note(f"{doing}: choosing a plan")
     try:
         plan, why = problem.plan(name), ""
     except (RuntimeError, ValueError) as error:
         plan, why = None, f"{type(error).__name__}: {error}"
+    problem.context.doing = doing
     errors[name] = first_error(why, problem.group)
     return None if errors[name] else plan
 

@@ -31,7 +31,7 @@ class Nccl:
             return f"NCCL runs on GPUs, these ranks are on {device.type}"
         if "nccl" not in dist.get_backend(group):
             return f"the process group's backend is {dist.get_backend(group)}, not nccl"
-        return None
+        return None if self.max_ctas is None else partial_group(self.name, group) or None
 
     def operation(
         self, name: str, numel: int, dtype: torch.dtype, device: torch.device, group: dist.ProcessGroup
@@ -44,6 +44,13 @@ class Nccl:
         """Sum `tensor` in place on the current stream; collective itself when the limited communicator is made."""
         limited = group if self.max_ctas is None else limited_group(group, self.max_ctas)
         return c10d.issue("all_reduce", tensor, tensor, limited, async_op)
+
+
+def partial_group(name: str, group: dist.ProcessGroup) -> str:
+    """Why a backend that makes a communicator of its own is not for `group`, or "": all ranks must take part in it."""
+    if group.size() == dist.get_world_size():
+        return ""
+    return f"{name} makes a communicator, which takes all {dist.get_world_size()} ranks; the group has {group.size()}"
 
 
 _LIMITED: "weakref.WeakKeyDictionary[dist.ProcessGroup, dict[int, dist.ProcessGroup]]" = weakref.WeakKeyDictionary()

@@ -19,8 +19,9 @@ import torch
 import torch.distributed as dist
 
 from maco_lib.comm import c10d
+from maco_lib.comm.nccl import partial_group
 from maco_lib.comm.record import Operation, collective
-from maco_lib.comm.symmetric import MIN_WORKSPACE, unreachable
+from maco_lib.comm.symmetric import ALIGNMENT, MIN_WORKSPACE, unreachable
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 MIN_NCCL = (2, 27)
@@ -132,6 +133,8 @@ class NcclSymmetric:
             return why
         if "nccl" not in dist.get_backend(group):
             return f"the process group's backend is {dist.get_backend(group)}, not nccl"
+        if why := partial_group(self.name, group):
+            return why
         version = torch.cuda.nccl.version()
         if version[:2] < MIN_NCCL:
             return f"{self.name} needs NCCL {'.'.join(map(str, MIN_NCCL))}, this is {'.'.join(map(str, version))}"
@@ -170,12 +173,14 @@ class NcclSymmetric:
     def all_reduce(self, tensor: torch.Tensor, group: dist.ProcessGroup, async_op: bool = False) -> None:
         """Sum contiguous `tensor` in place on the current stream; without a copy if it came from `empty`.
 
+        (And, where it is a part of such a tensor, if it begins at 16 bytes.)
         The first call, and the first beyond the workspace's size, is collective on the host: make it before a graph is
         captured. `async_op` changes nothing: the stream orders it.
         """
         self.require("all_reduce", tensor.dtype)
         owner, flat = memory(group, tensor.device, self.num_ctas), tensor.view(-1)
-        if owner.holds(flat):
+        # NCCL 2.28 sums a part of a window that begins within an access wrongly.
+        if owner.holds(flat) and flat.data_ptr() % ALIGNMENT == 0:
             owner.sum(flat)
             return
         staged = owner.staging(flat.numel(), flat.dtype)

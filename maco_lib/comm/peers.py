@@ -23,7 +23,7 @@ class Peers:
     def __init__(self, group: dist.ProcessGroup, device: torch.device):
         from maco_lib.kernels import meet  # needs Triton
 
-        self.group, self.device = group, device
+        self.memory, self.device = memory(group, device), device
         self.rank, self.num_ranks = group.rank(), group.size()
         self.others = [(self.rank + step) % self.num_ranks for step in range(1, self.num_ranks)]
         self.own_flags = symmetric.empty(meet.NUM_FLAGS, dtype=torch.int32, device=device).zero_()
@@ -54,7 +54,7 @@ class Peers:
     def inboxes(self, num_bytes: int) -> Region:
         """Where peers leave data for this rank, at least `num_bytes`; collective when it has to grow."""
         if self.inbox is None or self.inbox.base.nbytes < num_bytes:
-            self.inbox = memory(self.group, self.device).allocate(1 << (num_bytes - 1).bit_length())
+            self.inbox = self.memory.allocate(1 << (num_bytes - 1).bit_length())
         return self.inbox
 
     def sum(

@@ -44,6 +44,5 @@ SM_SHARING = Dataset(
     index=("matmul_n", "asked", "technique", "num_sms", "hold_part"),
     points=points,
     num_ranks=lambda parameters, machine: 1,
-    group=lambda point: (point["technique"],),
     launches=lambda parameters, point: 1,
 )

@@ -57,6 +57,30 @@ def overlap_timeline() -> pd.DataFrame:
     ])  # fmt: skip
 
 
+def sm_sharing() -> pd.DataFrame:
+    """SMs are free to hold for 40 % of the matmul; from then on, and taken by other means, they cost."""
+    rows = []
+    for asked in ("held", "carveout", "green_context"):
+        taken = [("alone", 0, 0.0, 0.0)]
+        for num_sms in (4, 32):
+            if asked == "held":
+                taken += [(asked, num_sms, part, max(0.0, part - 0.4) / 4) for part in (0.2, 0.4, 0.6, 0.8, 1.0)]
+            else:
+                taken.append((asked, num_sms, 1.0, 0.1))
+        failed = asked == "green_context"
+        for n, alone in ((1024, 10.0), (4096, 200.0)):
+            rows += [
+                {
+                    "matmul_n": n, "asked": asked, "technique": technique, "num_sms": num_sms, "hold_part": part,
+                    **{f"t_comp{end}_us": float("nan") if failed else alone * (1 + cost) * wide
+                       for end, wide in (("", 1), ("_lo", 0.99), ("_hi", 1.01))},
+                    "correct": not failed, "error": "RuntimeError: no green contexts here" if failed else "",
+                }
+                for technique, num_sms, part, cost in taken
+            ]  # fmt: skip
+    return pd.DataFrame(rows)
+
+
 def inference() -> pd.DataFrame:
     latencies = {"transformers_eager": 1000.0, "transformers_compiled": 140.0, "vllm_eager": 400.0, "vllm": 62.0}
     return pd.DataFrame([
@@ -132,7 +156,7 @@ def study(root: pathlib.Path, speedup: float = 1.6) -> Store:
     store.claim(Machine("cuda", 2, name, "0" * 16, 2**37, description), name)
     tables = {
         "environment": environment(link_limit=True), "overlap": overlap(speedup), "inference": inference(),
-        "overlap_timeline": overlap_timeline(), "bandwidth": bandwidth(),
+        "overlap_timeline": overlap_timeline(), "sm_sharing": sm_sharing(), "bandwidth": bandwidth(),
     }  # fmt: skip
     for table_name, rows in tables.items():
         _, table = sections.table(table_name)

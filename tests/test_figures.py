@@ -6,10 +6,11 @@ import pathlib
 import subprocess
 import sys
 
+import pandas as pd
 import pytest
 import stored
 
-from maco_lib.study import figures
+from maco_lib.study import figures, published
 from maco_lib.study.figures import style
 from maco_lib.study.files import CHECKOUT
 from maco_lib.study.sections import SECTIONS
@@ -28,6 +29,37 @@ def test_every_figure_of_every_section_is_drawn(store):
             assert figure.get_size_inches()[0] in (style.NARROW_IN, style.WIDE_IN)
             assert len(numbers) > 0
     assert {name for section in SECTIONS.values() for name in section.figures} == set(figures.FIGURES)
+
+
+def test_techniques_are_drawn_with_the_fraction_of_ideal_and_failures_in_place(store):
+    tables = {
+        "overlap": store.read("h200-x2", "overlap"),
+        "published.overlap": published.numbers(store.root, "overlap"),
+    }
+    failing = tables["overlap"].query("method == 'two_stream'").assign(method="vllm_custom_stream")
+    times = [name for name in failing if name.endswith("_us")]
+    failing[times] = float("nan")
+    spec = figures.figure_spec("overlap_techniques")
+    figure, numbers = spec.draw({**tables, "overlap": pd.concat([tables["overlap"], failing])}, "h200-x2")
+    row = numbers.query("method == 'two_stream' and matmul_n == 2048").iloc[0]
+    assert row["fraction"] == pytest.approx(row["ideal_us"] / row["t_overlap_us"])
+    assert row["fraction_lo"] < row["fraction"] < row["fraction_hi"]
+    panel = figure.axes[0]
+    assert "failed" in {text.get_text() for text in panel.texts}
+    assert [line.get_xdata()[0] for line in panel.lines[:2]] == [1, 0.95]  # the ideal and what is to be reached
+
+
+def test_what_taken_cores_cost_is_drawn_for_a_cpu_too():
+    rows = pd.DataFrame({
+        "matmul_n": 1024, "asked": "threads", "technique": ["alone", "threads"], "num_sms": [0, 1],
+        "hold_part": [0.0, 1.0], "t_comp_us": [100.0, 190.0], "t_comp_lo_us": [99.0, 189.0],
+        "t_comp_hi_us": [101.0, 191.0],
+    })  # fmt: skip
+    spec = figures.figure_spec("overlap_sm_sharing")
+    _, numbers = spec.draw({"sm_sharing": rows}, "cpu-2")
+    assert numbers["slowdown"].tolist() == [1.9]
+    with pytest.raises(style.NothingToDraw, match="no finished matmul with SMs taken"):
+        spec.draw({"sm_sharing": rows.iloc[:1]}, "cpu-2")
 
 
 def test_two_processes_write_the_same_bytes(store, tmp_path):

@@ -127,6 +127,8 @@ class Run:
 
     def source(self, table: str) -> str:
         """The machine folder that `table` is shown from: this one, or a reference where it cannot be measured here."""
+        if self.view_only and not (self.store.data / self.folder / f"{table}.csv").exists():
+            self.reasons.setdefault(table, f"{self.folder} was measured without it")
         if table not in self.reasons:
             return self.folder
         others = [name for name in self.store.machines() if (self.store.data / name / f"{table}.csv").exists()]

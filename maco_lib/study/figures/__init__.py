@@ -8,7 +8,16 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from maco_lib.study import published
-from maco_lib.study.figures import bandwidth, environment, inference, overlap, style, when_to_overlap
+from maco_lib.study.figures import (
+    bandwidth,
+    environment,
+    inference,
+    overlap,
+    sm_sharing,
+    style,
+    techniques,
+    when_to_overlap,
+)
 from maco_lib.study.store import DataError, Store
 
 Draw = Callable[[Mapping[str, pd.DataFrame], str], tuple[Figure, pd.DataFrame]]
@@ -42,6 +51,18 @@ FIGURES: dict[str, FigureSpec] = {
             "The four published configurations: time of every method with its 95 % interval and its speedup over the "
             "sequential arm, in both protocols. Dashed: the ideal, max(T_comp, best T_comm).",
             overlap.published_configurations,
+        ),
+        FigureSpec(
+            "overlap_techniques", "overlap", ("overlap", "published.overlap"),
+            "How near each technique comes to the ideal, max(T_comp, best T_comm), in the published configurations: "
+            "fraction of ideal in the device protocol, with the 95 % interval of the overlapped time; bold: the best.",
+            techniques.techniques,
+        ),
+        FigureSpec(
+            "overlap_sm_sharing", "overlap", ("sm_sharing",),
+            "A matmul's time when multiprocessors (on a CPU: cores) are taken from it, over its time alone: held by "
+            "another kernel for a part of that time, or for all of it by other means. Dotted: what counts as free.",
+            sm_sharing.slowdown,
         ),
         FigureSpec(
             "overlap_synchronisation", "overlap", ("overlap", "published.overlap"),

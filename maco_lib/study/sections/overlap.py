@@ -286,5 +286,8 @@ SECTION = Section(
         },
     },
     datasets=(OVERLAP, TIMELINE, SM_SHARING),
-    figures=("overlap_published", "overlap_synchronisation", "overlap_heatmap", "overlap_timeline"),
+    figures=(
+        "overlap_published", "overlap_techniques", "overlap_synchronisation", "overlap_heatmap", "overlap_sm_sharing",
+        "overlap_timeline",
+    ),
 )  # fmt: skip

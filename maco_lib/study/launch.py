@@ -89,6 +89,8 @@ def measure(
     """
     points = plan(dataset, parameters, machine)
     pairs = repeats(dataset, parameters, points)
+    if not pairs and not (store.data / name / f"{dataset.name}.csv").exists():
+        return 0
     with alone(store, name):
         journal = store.journal(name, dataset.name)
         drop_torn_line(journal)

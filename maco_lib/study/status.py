@@ -102,6 +102,8 @@ def stale_tables(
         if dataset.unavailable(parameters, machine):
             continue
         stored = tables.get(dataset.name, {})
+        if not stored and not dataset.points(parameters, machine):
+            continue
         if stored and stored["method_version"] != dataset.method_version:
             problems.append(
                 f"{dataset.name}: method version {stored['method_version']} is now {dataset.method_version}"

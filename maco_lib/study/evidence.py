@@ -74,7 +74,7 @@ def load(store: Store, name: str) -> tuple[Evidence, list[str]]:
             if table not in records[section.name].get("tables", {}):
                 state = sections[section.name]
                 reasons[table] = f"section {section.name} is {state.state}" + (
-                    f": {state.error}" if state.error else ""
+                    f": {state.error}" if state.error else f" and has no table {table}, so it was run without it"
                 )
                 continue
             try:

@@ -6,7 +6,17 @@ from typing import Any
 
 import jinja2
 
-from maco_lib.study import figures, findings, judgement_tables, published, report_tables, reproduction
+from maco_lib.study import (
+    figures,
+    findings,
+    judgement_tables,
+    planner,
+    published,
+    report_tables,
+    reproduction,
+    sharing,
+    techniques,
+)
 from maco_lib.study.claims import judge
 from maco_lib.study.criteria import CRITERIA
 from maco_lib.study.evidence import Evidence, Missing, load
@@ -55,7 +65,9 @@ def draw_all(store: Store, evidence: Evidence, redraw: bool) -> tuple[dict[str, 
                 figures.write(store, evidence.name, name)
             except DataError as error:
                 shown[name] = f"*Not drawn: {error}*"
-                problems += [str(error)] if state.usable else []
+                # A complete section without a table was asked for none.
+                asked = all(table in evidence.tables for table in spec.tables if "." not in table)
+                problems += [str(error)] if state.usable and asked else []
                 continue
         link = path.relative_to(store.root).as_posix()
         shown[name] = f"![{name}, {evidence.name}]({link})\n\n*{evidence.name}: {spec.caption}*"
@@ -80,6 +92,9 @@ def render(
         problems=list(dict.fromkeys(problems)),
         tables=report_tables,
         verdicts=judgement_tables,
+        techniques=techniques,
+        planner=planner,
+        sharing=sharing,
         take_home=findings.take_home,
         published_wait=findings.published_wait,
         reproduction=reproduction.lines,

@@ -103,6 +103,9 @@ def test_advice_agrees_with_the_tables(tables):
     same = share[(share["model"] == "Qwen3-32B") & (share["tp"] == RANKS) & (share["tokens"] == 4096)].iloc[0]
     assert layer["gain"] == pytest.approx(same["gain"])
     assert "two_stream" in advise.as_text(pd.DataFrame([row]))
+    usage = advise.usage(pd.DataFrame([{**row, "method": "copy_engine_stream", "verdict": "undecided"}, row]))
+    assert 'plan="auto"' in usage and "plan=Plan(backend=''" in usage and usage.endswith("two_stream")
+    assert "No technique above is predicted to help" in advise.usage(pd.DataFrame([{**row, "verdict": "hurts"}]))
     assert f"{row['gain']:.2f}x [" in advise.as_text(pd.DataFrame([row]))
 
 

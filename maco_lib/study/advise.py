@@ -50,7 +50,11 @@ def main(options: argparse.Namespace) -> int:
         what = f"({options.m}, {options.k}) @ ({options.k}, {options.n}) and its all-reduce"
     print(f"{what}, tp {options.tp}, {options.dtype}, by the measurements of {folder}\n")
     print(as_text(rows))
+    left_out = sorted(set(tables["when_to_overlap"]["method"]) - set(rows["method"]))
+    if left_out:
+        print(f"\nNot judged, as {folder} has no all-reduce of theirs by itself: {', '.join(left_out)}")
     print(f"\n{NOTE}")
+    print(f"\n{usage(rows)}")
     if rows["extrapolated"].any():
         print(f"Extrapolated: {folder} measured neither that many ranks nor that many bytes, or only one of them.")
     return 0
@@ -166,6 +170,24 @@ def advise(
             f"the techniques use ({', '.join(when['backend'].unique())})"
         )
     return pd.DataFrame(rows).sort_values("gain", ascending=False, kind="stable")
+
+
+def usage(rows: "pd.DataFrame") -> str:
+    """How to do it, from rows of `advise`: by the planner, and by hand as the best technique that surely helps."""
+    from maco_lib.experiments.overlap_methods import METHODS
+
+    lines = [
+        "To use it: from maco_lib.overlap import overlap, Plan",
+        '  result, total = overlap(lambda: x @ w, tensor, plan="auto")   finds what is fastest on your own calls, and '
+        "does not overlap where that loses",
+    ]
+    helping = [method for method in rows.loc[rows["verdict"] == "helps", "method"] if method in METHODS["device"]]
+    if helping:
+        plan = METHODS["device"][helping[0]]
+        lines.append(f"  result, total = overlap(lambda: x @ w, tensor, plan={plan!r})   {helping[0]}")
+    else:
+        lines.append("No technique above is predicted to help here beyond its error.")
+    return "\n".join(lines)
 
 
 def as_text(rows: "pd.DataFrame") -> str:

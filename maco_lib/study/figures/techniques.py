@@ -43,7 +43,7 @@ def techniques(tables: Mapping[str, pd.DataFrame], machine_name: str) -> tuple[F
                 draw_fraction(axis, place, cell.loc[method], cell.loc[method, "fraction"] == best, right)
         axis.set_ylim(len(order) - 0.4, -0.6)
         axis.set_xlim(least, right)
-        axis.set_xticks([tick / 100 for tick in range(0, 101, 25 if least > 0.2 else 50) if tick / 100 >= least])
+        axis.set_xticks([tick / 100 for tick in range(0, 101, 25 if least > 0.1 else 50) if tick / 100 >= least])
         axis.grid(axis="x", color=style.LIGHT, linewidth=0.4)
         axis.set_axisbelow(True)
         size = f"{style.size_label(cell['comm_bytes'].iloc[0])}, n = {cell['matmul_n'].iloc[0]}"

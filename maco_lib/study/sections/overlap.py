@@ -47,6 +47,7 @@ class OverlapParameters(Parameters):
     sweep_matmul_n: list[int] = Field([], description="n of the n×n matmul in the sweep")
     sweep_budget_s: float = Field(0.2, gt=0, description="seconds of samples per point of the sweep")
     sm_sharing_n: list[int] = Field([], description="n of the n×n matmuls that SMs are taken from")
+    timeline_methods: list[str] = Field([], description="techniques profiled; []: those of before the planner")
     timeline_configurations: list[str] = Field(["Large compute, large comm"], description="profiled configurations")
 
 
@@ -109,11 +110,12 @@ def points(parameters: OverlapParameters, machine: Machine) -> list[Point]:
 
 def timeline_points(parameters: OverlapParameters, machine: Machine) -> list[Point]:
     asked = []
+    methods = check_methods(parameters.timeline_methods or ["sequential", "two_stream"])
     for name in parameters.timeline_configurations:
         comm_bytes, matmul_n = sizes(parameters, name)
         check_sizes(parameters, machine, comm_bytes, matmul_n)
         cell = {"configuration": name, "comm_bytes": comm_bytes, "matmul_n": matmul_n}
-        asked.append({**cell, "methods": ",".join(TIMELINE_METHODS[machine.kind]), "dtype": parameters.dtype})
+        asked.append({**cell, "methods": methods, "dtype": parameters.dtype})
     return asked
 
 
@@ -232,7 +234,14 @@ TIMELINE = Dataset(
     num_ranks=num_ranks,
     unavailable=too_few_ranks,
 )
-EVERY = {kind: {"methods": DEVICE_METHODS[kind], "sweep_methods": SWEEP_METHODS[kind]} for kind in DEVICE_METHODS}
+EVERY = {
+    kind: {
+        "methods": DEVICE_METHODS[kind],
+        "sweep_methods": SWEEP_METHODS[kind],
+        "timeline_methods": TIMELINE_METHODS[kind],
+    }
+    for kind in DEVICE_METHODS
+}
 SECTION = Section(
     name="overlap",
     title="1. Overlap of an all-reduce with a matmul",

@@ -38,6 +38,11 @@ def test_a_plan_says_what_it_does():
     assert str(Plan("maco_push_64")) == "maco_push_64, overlapped, urgent"
     assert str(Plan(overlapped=False).on("cuda")) == "nccl, sequential"
     assert str(Plan(urgent=False, compute_first=True).on("cuda")) == "nccl, overlapped, computation first"
+    assert str(Plan(urgent=False, leads=True).on("cuda")) == "nccl, overlapped, leading"
+    assert not Plan(leads=True).on("cpu").leads
+    for other in ({"compute_first": True}, {"overlapped": False}):
+        with pytest.raises(ValueError, match="leads = True"):
+            Plan(leads=True, **other)
     assert Plan().on("cpu") == OVERLAPPED
 
 

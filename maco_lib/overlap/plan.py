@@ -20,23 +20,36 @@ class Plan:
 
     backend: of `maco_lib.comm.BACKENDS`, which also decides how many SMs the all-reduce takes; "": the device's default
     (NCCL or gloo). overlapped: side by side, else the all-reduce and then the computation. urgent: on a side stream of
-    the highest priority (GPUs). compute_first: the computation is issued first, so that it is first to get SMs.
+    the highest priority (GPUs). compute_first: the computation is issued first, so that it is first to get SMs. leads:
+    the all-reduce keeps the current stream and the computation moves to a side stream, so that the all-reduce is first
+    to get SMs even where the GPU has work queued; a side stream begins some µs later than the stream it waits for.
+    Raises ValueError if both are to be first.
     """
 
     backend: str = ""
     overlapped: bool = True
     urgent: bool = True
     compute_first: bool = False
+    leads: bool = False
+
+    def __post_init__(self) -> None:
+        if self.leads and (self.compute_first or not self.overlapped):
+            raise ValueError(f"leads = True in {self}: it is for overlapped plans without compute_first")
 
     def on(self, kind: str) -> "Plan":
         """The same with everything said, for a `kind` of device ("cpu" or "cuda"); a CPU has no urgent streams."""
-        return replace(self, backend=self.backend or DEFAULT_BACKEND[kind], urgent=self.urgent and kind == "cuda")
+        return replace(
+            self,
+            backend=self.backend or DEFAULT_BACKEND[kind],
+            urgent=self.urgent and kind == "cuda",
+            leads=self.leads and kind == "cuda",
+        )
 
     def __str__(self) -> str:
         """Its parts: "maco_push_64, overlapped, urgent"."""
         words = [self.backend or "default backend", "overlapped" if self.overlapped else "sequential"]
         if self.overlapped:
-            words += ["urgent"] * self.urgent + ["computation first"] * self.compute_first
+            words += ["urgent"] * self.urgent + ["computation first"] * self.compute_first + ["leading"] * self.leads
         return ", ".join(words)
 
 
@@ -47,10 +60,10 @@ def sequential(kind: str) -> Plan:
 
 def overlapping(kind: str, backends: Iterable[str]) -> list[Plan]:
     """The overlapping plans that are calibrated on a `kind` of device with these backends."""
-    plans = [Plan(backend).on(kind) for backend in backends]
+    plans = [Plan(backend, urgent=False, leads=True).on(kind) for backend in backends]
     if kind == "cuda":
         # What order and priority do is shown by the default collective; the SMs go to whoever comes first.
-        plans += [Plan(DEFAULT_BACKEND[kind], compute_first=True), Plan(DEFAULT_BACKEND[kind], urgent=False)]
+        plans += [Plan(DEFAULT_BACKEND[kind], compute_first=True), Plan(DEFAULT_BACKEND[kind])]
     return plans
 
 

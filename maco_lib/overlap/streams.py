@@ -14,6 +14,7 @@ from typing import Literal, TypeVar
 
 import torch
 import torch.distributed as dist
+from torch.utils._pytree import tree_leaves
 
 from maco_lib import comm
 from maco_lib.comm import c10d
@@ -120,6 +121,8 @@ def run_plan(
 
     When `compute` raises, the collective is run and waited for all the same before the error goes on.
     """
+    if plan.leads and result.device.type == "cuda":
+        return run_leading(compute, run, result.device)
     forks = plan.overlapped and result.device.type == "cuda"
     fork = torch.cuda.current_stream(result.device).record_event() if forks else None
     issue = functools.partial(launch_planned, plan, run, result, used, fork)
@@ -128,6 +131,25 @@ def run_plan(
         return compute()
     finally:
         (handle or issue()).wait()
+
+
+def run_leading(compute: Callable[[], R], run: Run, device: torch.device) -> R:
+    """The collective in the current stream, `compute()` on a side stream that starts where the current one stands."""
+    current, side = torch.cuda.current_stream(device), side_stream(device, 0)
+    if device in _EXCLUSIVE:
+        current.wait_event(_EXCLUSIVE[device])
+    side.wait_event(current.record_event())
+    run(False)
+    try:
+        with torch.cuda.stream(side):
+            computed = compute()
+    finally:
+        current.wait_event(side.record_event())
+    # What it returned is the side stream's memory, and used here.
+    for leaf in tree_leaves(computed):
+        if isinstance(leaf, torch.Tensor) and leaf.is_cuda:
+            leaf.record_stream(current)
+    return computed
 
 
 def start(
@@ -187,7 +209,8 @@ def overlap(
     return both are ordered before whatever the current stream does next. When `compute` raises, the collective is
     waited for before the error goes on.
 
-    plan: None for the default collective on a side stream; a `Plan`; or "auto", for an all-reduce: the fastest plan of
+    plan: None for the default collective on a side stream (which begins after a computation where the GPU has work
+    queued: then "auto", or a `Plan` that leads, is faster); a `Plan`; or "auto", for an all-reduce: the fastest plan of
     this machine, sequential where overlapping does not pay. The first calls for a `key` measure: how long `compute`
     takes alone, then a few plans, one in each call, and the host waits for each call before the next. One of them takes
     up to a minute if this machine was never calibrated (`calibrate`). After some 30 calls the plan is settled

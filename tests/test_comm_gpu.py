@@ -17,6 +17,8 @@ from maco_lib.comm.vllm_custom import VllmCustom
 from maco_lib.timing import capture, first_error
 
 NUM_REPEATS = 1000
+# Every GPU there is: shares, flags and rotations differ from two ranks to more.
+NUM_GPUS = max(2, torch.cuda.device_count())
 NCCL = NcclSymmetric("nccl_symmetric")
 VLLM = VllmCustom("vllm_custom")
 
@@ -175,14 +177,14 @@ def released_and_used_again(rank: int, num_ranks: int) -> None:
 
 
 @pytest.mark.gpu(num_gpus=2)
-def test_ours_on_two_gpus():
-    run_ranks(ours_work, backend="nccl", timeout_s=300)
+def test_ours_on_every_gpu():
+    run_ranks(ours_work, NUM_GPUS, backend="nccl", timeout_s=300)
 
 
 @pytest.mark.gpu(num_gpus=2)
-def test_nccl_symmetric_on_two_gpus():
+def test_nccl_symmetric_on_every_gpu():
     # The ranks leave their buffers to the destruction of the group; a pool still registered would abort them.
-    run_ranks(nccl_symmetric_works, backend="nccl", timeout_s=300)
+    run_ranks(nccl_symmetric_works, NUM_GPUS, backend="nccl", timeout_s=300)
 
 
 @pytest.mark.gpu(num_gpus=2)
@@ -196,8 +198,8 @@ def test_nccl_symmetric_is_released_and_used_again(monkeypatch):
 
 @pytest.mark.gpu(num_gpus=2)
 @pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vLLM is not installed")
-def test_vllm_custom_on_two_gpus():
-    run_ranks(vllm_custom_works, backend="nccl", timeout_s=300)
+def test_vllm_custom_on_every_gpu():
+    run_ranks(vllm_custom_works, NUM_GPUS, backend="nccl", timeout_s=300)
 
 
 class Owner:

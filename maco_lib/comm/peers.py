@@ -14,6 +14,9 @@ import torch.distributed._symmetric_memory as symmetric
 from maco_lib.comm.symmetric import GRANULE_BYTES, Region, SymmetricAllReduce, memory
 
 
+MAX_ELEMENTS = 2**31 - 1
+
+
 class Peers:
     """A group's ranks, as kernels see them: lists by rank begin with the next rank and end with this one.
 
@@ -48,6 +51,9 @@ class Peers:
         return min(rank * length, numel), min((rank + 1) * length, numel)
 
     def share_length(self, numel: int, itemsize: int) -> int:
+        """Elements of every share but the last; ValueError where 32 bits cannot count the tensor's."""
+        if numel > MAX_ELEMENTS:
+            raise ValueError(f"{numel} elements are more than the kernels can count, {MAX_ELEMENTS}")
         granule = GRANULE_BYTES // itemsize
         return -(-numel // (self.num_ranks * granule)) * granule
 

@@ -56,9 +56,9 @@ def all_reduce(
     """Sum contiguous `tensor` in place over the ranks on the current stream, over the backend of that name. Collective.
 
     async_op: gloo returns its Work at once; the others are ordered by the stream and return None. The backends in
-    symmetric memory need no copy for a tensor from `symmetric_empty`; those of one group share its flags and buffers, so
-    on several streams they must be ordered one after the other (`overlap` and `start` do it). Raises ValueError on an unknown backend, and on a
-    type or place that it has no kernel for.
+    symmetric memory need no copy for a tensor from `symmetric_empty`; those of one group share its flags and buffers,
+    so on several streams they must be ordered one after the other (`overlap` and `start` do it). Raises ValueError on
+    an unknown backend, and on a type or place that it has no kernel for.
     """
     group = group or dist.group.WORLD
     if why := backend(backend_name).unavailable("all_reduce", tensor.device, group):

@@ -13,7 +13,6 @@ import torch.distributed._symmetric_memory as symmetric
 
 from maco_lib.comm.symmetric import GRANULE_BYTES, Region, SymmetricAllReduce, memory
 
-
 MAX_ELEMENTS = 2**31 - 1
 
 

@@ -62,6 +62,20 @@ def test_what_taken_cores_cost_is_drawn_for_a_cpu_too():
         spec.draw({"sm_sharing": rows.iloc[:1]}, "cpu-2")
 
 
+def test_names_at_the_ends_of_lines_cover_nothing(store):
+    """13 all-reduces that all end at the same place: every name is written, none over another."""
+    table = store.read("h200-x2", "bandwidth").query("collective == 'all_reduce' and backend == 'nccl'")
+    names = [name for name in style.LOOKS if name.startswith(("symm_mem", "maco_", "copy_", "vllm_custom", "nccl_s"))]
+    names = [name for name in names if not name.endswith("_stream")] + ["nccl", "nccl_cta4", "nccl_cta8"]
+    same = pd.concat([table.assign(backend=name) for name in names])
+    figure, _ = figures.figure_spec("bandwidth_busbw").draw({"bandwidth": same}, "h200-x2")
+    figure.draw_without_rendering()
+    for axis in figure.get_axes():
+        boxes = [text.get_window_extent() for text in axis.texts]
+        assert len(boxes) == len(names)
+        assert not any(one.overlaps(other) for one, other in itertools.combinations(boxes, 2))
+
+
 def test_two_processes_write_the_same_bytes(store, tmp_path):
     program = (
         "import pathlib, sys; from maco_lib.study import figures; from maco_lib.study.store import Store\n"

@@ -10,6 +10,7 @@ from maco_lib.study import claims_measured as measured
 from maco_lib.study import published
 from maco_lib.study.criteria import HIGH_BENEFIT, NOT_TESTABLE, REPRODUCED, Finding, decide
 from maco_lib.study.evidence import Evidence, Missing
+from maco_lib.study.figures.style import look
 
 
 @dataclass(frozen=True)
@@ -45,7 +46,11 @@ def is_high(rows: pd.DataFrame) -> bool:
 
 def described(rows: pd.DataFrame) -> str:
     median = rows["gain"].median()
-    return f"possible gain {span(rows, 'ideal_gain')}, predicted {span(rows, 'gain')} (median {median:.2f}×)"
+    technique = look(rows["method"].iloc[0]).label
+    return (
+        f"possible gain {span(rows, 'ideal_gain')}, predicted by {technique} {span(rows, 'gain')} "
+        f"(median {median:.2f}×)"
+    )
 
 
 def tensor_parallelism(evidence: Evidence, root: pathlib.Path) -> Finding:

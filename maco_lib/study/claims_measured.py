@@ -125,6 +125,8 @@ def validated(evidence: Evidence, root: pathlib.Path) -> Finding:
 def inference_row(evidence: Evidence, arm: str, batch: int = 1) -> pd.Series:
     """The finished row of one arm; raises Missing if there is none, or if it is not the published model and length."""
     table = evidence.table("inference")
+    if arm not in set(table["arm"]):
+        raise Missing(f"arm {arm} was not measured")
     rows = table[(table["arm"] == arm) & (table["batch"] == batch)].dropna(subset=["e2e_ms"])
     if rows.empty:
         raise Missing(f"arm {arm} has no finished row of batch {batch}")

@@ -73,8 +73,10 @@ def load(store: Store, name: str) -> tuple[Evidence, list[str]]:
         for table in section.tables:
             if table not in records[section.name].get("tables", {}):
                 state = sections[section.name]
-                reasons[table] = f"section {section.name} is {state.state}" + (
-                    f": {state.error}" if state.error else f" and has no table {table}, so it was run without it"
+                reasons[table] = (
+                    f"section {section.name} is {state.state}: {state.error}"
+                    if state.error
+                    else f"section {section.name} was run without the table {table}"
                 )
                 continue
             try:

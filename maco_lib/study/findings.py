@@ -111,7 +111,7 @@ def leaner_collective(evidence: Evidence, root: pathlib.Path) -> Found:
     """The fastest method over another backend against overlapping the default one, split into its two factors."""
     rows = methods(evidence, root, "device")
     default = rows.xs("sequential", level="method")["backend"].iloc[0] if "sequential" in rows.index.levels[1] else ""
-    lines, plain, best, parts, decided = [], [], [], [], False
+    lines, plain, best, parts, chosen, decided = [], [], [], [], ["two_stream"], False
     for name in with_both(rows, "two_stream"):
         others = rows.loc[name].drop(index=techniques.PLANNER, errors="ignore")  # it is one of the others
         others = others[~others["backend"].str.startswith(default)] if default else others.iloc[:0]
@@ -124,30 +124,35 @@ def leaner_collective(evidence: Evidence, root: pathlib.Path) -> Found:
         lines.append(
             f"{name}: {look(method).label} {ratio} = {row['speedup_collective']:.2f}× from the collective itself · "
             f"{row['speedup_overlap']:.2f}× from overlapping it; {look(before['backend']).label} overlapped "
-            f"{speedup(before['t_seq_us'], before['t_overlap_us'])}; ideal {speedup(row['t_seq_us'], row['ideal_us'])}"
+            f"{speedup(before['t_seq_us'], before['t_overlap_us'])}"
         )
         plain.append(before["speedup"])
         decided = decided or ratio.low > before["speedup_hi"]
         best.append(ratio.value)
+        chosen.append(method)
         parts.append((row["speedup_collective"], row["speedup_overlap"]))
     if not lines:
         raise Missing("no other backend than the default one was overlapped")
-    lines += stretches(evidence)
+    lines += stretches(evidence, chosen)
     faster = sum(one > other for one, other in zip(best, plain, strict=True))
     by_collective = sum(collective > overlap for collective, overlap in parts)
     return Found(
         f"The best other collective, overlapped, gives {span(best)}, where overlapping {look(default).label} gives "
-        f"{span(plain)}: ahead in {faster} of {len(best)} configurations, in {by_collective} of them more by the "
-        f"collective ({span([part for part, _ in parts])}) than by the overlap ({span([part for _, part in parts])})",
+        f"{span(plain)}: it is ahead in {faster} of {len(best)} configurations. The collective itself gives "
+        f"{span([part for part, _ in parts])} of its speedup, overlapping it {span([part for _, part in parts])}; the "
+        f"collective gives more in {by_collective} of {len(parts)}",
         "overlap_published", decided, lines,
     )  # fmt: skip
 
 
-def stretches(evidence: Evidence) -> list[str]:
-    """How much the matmul slows beside each technique's collective, from the fit of section 4."""
+def stretches(evidence: Evidence, chosen: list[str]) -> list[str]:
+    """How much the matmul slows beside the collective of each technique in `chosen`, from the fit of section 4."""
     if "when_to_overlap" not in evidence.tables:
         return []
     fits = evidence.tables["when_to_overlap"].drop_duplicates("method").sort_values("sigma_comp", kind="stable")
+    fits = fits[fits["method"].isin(chosen)]
+    if fits.empty:
+        return []
     parts = [f"{look(row.method).label} {row.sigma_comp:.2f}" for row in fits.itertuples()]
     return [f"how many times longer the matmul takes while the collective runs (fitted σ_comp): {', '.join(parts)}"]
 
@@ -168,8 +173,8 @@ def removed_wait(evidence: Evidence, root: pathlib.Path) -> Found:
                      f"{overlaps[-1]:.2f}× from the overlap; {share(whole.value, waits[-1])}")  # fmt: skip
     mean_wait, mean_overlap = (math.exp(sum(map(math.log, part)) / len(part)) for part in (waits, overlaps))
     return Found(
-        f"In the published protocol the removed host synchronisation alone gives {span(waits)} (geometric mean "
-        f"{mean_wait:.2f}×), the overlap {span(overlaps)} (mean {mean_overlap:.2f}×)",
+        f"In the published protocol the removed host synchronisation alone gives {span(waits)}, the overlap "
+        f"{span(overlaps)} (geometric means {mean_wait:.2f}× and {mean_overlap:.2f}×)",
         "overlap_synchronisation", decided, lines,
     )  # fmt: skip
 
@@ -196,20 +201,21 @@ def inference(evidence: Evidence, root: pathlib.Path) -> Found:
         "vLLM over compiled transformers": ("transformers_compiled", "vllm"),
     }
     ratios: dict[str, Ratio] = {}
-    lines = []
+    lines, untold = [], {}
     for label, (before, after) in pairs.items():
         try:
             ratios[label] = inference_ratio(evidence, before, after)
             lines.append(f"{label}: {ratios[label]}")
         except Missing as missing:
-            lines.append(f"{label}: {missing}")
+            untold.setdefault(str(missing), []).append(label)
+    lines += [f"not told ({reason}): {'; '.join(labels)}" for reason, labels in untold.items()]
     whole, graphs, engine, compiled, _ = (ratios.get(label) for label in pairs)
     if whole is None or graphs is None:
         if compiled is None:
-            raise Missing(lines[0])
+            raise Missing("; ".join(untold))
         sentence = f"transformers gains {compiled} by a static cache and {steps}"
         if engine is not None:
-            sentence += f"; vLLM's engine and kernels without {steps} are {engine} of the same baseline"
+            sentence += f"; vLLM's engine and kernels without {steps} gain {engine} over the same baseline"
         return Found(sentence, "inference_latency", compiled.low > 1, lines)
     part = math.log(graphs.value) / math.log(whole.value)
     sentence = f"vLLM's {whole.value:.2f}× (published {printed:.2f}×) "
@@ -230,15 +236,18 @@ def near_ideal(evidence: Evidence, root: pathlib.Path) -> Found:
     furthest = min(parts, key=lambda name: parts[name])
     names = "; ".join(dict.fromkeys(look(row["method"]).label for row in best.values()))
     ends = dict.fromkeys(f"{value:.0%}" for value in (min(values), max(values)))
-    sentence = f"The fastest technique ({names}) reaches {' to '.join(ends)} of the ideal"
+    count = len({method for group in groups.values() for method in techniques.overlapped(group).index})
+    who = f"fastest of {count} techniques" if count > 1 else "only technique"
+    sentence = f"The {who} ({names}) reaches {' to '.join(ends)} of the ideal"
     try:
         wanted = techniques.targets_of(evidence).fraction_of_ideal
         good = sum(value >= wanted for value in values)
         undecided = sum(low < wanted <= high for _, low, high in parts.values())
         sentence += f", {wanted:.0%} or more in {good} of {len(values)} configurations"
         sentence += f" (by the intervals undecided in {undecided})" if undecided else ""
+        short = [name for name, (value, _, _) in parts.items() if value < wanted]
     except Missing:
-        wanted = 1.0
+        short = [furthest] if parts[furthest][0] < 1 else []
     if len(values) > 1:
         sentence += f"; it is furthest from it in “{furthest}”"
     lines = []
@@ -249,8 +258,8 @@ def near_ideal(evidence: Evidence, root: pathlib.Path) -> Found:
         if planned is not None:
             text += f"; the planner {techniques.percent(planned)} by `{techniques.plan_of(planned)}`"
         lines.append(text)
-    if parts[furthest][0] < wanted:
-        lines += techniques.what_holds_back(evidence, best[furthest])
+    for name in short:
+        lines += techniques.what_holds_back(evidence, groups[name])
     return Found(sentence, "overlap_techniques", True, lines)
 
 

@@ -66,7 +66,7 @@ def judgement(machine: Evidence) -> str:
     by = {verdict: [one for one in found if one.verdict == verdict] for verdict in (WITHIN, UNDECIDED, SLOWER, FAILED)}
     text = (
         f"Of {len(found)} points (the published configurations and the sweep) the planner is within "
-        f"{PLANNER_TOLERANCE:.0%} of the best of sequential and every technique in {len(by[WITHIN])}"
+        f"{PLANNER_TOLERANCE:.0%} of the best of sequential and every technique measured there in {len(by[WITHIN])}"
     )
     if by[UNDECIDED]:
         worst = max(one.loss for one in by[UNDECIDED])

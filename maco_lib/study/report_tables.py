@@ -282,6 +282,5 @@ def models(machine: Evidence) -> str:
             body.append([model, str(tp), f"{phase}, {what}", f"{row['comm_share']:.0%}", f"{row['ideal_gain']:.2f}×",
                          f"{row['gain']:.2f}× [{row['gain_lo']:.2f}, {row['gain_hi']:.2f}]", row["verdict"],
                          "yes" if row["extrapolated"] else "no"])  # fmt: skip
-    return table(
-        body, ["model", "TP", "work", "communication", "ideal gain", "predicted gain", "verdict", "extrapolated"]
-    )
+    predicted = f"predicted gain, {look(rows['method'].iloc[0]).label}"
+    return table(body, ["model", "TP", "work", "communication", "ideal gain", predicted, "verdict", "extrapolated"])

@@ -3,11 +3,12 @@
 import pathlib
 from collections.abc import Callable, Sequence
 
-from maco_lib.study import published
+from maco_lib.study import published, techniques
 from maco_lib.study.claims import Judgement
 from maco_lib.study.claims_measured import all_reduce_row, overlap_ratio
 from maco_lib.study.criteria import HIGH_BENEFIT, NOT_REPRODUCED, REPRODUCED, milliseconds
 from maco_lib.study.evidence import Evidence, Missing
+from maco_lib.study.figures.style import look
 from maco_lib.study.findings import methods, span, with_both
 
 SECTIONS = {
@@ -67,7 +68,16 @@ def why_overlap(evidence: Evidence, root: pathlib.Path) -> str:
     return (
         f"{text}over all launches {undecided} of {len(names)} speedups of the published protocol are undecided; "
         f"without the host in the loop two streams gain {span(gains)} of an ideal {span(ideal)}"
+        + fastest_gains(evidence, root)
     )
+
+
+def fastest_gains(evidence: Evidence, root: pathlib.Path) -> str:
+    """What the fastest technique gains there, where more than two streams was measured."""
+    groups = techniques.configurations(evidence, root).values()
+    if all(len(techniques.overlapped(group)) == 1 for group in groups):
+        return ""
+    return f", the fastest technique {span([techniques.fastest(group)['speedup'] for group in groups])}"
 
 
 def why_bandwidth(evidence: Evidence, root: pathlib.Path) -> str:
@@ -82,7 +92,7 @@ def why_bandwidth(evidence: Evidence, root: pathlib.Path) -> str:
     if "peer_write" in best and "host_to_device" in best:
         text += (
             f" (peer copies reach {best['peer_write']:.3g} GB/s); it lies below the {best['host_to_device']:.3g} GB/s "
-            "of this machine's host link, so it is the rate of a host link (PCIe), not of NVLink"
+            "of this machine's host link: a rate that a host link (PCIe) can give, far from NVLink's"
             if numbers["busbw_gb_per_s"] < best["host_to_device"]
             else f" (peer copies reach {best['peer_write']:.3g} GB/s)"
         )
@@ -97,7 +107,11 @@ def why_when(evidence: Evidence, root: pathlib.Path) -> str:
         reached = (group["gain"] >= HIGH_BENEFIT).mean()
         parts.append(f"{phase}: median {group['gain'].median():.2f}× of an ideal {group['ideal_gain'].median():.2f}×, "
                      f"{HIGH_BENEFIT:.2f}× or more in {reached:.0%} of {len(group)} shapes")  # fmt: skip
-    return "the gain that the stretch (σ) and the cost of a fork and join (δ) leave of a layer, " + "; ".join(parts)
+    technique = look(rows["method"].iloc[0]).label
+    return (
+        f"the gain that the stretch (σ) and the cost of a fork and join (δ) leave of a layer, by {technique}, "
+        f"{'; '.join(parts)}"
+    )
 
 
 WHY: dict[str, Callable[[Evidence, pathlib.Path], str]] = {

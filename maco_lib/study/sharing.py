@@ -38,9 +38,9 @@ def told(machine: Evidence) -> str:
     if rows["technique"].eq(HELD).any():
         parts.append(
             "The longest that so many of them may be held by another kernel before the matmul takes "
-            f"{FREE_SLOWDOWN:.0%} longer, and what they cost when they are held to the end. A collective is free as "
-            "long as it stays below: that is why `maco_staged_8` and `maco_staged_12` hold a few of them in their "
-            "first half only, to reduce, and leave the rest to the copy engine."
+            f"{FREE_SLOWDOWN:.0%} longer, and what they cost when they are held to the end. The shorter a collective "
+            "holds them, the less it costs: `maco_staged_8` and `maco_staged_12` hold a few in their first half only, "
+            "to reduce, and leave the rest to the copy engine."
         )
         parts.append(free(rows[rows["technique"] == HELD]))
     if lines := taken(machine.table("sm_sharing"), rows):
@@ -60,9 +60,10 @@ def free(held: pd.DataFrame) -> str:
                 cells.append(ABSENT)
                 continue
             part, whole = free_part(holds), holds.loc[holds["hold_part"].idxmax()]
+            least = holds.loc[holds["hold_part"].idxmin()]
             alone = whole["t_alone_us"]
             shown = f"{part:.0%} ({us(part * alone)} of {us(alone)})" if part else (
-                f"less than {holds['hold_part'].min():.0%} of {us(alone)}")  # fmt: skip
+                f"below {least['hold_part']:.0%} of {us(alone)} (which costs {least['slowdown']:.2f}×)")  # fmt: skip
             cells.append(f"{shown}; held for {whole['hold_part']:.0%}: {whole['slowdown']:.2f}×")
         body.append([str(num_sms), *cells])
     return table(body, ["SMs held", *(f"n = {n}, free" for n in sizes)])
@@ -80,6 +81,10 @@ def taken(everything: pd.DataFrame, rows: pd.DataFrame) -> list[str]:
             for n, of_size in found.groupby("matmul_n")
         ]
         errors = [error for error in asked["error"].unique() if error]
+        held = rows[(rows["technique"] == HELD) & rows["num_sms"].isin(found["num_sms"])]["slowdown"]
+        if len(found) and len(held) and found["slowdown"].max() <= 1 + FREE_SLOWDOWN < held.max():
+            errors.append(f"no matmul slows, though without them one should (held: up to {held.max():.2f}×), so it "
+                          "evidently still uses them")  # fmt: skip
         lines.append(f"{label}: {'; '.join([*parts, *errors]) or 'nothing was measured'}")
     return lines
 

@@ -14,6 +14,7 @@ from maco_lib.study.report_tables import ABSENT, interval, table, us
 
 PLANNER = "auto"
 NOT_MEASURED = "not measured"
+NOTABLE = 1.02  # a ratio worth a word
 
 
 def configurations(evidence: Evidence, root: pathlib.Path) -> dict[str, pd.DataFrame]:
@@ -35,8 +36,13 @@ def configurations(evidence: Evidence, root: pathlib.Path) -> dict[str, pd.DataF
 
 def fastest(group: pd.DataFrame) -> pd.Series | None:
     """The row of the fastest overlapped technique; the planner's is a choice among them and does not count."""
-    techniques = group[~group["method"].str.startswith("sequential") & group["method"].ne(PLANNER)]
-    return None if techniques.empty else techniques.loc[techniques["t_overlap_us"].idxmin()]
+    rows = overlapped(group)
+    return None if rows.empty else rows.loc[rows["t_overlap_us"].idxmin()]
+
+
+def overlapped(group: pd.DataFrame) -> pd.DataFrame:
+    """The rows of the techniques: not sequential, not the planner."""
+    return group[~group["method"].str.startswith("sequential") & group["method"].ne(PLANNER)]
 
 
 def planned(group: pd.DataFrame) -> pd.Series | None:
@@ -114,11 +120,27 @@ def means(machine: Evidence, root: pathlib.Path) -> list[str]:
     return lines
 
 
-def what_holds_back(evidence: Evidence, row: pd.Series) -> list[str]:
-    """Why a technique stays below the ideal in one configuration: which side slows, and what SMs cost the matmul."""
-    reasons = []
+def what_holds_back(evidence: Evidence, group: pd.DataFrame) -> list[str]:
+    """Why the fastest technique of a configuration stays below the ideal there.
+
+    The shortfall in two factors, its longer side alone over the ideal and its time over that side; then how much each
+    side slows, and what SMs cost the matmul.
+    """
+    row, reasons = fastest(group), []
+    alone = max(row["t_comm_us"], row["t_comp_us"])
+    if alone / row["ideal_us"] >= NOTABLE:
+        reasons.append(f"its all-reduce alone takes {us(alone)}, {alone / row['ideal_us']:.2f}× the ideal")
+        quickest = overlapped(group).loc[overlapped(group)["t_comm_us"].idxmin()]
+        if quickest["t_comm_us"] < NOTABLE * row["t_comm_best_us"] and quickest["backend"] != row["backend"]:
+            reasons[-1] += (
+                f" ({look(quickest['backend']).label}, the fastest by itself, needs {us(quickest['t_overlap_us'])} "
+                "with the matmul)"
+            )
+    side = "all-reduce" if row["t_comm_us"] >= row["t_comp_us"] else "matmul"
+    reasons.append(f"overlapped, the {us(alone)} of its {side} become {us(row['t_overlap_us'])}, "
+                   f"{row['t_overlap_us'] / alone:.2f}×")  # fmt: skip
     if pd.notna(row["sigma_comm"]) and pd.notna(row["sigma_comp"]):
-        reasons.append(f"while both run the all-reduce takes {row['sigma_comm']:.2f}× and the matmul "
+        reasons.append(f"as long as both run the all-reduce takes {row['sigma_comm']:.2f}× and the matmul "
                        f"{row['sigma_comp']:.2f}× its time alone")  # fmt: skip
     if row["t_comp_us"] >= row["t_comm_best_us"]:
         try:

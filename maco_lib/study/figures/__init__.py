@@ -100,7 +100,8 @@ FIGURES: dict[str, FigureSpec] = {
         ),
         FigureSpec(
             "bandwidth_busbw", "bandwidth", ("bandwidth",),
-            "Bus bandwidth over message size for every collective and backend, below the machine's limits.",
+            "All-reduce: time of small messages and bus bandwidth of large ones, per backend; below: bus bandwidth of "
+            "the other collectives. Lines across: the machine's limits.",
             bandwidth.busbw, optional=("environment",),
         ),
         FigureSpec(

@@ -215,6 +215,18 @@ def byte_axis(axis: Axes, sizes: list[float], most: int = 6) -> None:
     axis.minorticks_off()
 
 
+def apart(wanted: list[float], gap: float) -> list[float]:
+    """Places in 0 to 1 near the ascending `wanted` ones, at least `gap` from each other."""
+    places: list[float] = []
+    for place in wanted:
+        places.append(max(place, places[-1] + gap) if places else max(place, 0.0))
+    upper = 1.0
+    for index in range(len(places) - 1, -1, -1):
+        places[index] = min(places[index], upper)
+        upper = places[index] - gap
+    return places
+
+
 def label_ends(axis: Axes, ends: list[tuple[float, float, str, str]], gap_pt: float = 7.5) -> None:
     """Write the labels of lines, `(x, y, text, colour)`, at the right edge, moved apart so that none covers another.
 
@@ -225,20 +237,29 @@ def label_ends(axis: Axes, ends: list[tuple[float, float, str, str]], gap_pt: fl
     height_pt = axis.get_position().height * axis.figure.get_size_inches()[1] * 72
     to_axes = axis.transScale + axis.transLimits
     wanted = sorted(((to_axes.transform((x, y))[1], text, colour) for x, y, text, colour in ends))
-    gap = gap_pt / height_pt
-    places: list[float] = []
-    for place, _, _ in wanted:
-        places.append(max(place, places[-1] + gap) if places else max(place, 0.0))
-    overshoot = places[-1] - 1.0
-    for index in range(len(places) - 1, -1, -1):
-        if overshoot <= 0:
-            break
-        upper = 1.0 if index == len(places) - 1 else places[index + 1] - gap
-        places[index] = min(places[index], upper)
-    for place, (_, text, colour) in zip(places, wanted, strict=True):
+    for place, (_, text, colour) in zip(apart([end[0] for end in wanted], gap_pt / height_pt), wanted, strict=True):
         axis.annotate(
             text, (1, place), xycoords="axes fraction", xytext=(4, 0), textcoords="offset points",
             color=colour, va="center", ha="left", fontsize=6.5, annotation_clip=False,
+        )  # fmt: skip
+
+
+def label_line_ends(axis: Axes, ends: dict[str, tuple[float, float]], gap_pt: float = 7.5) -> None:
+    """As `label_ends` for methods or backends by the (x, y) of their last points: marker, label and a thin line there.
+
+    Call it last, with the layout drawn once.
+    """
+    height_pt = axis.get_window_extent().height / axis.figure.dpi * 72
+    to_axes = axis.transScale + axis.transLimits
+    wanted = sorted((*to_axes.transform(end)[::-1], name) for name, end in ends.items())
+    for place, (y, x, name) in zip(apart([end[0] for end in wanted], gap_pt / height_pt), wanted, strict=True):
+        shape = look(name)
+        axis.plot([x, 1.04], [y, place], transform=axis.transAxes, color=shape.colour, linewidth=0.4, clip_on=False)
+        axis.plot(1.06, place, transform=axis.transAxes, color=shape.colour, marker=shape.marker, markersize=3,
+                  clip_on=False)  # fmt: skip
+        axis.annotate(
+            shape.label, (1.06, place), xycoords="axes fraction", xytext=(4, 0), textcoords="offset points",
+            color=shape.colour, va="center", ha="left", fontsize=6, annotation_clip=False,
         )  # fmt: skip
 
 

@@ -27,8 +27,8 @@ def verdict_map(tables: Mapping[str, pd.DataFrame], machine_name: str) -> tuple[
     table = table.reset_index(drop=True)
     table["predicted_speedup"] = table["t_seq_us"] / table["predicted_us"]
     methods = style.ordered(table["method"])
-    columns = min(len(methods), COLUMNS)
     lines = -(-len(methods) // COLUMNS)
+    columns = -(-len(methods) // lines)
     figure = style.new(style.WIDE_IN if columns > 1 else style.NARROW_IN, 0.45 + 2.1 * lines)
     axes = figure.subplots(lines, columns, squeeze=False, sharex=True, sharey=True).ravel()
     for axis in axes[len(methods) :]:
@@ -38,7 +38,7 @@ def verdict_map(tables: Mapping[str, pd.DataFrame], machine_name: str) -> tuple[
         for name, group in points.groupby("measured_verdict"):
             look = style.look(name)
             axis.plot(group["matmul_n"], group["comm_bytes"], linestyle="", marker=look.marker, color=look.colour)
-        border(axis, points)
+        found = border(axis, points)
         ns, sizes = sorted(table["matmul_n"].unique()), sorted(table["comm_bytes"].unique())
         axis.set_xscale("log", base=2)
         axis.set_yscale("log", base=2)
@@ -47,7 +47,7 @@ def verdict_map(tables: Mapping[str, pd.DataFrame], machine_name: str) -> tuple[
         step = -(-len(sizes) // 8)
         axis.set_yticks(sizes[::step], [style.size_label(size) for size in sizes[::step]])
         axis.margins(0.1)
-        axis.set_title(style.look(method).label)
+        axis.set_title(f"{style.look(method).label}\n{found}" if found else style.look(method).label)
     for place, axis in enumerate(axes[: len(methods)]):
         if place % columns == 0:
             axis.set_ylabel("all-reduce size")
@@ -65,21 +65,20 @@ def verdict_map(tables: Mapping[str, pd.DataFrame], machine_name: str) -> tuple[
     return figure, table[names]
 
 
-def border(axis: Axes, points: pd.DataFrame) -> None:
-    """The line where the predicted time equals the sequential one; a sentence where there is none on the grid."""
+def border(axis: Axes, points: pd.DataFrame) -> str:
+    """Draw the line where the predicted time equals the sequential one; words for a grid that has none."""
     grid = points.pivot(index="comm_bytes", columns="matmul_n", values="predicted_speedup")
     measured = grid.notna().sum(axis="columns")
     grid = grid[measured == measured.max()].dropna(axis="columns")  # published sizes may lie beside the grid
     if min(grid.shape) < 2:
-        return
+        return ""
     speedup = grid.stack()
     if speedup.min() < 1 < speedup.max():
         flat = Figure().subplots().contour(np.log2(grid.columns), np.log2(grid.index), np.log(grid), levels=[0.0])
         for line in flat.get_paths()[0].to_polygons(closed_only=False):
             axis.plot(2 ** line[:, 0], 2 ** line[:, 1], color=style.BLACK, linestyle=(0, (4, 2)), linewidth=1)
-    else:
-        word = "shorter" if speedup.min() >= 1 else "longer"
-        axis.annotate(f"predicted {word} everywhere", (0.5, 0.015), xycoords="axes fraction", ha="center", fontsize=6)
+        return ""
+    return f"(predicted {'shorter' if speedup.min() >= 1 else 'longer'} everywhere)"
 
 
 def prediction(tables: Mapping[str, pd.DataFrame], machine_name: str) -> tuple[Figure, pd.DataFrame]:
@@ -87,7 +86,9 @@ def prediction(tables: Mapping[str, pd.DataFrame], machine_name: str) -> tuple[F
     table = style.rows(tables["when_to_overlap"], "row")
     scale, unit = style.time_unit(table["measured_us"].median() * 4)
     methods = style.ordered(table["method"])
-    figure = style.new(style.NARROW_IN, 2.3 + 0.13 * len(methods))
+    many = len(methods) > 4
+    legend_columns = 2 if many else 1
+    figure = style.new(style.WIDE_IN if many else style.NARROW_IN, 2.5 + 0.13 * -(-len(methods) // legend_columns))
     axis = figure.subplots()
     axis.axhspan(0.9, 1.1, color=style.LIGHT, linewidth=0)
     axis.axhline(1, color=style.BLACK, linewidth=0.7)
@@ -103,6 +104,8 @@ def prediction(tables: Mapping[str, pd.DataFrame], machine_name: str) -> tuple[F
         error = table[(table["method"] == method) & table["held_out"]]["error"].abs()
         text = (
             f"{look.label}: median error {error.median():.1%} of {len(error)} held out"
+            if len(error) > 1
+            else f"{look.label}: error {error.median():.1%}, one held out"
             if len(error)
             else f"{look.label}: none held out"
         )
@@ -121,7 +124,7 @@ def prediction(tables: Mapping[str, pd.DataFrame], machine_name: str) -> tuple[F
     axis.minorticks_off()
     axis.set_xlabel(f"measured overlapped time ({unit})")
     axis.set_ylabel("predicted / measured")
-    figure.legend(handles=handles, loc="outside upper left", handlelength=1)
+    figure.legend(handles=handles, loc="outside upper left", handlelength=1, ncols=legend_columns)
     names = ["method", "configuration", "comm_bytes", "matmul_n", "held_out", "measured_us", "predicted_us",
              "predicted_lo_us", "predicted_hi_us", "error"]  # fmt: skip
     return figure, table[names]

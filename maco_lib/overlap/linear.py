@@ -1,0 +1,145 @@
+"""`linear_all_reduce`: a row-parallel linear layer's matmul and the all-reduce of its result, as one operation.
+
+    y = linear_all_reduce(x, weight)                                # cuBLAS, then NCCL (gloo on CPUs)
+    y = linear_all_reduce(x, weight, bias, residual, plan=LinearPlan("chunked", "symm_mem_two_shot", num_chunks=4))
+
+It is the custom operator `maco::linear_all_reduce`, so torch.compile keeps it whole. Under a CUDA graph: run it once
+before the capture with the same plan and a shape at least as large; buffers are made then, by all ranks together.
+"""
+
+from collections.abc import Callable
+
+import torch
+import torch.distributed as dist
+from torch.distributed.distributed_c10d import _resolve_process_group
+
+from maco_lib.comm import DTYPES, backend
+from maco_lib.overlap.linear_plan import TECHNIQUES, LinearPlan
+from maco_lib.overlap.linear_techniques import chunked, sequential
+from maco_lib.overlap.linear_techniques.problem import Problem, flattened
+from maco_lib.overlap.plan import DEFAULT_BACKEND
+from maco_lib.overlap.validation import check_agreement, device_kinds, unavailable
+
+RUN: dict[str, Callable[[Problem, LinearPlan], None]] = {
+    "sequential": lambda problem, plan: sequential.run(problem),
+    "chunked": lambda problem, plan: chunked.run(problem, plan.num_chunks, plan.dim),
+}
+assert tuple(RUN) == TECHNIQUES
+
+
+def linear_all_reduce(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    residual: torch.Tensor | None = None,
+    group: dist.ProcessGroup | None = None,
+    plan: LinearPlan | None = None,
+    *,
+    check: bool = False,
+) -> torch.Tensor:
+    """Sum over the ranks of x @ weight.T, + bias once, + residual once. Every rank of the group calls it, in one order.
+
+    x: (..., K), bf16, fp16, fp32 or fp64; weight: (N, K), as torch.nn.Linear holds it; K is this rank's share, which
+    may differ between ranks. bias: (N,). residual: (..., N). Both are the same on every rank; all are of x's type and
+    on its device.
+    group: None for all ranks; of one rank, or no process group at all: the plain linear layer.
+    plan: None for the sequential one over the default collective.
+    check: first compare shape, type and plan across the ranks (blocks the host; not for captured or compiled code).
+
+    Returns (..., N), a new tensor of x's type; the same bits on every rank, and every time for the same input and plan.
+    For inference: there is no backward, so call it under torch.no_grad() or with tensors that require no gradient.
+
+    Raises ValueError on shapes, types or devices that do not fit each other or the group, on inputs that require
+    gradients, on a plan that cannot be followed here, and with `check` on every rank when the ranks disagree.
+    """
+    operands = {"x": x, "weight": weight, "bias": bias, "residual": residual}
+    for name, tensor in operands.items():
+        if not isinstance(tensor, torch.Tensor) and (tensor is not None or name in ("x", "weight")):
+            raise ValueError(f"{name} is a torch.Tensor, not {type(tensor).__name__}")
+        if tensor is not None and tensor.requires_grad and torch.is_grad_enabled():
+            raise ValueError(f"{name} requires a gradient and linear_all_reduce has no backward: use torch.no_grad()")
+    if plan is None:
+        plan = LinearPlan()
+    if not isinstance(plan, LinearPlan):
+        raise ValueError(f"plan = {plan!r} is not a LinearPlan or None")
+    num_ranks = dist.get_world_size(group) if dist.is_initialized() else 1
+    if num_ranks < 1:
+        raise ValueError(f"rank {dist.get_rank()} is not in the group given to linear_all_reduce")
+    group_name = ""
+    if num_ranks > 1:
+        group_name = (dist.group.WORLD if group is None else group).group_name
+        if check:
+            given = ", ".join(name for name, tensor in operands.items() if tensor is not None)
+            result = torch.empty((*x.shape[:-1], *weight.shape[:1]), dtype=x.dtype, device="meta")
+            check_agreement(result, f"linear_all_reduce({given}; {plan})", group)
+    return torch.ops.maco.linear_all_reduce(
+        x, weight, bias, residual, group_name, plan.technique, plan.backend, plan.num_chunks, plan.dim
+    )
+
+
+@torch.library.custom_op("maco::linear_all_reduce", mutates_args=())
+def operator(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    residual: torch.Tensor | None,
+    group_name: str,
+    technique: str,
+    backend_name: str,
+    num_chunks: int,
+    dim: str,
+) -> torch.Tensor:
+    """`linear_all_reduce` with the group by its name ("" for a group of one) and the plan in parts."""
+    shape = result_shape(x, weight, bias, residual)
+    plan = LinearPlan(technique, backend_name, num_chunks, dim)
+    if plan.backend:
+        backend(plan.backend)  # a wrong name is an error on a single rank, too
+    if not group_name:
+        product = torch.nn.functional.linear(x, weight, bias)
+        return product if residual is None else product.add_(residual)
+    group = _resolve_process_group(group_name)
+    name = usable_backend(plan.backend, x.device, group)
+    result = x.new_empty(shape)
+    if result.numel():
+        flat_residual = None if residual is None else flattened(residual)
+        RUN[technique](Problem(flattened(x), weight, bias, flat_residual, flattened(result), name, group), plan)
+    return result
+
+
+@operator.register_fake
+def _(x, weight, bias, residual, group_name, technique, backend_name, num_chunks, dim):
+    return x.new_empty(result_shape(x, weight, bias, residual))
+
+
+def result_shape(
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, residual: torch.Tensor | None
+) -> tuple[int, ...]:
+    """The shape of the result; ValueError naming what does not fit."""
+    if x.dtype not in DTYPES.values():
+        raise ValueError(f"x is of {x.dtype}; the types are {', '.join(map(str, DTYPES.values()))}")
+    if weight.dim() != 2:
+        raise ValueError(f"weight has shape {tuple(weight.shape)} instead of (N, K)")
+    if x.dim() < 1 or x.shape[-1] != weight.shape[1]:
+        raise ValueError(f"x has shape {tuple(x.shape)} instead of (..., {weight.shape[1]}): weight's K")
+    shape = (*x.shape[:-1], weight.shape[0])
+    for name, tensor, valid in (("bias", bias, shape[-1:]), ("residual", residual, shape)):
+        if tensor is not None and tuple(tensor.shape) != valid:
+            raise ValueError(f"{name} has shape {tuple(tensor.shape)} instead of {valid}")
+    for name, tensor in (("weight", weight), ("bias", bias), ("residual", residual)):
+        if tensor is not None and tensor.dtype != x.dtype:
+            raise ValueError(f"{name} is of {tensor.dtype} instead of x's {x.dtype}")
+        if tensor is not None and tensor.device != x.device:
+            raise ValueError(f"{name} is on {tensor.device} instead of x's {x.device}")
+    return shape
+
+
+def usable_backend(name: str, device: torch.device, group: dist.ProcessGroup) -> str:
+    """The name with the default filled in; ValueError where the group or the backend does not work on the device."""
+    kinds = device_kinds(group)
+    if device.type not in kinds:
+        where = " or ".join(kinds)
+        raise ValueError(f"x is on {device}, but the {dist.get_backend(group)} group works on {where}")
+    name = name or DEFAULT_BACKEND[device.type]
+    if why := unavailable(name, device, group):
+        raise ValueError(f"plan with backend {name!r}: {why}")
+    return name

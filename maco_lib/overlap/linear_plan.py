@@ -1,0 +1,38 @@
+"""Plans of `linear_all_reduce`: the ways to multiply and sum. Without torch."""
+
+from dataclasses import dataclass
+
+TECHNIQUES = ("sequential", "chunked")
+DIMS = ("m", "n")
+
+
+@dataclass(frozen=True)
+class LinearPlan:
+    """A way to run a matmul and the all-reduce of its result, for x (M, K) and weight (N, K).
+
+    technique: of `TECHNIQUES`, each a file of `overlap.linear_techniques`. backend: of `maco_lib.comm.BACKENDS`; "":
+    the device's default (NCCL or gloo). num_chunks: for "chunked", 2 or more; 1 for "sequential". dim: what "chunked"
+    cuts, "m" (rows) or "n" (columns of the result). Raises ValueError naming what is wrong.
+    """
+
+    technique: str = "sequential"
+    backend: str = ""
+    num_chunks: int = 1
+    dim: str = "m"
+
+    def __post_init__(self) -> None:
+        if self.technique not in TECHNIQUES:
+            raise ValueError(f"unknown technique {self.technique!r}; the techniques are {', '.join(TECHNIQUES)}")
+        if self.dim not in DIMS:
+            raise ValueError(f"unknown dim {self.dim!r}; the dims are {', '.join(DIMS)}")
+        chunked = self.technique == "chunked"
+        if not isinstance(self.num_chunks, int) or self.num_chunks < 1 or chunked != (self.num_chunks > 1):
+            valid = "an int of 2 or more" if chunked else "1"
+            raise ValueError(f"num_chunks = {self.num_chunks!r}: for {self.technique} it is {valid}")
+
+    def __str__(self) -> str:
+        """Its parts: "chunked, 4 along m, nccl"."""
+        words = [self.technique, self.backend or "default backend"]
+        if self.technique == "chunked":
+            words.insert(1, f"{self.num_chunks} along {self.dim}")
+        return ", ".join(words)

@@ -1,0 +1,145 @@
+"""One matmul and all-reduce to be run, and the blocks it is run in: where each product lies until it is summed.
+
+The matmul writes where the backend sums without a copy: into a workspace in symmetric or registered memory, or, for
+NCCL and gloo, into the result itself. What leaves the workspace goes straight to the result, the residual added on the
+way. So a call's result is memory of its own, which no later call touches; the workspace is the next call's again once
+the stream comes to it.
+"""
+
+import math
+import weakref
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+
+from maco_lib import comm
+from maco_lib.comm import nccl_symmetric, symmetric
+from maco_lib.comm.nccl_symmetric import NcclSymmetric
+from maco_lib.comm.symmetric import GRANULE_BYTES, MIN_WORKSPACE, SymmetricAllReduce, symmetric_empty, whole
+from maco_lib.comm.vllm_custom import VllmCustom
+from maco_lib.overlap import streams
+
+Piece = tuple[slice, slice]
+EVERYTHING: Piece = (slice(None), slice(None))
+
+
+@dataclass(frozen=True)
+class Block:
+    """A rectangle of the result, `piece`. product: (m, n), contiguous, what this rank multiplies; source: flat, the
+    product and less than a granule more, what the backend sums; total: flat, where the sum is (often `source`)."""
+
+    piece: Piece
+    product: torch.Tensor
+    source: torch.Tensor
+    total: torch.Tensor
+
+
+@dataclass(frozen=True)
+class Problem:
+    """result (M, N) = sum over the ranks of x (M, K) @ weight (N, K).T, + bias (N,) once, + residual (M, N) once.
+
+    result: contiguous, uninitialised. K may differ between the ranks. More than one rank; M and N at least 1. The bias
+    is added within the first rank's matmul, in its accumulator; the residual after the sum, on every rank.
+    """
+
+    x: torch.Tensor
+    weight: torch.Tensor
+    bias: torch.Tensor | None
+    residual: torch.Tensor | None
+    result: torch.Tensor
+    backend_name: str
+    group: dist.ProcessGroup
+
+    def blocks(self, pieces: list[Piece]) -> list[Block]:
+        """A block for each piece, none sharing memory with another. Collective when the workspace has to grow.
+
+        Raises ValueError on a type or size that the backend has no kernel for.
+        """
+        backend, dtype = comm.backend(self.backend_name), self.result.dtype
+        in_workspace = isinstance(backend, SymmetricAllReduce | NcclSymmetric)
+        targets = [self.result[piece] for piece in pieces]
+        if not in_workspace and all(target.is_contiguous() for target in targets):
+            flats = [target.view(-1) for target in targets]
+            return [Block(*each) for each in zip(pieces, targets, flats, flats, strict=True)]
+        lengths = [whole(target.numel() * dtype.itemsize) // dtype.itemsize for target in targets]
+        if in_workspace:
+            backend.require("all_reduce", dtype)
+            if isinstance(backend, VllmCustom):
+                backend.require_size(max(lengths) * dtype.itemsize)
+            storage = self.workspace(backend, sum(lengths))
+        else:
+            storage = self.result.new_empty(sum(lengths))
+        made = []
+        for piece, target, source in zip(pieces, targets, storage.split(lengths), strict=True):
+            product = source[: target.numel()].view(target.shape)
+            total = source if getattr(backend, "in_place", True) else beside(target, source)
+            made.append(Block(piece, product, source, total))
+        return made
+
+    def workspace(self, backend: SymmetricAllReduce | NcclSymmetric, numel: int) -> torch.Tensor:
+        """Flat memory that the backend sums without a copy, free for what the current stream does next."""
+        device, dtype = self.result.device, self.result.dtype
+        # A planned collective that nobody has waited for may still use the backend's memory and flags.
+        if device in streams._EXCLUSIVE:
+            torch.cuda.current_stream(device).wait_event(streams._EXCLUSIVE[device])
+        if isinstance(backend, NcclSymmetric):
+            return nccl_symmetric.memory(self.group, device, backend.num_ctas).staging(numel, dtype)
+        return symmetric_workspace(numel * dtype.itemsize, device, self.group)[: numel * dtype.itemsize].view(dtype)
+
+    def multiply(self, block: Block) -> None:
+        """This rank's product, on the current stream."""
+        rows, columns = block.piece
+        x, weight = self.x[rows], self.weight[columns]
+        if self.bias is not None and self.group.rank() == 0:
+            torch.addmm(self.bias[columns], x, weight.t(), out=block.product)
+        else:
+            torch.mm(x, weight.t(), out=block.product)
+
+    def sum(self, block: Block, async_op: bool = False) -> dist.Work | None:
+        """Sum the block over the ranks, on the current stream; async_op: as `comm.all_reduce`. Collective."""
+        backend = comm.backend(self.backend_name)
+        if block.total is block.source:
+            return backend.all_reduce(block.source, self.group, async_op)
+        region = symmetric.memory(self.group, block.source.device).find(block.source)
+        backend.reduce(region, block.source, block.total, self.group)
+        return None
+
+    def finish(self, block: Block) -> None:
+        """Bring the sum to the result, with the residual, on the current stream."""
+        target = self.result[block.piece]
+        total = block.total[: target.numel()].view(target.shape)
+        if self.residual is not None:
+            torch.add(total, self.residual[block.piece], out=target)
+        elif total.data_ptr() != target.data_ptr():
+            target.copy_(total)
+
+
+def beside(target: torch.Tensor, source: torch.Tensor) -> torch.Tensor:
+    """Where a sum of `source` goes that cannot be done in place: `target` itself if its memory is of that shape."""
+    fits = target.is_contiguous() and target.nbytes == source.nbytes and target.data_ptr() % GRANULE_BYTES == 0
+    return target.view(-1) if fits else torch.empty_like(source)
+
+
+_WORKSPACES: "weakref.WeakKeyDictionary[dist.ProcessGroup, dict[torch.device, torch.Tensor]]"
+_WORKSPACES = weakref.WeakKeyDictionary()
+
+
+def symmetric_workspace(num_bytes: int, device: torch.device, group: dist.ProcessGroup) -> torch.Tensor:
+    """At least `num_bytes` (uint8) of symmetric memory, made anew, twice as large or more, when they do not suffice.
+
+    The smaller ones are kept as long as the group, for the graphs that were captured with them. Collective when it
+    grows. Raises RuntimeError where that would be while a graph is captured.
+    """
+    made = _WORKSPACES.setdefault(group, {})
+    if device not in made or made[device].nbytes < num_bytes:
+        if torch.cuda.is_current_stream_capturing():
+            raise RuntimeError(f"cannot make a workspace of {num_bytes} bytes while a graph is captured: call before")
+        size = max(MIN_WORKSPACE, 1 << (num_bytes - 1).bit_length())
+        made[device] = symmetric_empty((size,), torch.uint8, device, group)
+    return made[device]
+
+
+def flattened(tensor: torch.Tensor) -> torch.Tensor:
+    """(..., n) as (m, n); a vector is one row."""
+    return tensor.reshape(math.prod(tensor.shape[:-1]), tensor.shape[-1])

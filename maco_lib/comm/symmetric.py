@@ -58,6 +58,8 @@ class Memory:
     def staging(self, num_bytes: int) -> Region:
         """The workspace, of at least `num_bytes`. Collective when it has to grow."""
         if self.workspace is None or self.workspace.base.nbytes < num_bytes:
+            if self.workspace is not None:
+                self.regions.append(self.workspace)  # graphs that were captured with it go on using it
             self.workspace = self.allocate(max(MIN_WORKSPACE, 1 << (num_bytes - 1).bit_length()))
         return self.workspace
 

@@ -53,6 +53,12 @@ class Handle:
 _EXCLUSIVE: dict[torch.device, torch.cuda.Event] = {}
 
 
+def wait_for_planned(device: torch.device) -> None:
+    """Order what the current stream of a GPU does next after its last planned collective, waited for or not."""
+    if device in _EXCLUSIVE:
+        torch.cuda.current_stream(device).wait_event(_EXCLUSIVE[device])
+
+
 @functools.cache
 def side_stream(device: torch.device, priority: int) -> torch.cuda.Stream:
     """The stream for collectives of this device and priority, made once: those issued on it run in order."""
@@ -108,8 +114,7 @@ def launch_planned(
     if plan.overlapped:
         priority = highest_priority() if plan.urgent and on_gpu else 0
         return launch(run, result, used=used, priority=priority, after=after, exclusive=True)
-    if on_gpu and result.device in _EXCLUSIVE:
-        torch.cuda.current_stream(result.device).wait_event(_EXCLUSIVE[result.device])
+    wait_for_planned(result.device)
     run(False)
     return Handle(result)
 
@@ -136,8 +141,7 @@ def run_plan(
 def run_leading(compute: Callable[[], R], run: Run, device: torch.device) -> R:
     """The collective in the current stream, `compute()` on a side stream that starts where the current one stands."""
     current, side = torch.cuda.current_stream(device), side_stream(device, 0)
-    if device in _EXCLUSIVE:
-        current.wait_event(_EXCLUSIVE[device])
+    wait_for_planned(device)
     side.wait_event(current.record_event())
     run(False)
     try:

@@ -81,8 +81,7 @@ class Problem:
         """Flat memory that the backend sums without a copy, free for what the current stream does next."""
         device, dtype = self.result.device, self.result.dtype
         # A planned collective that nobody has waited for may still use the backend's memory and flags.
-        if device in streams._EXCLUSIVE:
-            torch.cuda.current_stream(device).wait_event(streams._EXCLUSIVE[device])
+        streams.wait_for_planned(device)
         if isinstance(backend, NcclSymmetric):
             return nccl_symmetric.memory(self.group, device, backend.num_ctas).staging(numel, dtype)
         return symmetric_workspace(numel * dtype.itemsize, device, self.group)[: numel * dtype.itemsize].view(dtype)

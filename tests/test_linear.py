@@ -102,7 +102,8 @@ def results_are_fresh(rank: int, num_ranks: int) -> None:
         Example(rank, num_ranks, (1 + 7 * step % 300,), 1 + 13 * step % 400, 32, torch.float32, step).run(plan)
         if step == 20:
             before = num_live_tensors()
-    assert num_live_tensors() == before
+    # gloo's threads let go of the last calls' tensors a little later; a leak would be one a call, 179 here.
+    assert num_live_tensors() - before < 20, f"{num_live_tensors() - before} more tensors are alive than 179 calls ago"
     assert all(torch.equal(one, other) for one, other in results)
 
 

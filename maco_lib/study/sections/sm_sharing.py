@@ -3,6 +3,7 @@
 import pandera.pandas as pa
 
 from maco_lib.machine import Machine
+from maco_lib.study.sections.memory import too_few_ranks
 from maco_lib.study.spec import Dataset, Point, SectionParameters
 
 TECHNIQUES = {"cuda": ("held", "carveout", "green_context"), "cpu": ("threads",)}
@@ -44,5 +45,7 @@ SM_SHARING = Dataset(
     index=("matmul_n", "asked", "technique", "num_sms", "hold_part"),
     points=points,
     num_ranks=lambda parameters, machine: 1,
+    # One device is enough to measure it, but not for the section that it explains.
+    unavailable=too_few_ranks,
     launches=lambda parameters, point: 1,
 )

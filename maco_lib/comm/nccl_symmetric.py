@@ -21,7 +21,7 @@ import torch.distributed as dist
 from maco_lib.comm import c10d
 from maco_lib.comm.nccl import partial_group
 from maco_lib.comm.record import Operation, collective
-from maco_lib.comm.symmetric import ALIGNMENT, MIN_WORKSPACE, unreachable
+from maco_lib.comm.symmetric import ALIGNMENT, MIN_WORKSPACE, require_kernel, unreachable
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 MIN_NCCL = (2, 27)
@@ -143,10 +143,7 @@ class NcclSymmetric:
 
     def require(self, name: str, dtype: torch.dtype) -> None:
         """Raise ValueError on another collective or a type without a kernel."""
-        if name != "all_reduce":
-            raise ValueError(f"{self.name} has no {name!r}; it has all_reduce")
-        if dtype not in DTYPES:
-            raise ValueError(f"{self.name} has no kernel for {dtype}; it has {', '.join(map(str, DTYPES))}")
+        require_kernel(self.name, DTYPES, name, dtype)
 
     def empty(
         self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device, group: dist.ProcessGroup

@@ -112,6 +112,14 @@ def unreachable(device: torch.device, group: dist.ProcessGroup) -> str:
     return f"GPU {device.index} cannot access the memory of GPU {refused[0]}" if refused else ""
 
 
+def require_kernel(who: str, dtypes: tuple[torch.dtype, ...], name: str, dtype: torch.dtype) -> None:
+    """Raise ValueError unless the collective is an all-reduce of one of `dtypes`, which are what the backend has."""
+    if name != "all_reduce":
+        raise ValueError(f"{who} has no {name!r}; it has all_reduce")
+    if dtype not in dtypes:
+        raise ValueError(f"{who} has no kernel for {dtype}; it has {', '.join(map(str, dtypes))}")
+
+
 @dataclass(frozen=True)
 class SymmetricAllReduce:
     """Base of the all-reduces in symmetric memory: subclasses say `dtypes`, `in_place` and `reduce`."""
@@ -132,10 +140,7 @@ class SymmetricAllReduce:
 
     def require(self, name: str, dtype: torch.dtype) -> None:
         """Raise ValueError on another collective or a type without a kernel."""
-        if name != "all_reduce":
-            raise ValueError(f"{self.name} has no {name!r}; it has all_reduce")
-        if dtype not in self.dtypes:
-            raise ValueError(f"{self.name} has no kernel for {dtype}; it has {', '.join(map(str, self.dtypes))}")
+        require_kernel(self.name, self.dtypes, name, dtype)
 
     def operation(
         self, name: str, numel: int, dtype: torch.dtype, device: torch.device, group: dist.ProcessGroup

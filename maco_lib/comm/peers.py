@@ -1,7 +1,7 @@
 """What our own all-reduces share: the flags and buffers at which a group's ranks meet, and the split into shares.
 
 Every rank owns a share of the tensor: it sums the ranks' copies of it (reduce-scatter) and gives the sum to all
-(all-gather). In float32, by one rank, in one fixed order: deterministic, and bitwise equal on every rank.
+(all-gather). Every sum is formed by one rank, in one fixed order: deterministic, and bitwise equal on every rank.
 """
 
 import weakref
@@ -109,7 +109,7 @@ class SharedSum(SymmetricAllReduce):
         if why := super().unavailable(collective, device, group):
             return why
         try:
-            import triton  # noqa: F401
+            from maco_lib.kernels.meet import MAX_RANKS
         except ImportError:
             return f"{self.name} needs Triton, which is not installed"
-        return None
+        return f"{self.name} is for {MAX_RANKS} ranks, not {group.size()}" if group.size() > MAX_RANKS else None

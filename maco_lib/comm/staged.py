@@ -1,9 +1,9 @@
 """All-reduce that a few SMs and the copy engine share, for the side of a computation that fills the GPU.
 
 A kernel of a few CTAs sums every share in place (`kernels.add_share`); the copy engine then gives the sums to all, and
-no SM is held. A persistent matmul (cuBLAS's on Hopper) gives every CTA its tiles in advance: it loses nothing while 8
-SMs come to it late, but not later than about two fifths of its time, and a whole round of tiles otherwise. Half of the
-all-reduce on SMs, at the beginning, is what fits into that.
+no SM is held. A persistent matmul (cuBLAS's on Hopper) gives every CTA its tiles in advance: one of several rounds of
+tiles (n = 4096 and more) loses next to nothing while 8 SMs come to it late, but not later than about two fifths of its
+time, and a round otherwise (table `sm_sharing`). Half of the all-reduce on SMs, at the beginning, fits into that.
 
 Wins beside a computation that fills the GPU and takes longer than the all-reduce; alone, its copies cost some µs each.
 Sums are rounded at every addition, P - 1 times, as NCCL's are.

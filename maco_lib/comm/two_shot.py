@@ -3,7 +3,7 @@
 pull    a kernel reads all copies of its share and writes the sum to all ranks: 8 CTAs nearly fill NVLink, where NCCL
         takes 16 to 32. Wins where SMs are scarce.
 push    ranks write their parts of a share to its owner, who writes the sum to all: only writes, which NVLink carries
-        faster than reads, and one wait fewer; needs one more buffer of the tensor's size. Wins from about 2 MiB up:
+        faster than reads, and one wait fewer; needs one more buffer of the tensor's size. Wins from about 4 MiB up:
         with 128 CTAs alone, with 64 beside a computation that leaves that many SMs.
 """
 

@@ -12,6 +12,7 @@ from maco_lib.comm.copy_engine import CopyEngine
 from maco_lib.comm.gloo import Gloo
 from maco_lib.comm.nccl import Nccl
 from maco_lib.comm.nccl_symmetric import NcclSymmetric, release
+from maco_lib.comm.one_shot import OneShotLines
 from maco_lib.comm.record import COLLECTIVES, DTYPES, Collective, Operation, Reference, algbw, busbw, check, collective
 from maco_lib.comm.staged import Staged
 from maco_lib.comm.symm_mem import OneShot, TwoShot
@@ -33,6 +34,7 @@ BACKENDS = {
         PushTwoShot("maco_push_128", num_ctas=128),
         Staged("maco_staged_8", num_ctas=8),
         Staged("maco_staged_12", num_ctas=12),
+        OneShotLines("maco_ll"),
         CopyEngine("copy_engine"),
         VllmCustom("vllm_custom"),
         Gloo(),

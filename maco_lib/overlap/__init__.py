@@ -10,6 +10,7 @@ _HOMES = {
     "tune": "maco_lib.overlap.auto",  # find the fastest plan at once
     "decisions": "maco_lib.overlap.plan",  # how plans were chosen
     "linear_all_reduce": "maco_lib.overlap.linear",  # a matmul and the all-reduce of its result, as one operation
+    "linear_all_reduce_norm": "maco_lib.overlap.linear_norm",  # that, the residual and the RMSNorm, for decoding
     "LinearPlan": "maco_lib.overlap.linear_plan",  # one way to do that
     "RowParallelLinear": "maco_lib.overlap.row_parallel",  # a layer that does it
     "calibrate": "maco_lib.overlap.calibration",  # measure what the choice is predicted from

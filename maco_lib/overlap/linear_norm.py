@@ -1,0 +1,218 @@
+"""`linear_all_reduce_norm`: a row-parallel linear layer up to the next layer's input, as one operation.
+
+    normed, residual = linear_all_reduce_norm(x, weight, residual, norm_weight)
+
+Matmul, all-reduce, residual addition and RMSNorm. At the sizes of decoding the last three are one kernel
+(`kernels.sum_norm`), where every launch, and every wait for the other ranks, counts. It is the custom operator
+`maco::linear_all_reduce_norm`, so torch.compile keeps it whole. Under a CUDA graph: run it once before the capture with
+the same shapes; buffers and kernels are made then, by all ranks together.
+"""
+
+import torch
+import torch.distributed as dist
+from torch.distributed.distributed_c10d import _resolve_process_group
+
+from maco_lib.comm import backend
+from maco_lib.comm.mailbox import mailbox
+from maco_lib.comm.symmetric import ALIGNMENT
+from maco_lib.overlap import streams
+from maco_lib.overlap.linear import linear_all_reduce, result_shape, usable_backend
+from maco_lib.overlap.linear_plan import LinearPlan
+from maco_lib.overlap.linear_techniques.problem import flattened
+from maco_lib.overlap.validation import check_agreement, unavailable
+
+# Needs what the kernel needs.
+LINES = "maco_ll"
+# Whether the kernel is launched before the matmul has ended (programmatic dependent launch).
+EARLY = False
+# What the kinds of kernel are chosen by: the second way over NVLink, the wait for a flag beyond that for a line, and
+# what all SMs together write to the peers.
+WAY_US, FLAG_US, BYTES_PER_US = 1.5, 2.0, 350e3
+
+
+def linear_all_reduce_norm(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    residual: torch.Tensor,
+    norm_weight: torch.Tensor,
+    eps: float = 1e-6,
+    bias: torch.Tensor | None = None,
+    group: dist.ProcessGroup | None = None,
+    plan: LinearPlan | str = "auto",
+    *,
+    check: bool = False,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(normed, residual_out): residual_out = residual + the sum over the ranks of x @ weight.T, + bias once;
+    normed = residual_out / sqrt(mean of its squares along N + eps) * norm_weight. Every rank of the group calls it.
+
+    x: (..., K), bf16, fp16, fp32 or fp64; weight: (N, K), K being this rank's share; residual: (..., N);
+    norm_weight, bias: (N,). All but x and weight are the same on every rank; all are of x's type and on its device.
+    group: None for all ranks; of one rank, or no process group at all: the plain layer and norm.
+    plan: "fused": one kernel after the matmul; for bf16, fp16 and fp32, up to 256 rows, on GPUs that reach each other.
+    A `LinearPlan`: `linear_all_reduce` by it, then residual and norm. "auto": "fused" where it can be, else
+    `linear_all_reduce` as it is by default.
+    check: first compare shape, type and plan across the ranks (blocks the host; not for captured or compiled code).
+
+    Returns two new tensors (..., N) of x's type; the same bits on every rank, and every time for the same input and
+    plan. In float32 but for what is rounded: each rank's product, residual_out, from which normed is computed as it is
+    returned, and normed. For inference: there is no backward.
+
+    Raises ValueError on shapes, types or devices that do not fit each other or the group, on inputs that require
+    gradients, on a plan that cannot be followed here, and with `check` on every rank when the ranks disagree.
+    """
+    operands = {"x": x, "weight": weight, "residual": residual, "norm_weight": norm_weight, "bias": bias}
+    for name, tensor in operands.items():
+        if not isinstance(tensor, torch.Tensor) and (tensor is not None or name != "bias"):
+            raise ValueError(f"{name} is a torch.Tensor, not {type(tensor).__name__}")
+        if tensor is not None and tensor.requires_grad and torch.is_grad_enabled():
+            raise ValueError(f"{name} requires a gradient, and there is no backward: use torch.no_grad()")
+    if not isinstance(plan, LinearPlan) and plan not in ("auto", "fused"):
+        raise ValueError(f"plan = {plan!r} is not a LinearPlan, 'auto' or 'fused'")
+    num_ranks = dist.get_world_size(group) if dist.is_initialized() else 1
+    if num_ranks < 1:
+        raise ValueError(f"rank {dist.get_rank()} is not in the group given to linear_all_reduce_norm")
+    group_name = ""
+    if num_ranks > 1:
+        group_name = (dist.group.WORLD if group is None else group).group_name
+        if check:
+            result = torch.empty((*x.shape[:-1], *weight.shape[:1]), dtype=x.dtype, device="meta")
+            given = f"{eps}, {'no ' if bias is None else ''}bias; {plan}"
+            check_agreement(result, f"linear_all_reduce_norm({given})", group)
+    parts = [plan, "", 1, "m"] if isinstance(plan, str) else [plan.technique, plan.backend, plan.num_chunks, plan.dim]
+    return torch.ops.maco.linear_all_reduce_norm(x, weight, residual, norm_weight, eps, bias, group_name, *parts)
+
+
+@torch.library.custom_op("maco::linear_all_reduce_norm", mutates_args=())
+def operator(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    residual: torch.Tensor,
+    norm_weight: torch.Tensor,
+    eps: float,
+    bias: torch.Tensor | None,
+    group_name: str,
+    technique: str,
+    backend_name: str,
+    num_chunks: int,
+    dim: str,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`linear_all_reduce_norm` with the group by its name ("" for a group of one) and the plan in parts."""
+    shape = norm_shape(x, weight, residual, norm_weight, bias)
+    group = _resolve_process_group(group_name) if group_name else None
+    if group is not None:
+        usable_backend("", x.device, group)
+    why = unfusable(x, weight, group)
+    if technique == "fused" and why:
+        raise ValueError(f"plan = 'fused': {why}")
+    rows, old = flattened(x), flattened(residual)
+    if technique in ("auto", "fused") and not why:
+        normed, total = fused(rows, weight, old, norm_weight, eps, bias, group)
+    else:
+        plan = {} if technique in ("auto", "fused") else {"plan": LinearPlan(technique, backend_name, num_chunks, dim)}
+        product = linear_all_reduce(rows, weight, bias, None, group, **plan)
+        normed, total = add_norm(product, old, norm_weight, eps)
+    return normed.view(shape), total.view(shape)
+
+
+@operator.register_fake
+def _(x, weight, residual, norm_weight, eps, bias, group_name, technique, backend_name, num_chunks, dim):
+    shape = norm_shape(x, weight, residual, norm_weight, bias)
+    return x.new_empty(shape), x.new_empty(shape)
+
+
+def norm_shape(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    residual: torch.Tensor,
+    norm_weight: torch.Tensor,
+    bias: torch.Tensor | None,
+) -> tuple[int, ...]:
+    """The shape of both results; ValueError naming what does not fit."""
+    shape = result_shape(x, weight, bias, residual)
+    if tuple(norm_weight.shape) != shape[-1:]:
+        raise ValueError(f"norm_weight has shape {tuple(norm_weight.shape)} instead of {shape[-1:]}")
+    if norm_weight.dtype != x.dtype:
+        raise ValueError(f"norm_weight is of {norm_weight.dtype} instead of x's {x.dtype}")
+    if norm_weight.device != x.device:
+        raise ValueError(f"norm_weight is on {norm_weight.device} instead of x's {x.device}")
+    return shape
+
+
+def unfusable(x: torch.Tensor, weight: torch.Tensor, group: dist.ProcessGroup | None) -> str:
+    """Why the kernel cannot do what follows the matmul, or ""; the same on every rank."""
+    if group is None:
+        return "a single rank has nothing to sum"
+    if why := unavailable(LINES, x.device, group):
+        return why
+    if x.dtype not in backend(LINES).dtypes:
+        return f"it is for {', '.join(map(str, backend(LINES).dtypes))}, not {x.dtype}"
+    num_rows = x.numel() // max(1, x.shape[-1])
+    num_columns = weight.shape[0]
+    if num_rows < 1 or num_columns < 1:
+        return "there is nothing to sum"
+    if num_columns * x.itemsize % 8:
+        return f"N = {num_columns} of {x.dtype} is no whole number of 8 bytes"
+    if kind(num_rows, num_columns * x.itemsize, group.size()) is None:
+        return f"{num_rows} rows of {num_columns} are more than it has room for"
+    return ""
+
+
+def kind(num_rows: int, row_bytes: int, num_ranks: int) -> tuple[bool, bool] | None:
+    """The fastest (two_shot, flagged) of `kernels.sum_norm` by bytes moved, ways and waits; None: none has room."""
+    from maco_lib.kernels.sum_norm import fits
+
+    times = {}
+    for two_shot in (False, True):
+        for flagged in (False, True):
+            if fits(num_rows, row_bytes, num_ranks, two_shot, flagged):
+                num_ways = 2 if two_shot else 1
+                copies = 2 * -(-num_rows // num_ranks) / num_rows if two_shot else 1.0
+                moved = (num_ranks - 1) * copies * num_rows * row_bytes * (1 if flagged else 2)
+                waits = num_ways * FLAG_US * flagged + (num_ways - 1) * WAY_US
+                times[two_shot, flagged] = waits + moved / BYTES_PER_US
+    return min(times, key=lambda kind: times[kind], default=None)
+
+
+def fused(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    residual: torch.Tensor,
+    norm_weight: torch.Tensor,
+    eps: float,
+    bias: torch.Tensor | None,
+    group: dist.ProcessGroup,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(normed, residual_out) of (M, K) x by cuBLAS and one kernel. Collective."""
+    from maco_lib.kernels.sum_norm import sum_norm
+
+    # A planned collective that nobody has waited for may still use the mailbox.
+    streams.wait_for_planned(x.device)
+    first = bias is not None and group.rank() == 0
+    product = torch.addmm(bias, x, weight.t()) if first else torch.mm(x, weight.t())
+    box = mailbox(group, x.device)
+    two_shot, flagged = kind(len(product), product.shape[1] * product.itemsize, group.size())
+    return sum_norm(
+        product, aligned(residual), aligned(norm_weight), eps,
+        inboxes=box.inboxes, counter=box.counter, rank=box.rank, two_shot=two_shot, flagged=flagged, early=EARLY,
+    )  # fmt: skip
+
+
+def add_norm(
+    total: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(normed, total + residual) of (M, N): what `fused` does after the sum, on this rank alone."""
+    if total.device.type == "cuda" and total.numel() and total.dtype in backend(LINES).dtypes:
+        from maco_lib.kernels.add_rms_norm import add_rms_norm
+
+        return add_rms_norm(total, residual.contiguous(), weight.contiguous(), eps)
+    wide = torch.promote_types(total.dtype, torch.float32)
+    total = (total.to(wide) + residual.to(wide)).to(total.dtype)
+    values = total.to(wide)
+    scale = torch.rsqrt(values.square().mean(-1, keepdim=True) + eps)
+    return (values * scale * weight.to(wide)).to(total.dtype), total
+
+
+def aligned(tensor: torch.Tensor) -> torch.Tensor:
+    """The tensor as the kernels read it: contiguous, at a multiple of 16; a copy where it is not."""
+    tensor = tensor.contiguous()
+    return tensor if tensor.data_ptr() % ALIGNMENT == 0 else tensor.clone()

@@ -142,7 +142,7 @@ def compiled(rank: int, num_ranks: int) -> None:
     layer = RowParallelLinear.from_linear(linear, plan=LinearPlan("chunked", num_chunks=2))
 
     def block(x, residual):  # nothing that has to be generated in C++, which takes a quarter of a minute
-        return linear_all_reduce(x, layer.weight, None, layer(x, residual), dist.group.WORLD)
+        return linear_all_reduce(x, layer.weight, None, layer(x, residual), dist.group.WORLD, plan=None)
 
     fast = torch.compile(block, fullgraph=True, dynamic=True)
     for num_rows in (300, 7):
@@ -168,7 +168,7 @@ def errors_are_clear(rank: int, num_ranks: int) -> None:
         (lambda: linear_all_reduce(x.int(), weight.int()), "x is of torch.int32; the types are torch.bfloat16"),
         (lambda: linear_all_reduce(x, meta), f"weight is on meta instead of x's {x.device}"),
         (lambda: linear_all_reduce([1.0], weight), "x is a torch.Tensor, not list"),
-        (lambda: linear_all_reduce(x, weight, plan="fast"), "plan = 'fast' is not a LinearPlan or None"),
+        (lambda: linear_all_reduce(x, weight, plan="fast"), "plan = 'fast' is not a LinearPlan, 'auto' or None"),
         (lambda: linear_all_reduce(x, weight.clone().requires_grad_()), "weight requires a gradient"),
         (lambda: linear_all_reduce(x, weight, plan=LinearPlan(backend="mpi")), "unknown backend 'mpi'.*nccl, "),
         (lambda: linear_all_reduce(x, weight, plan=LinearPlan(backend=unusable)), f"backend '{unusable}'"),
@@ -178,7 +178,7 @@ def errors_are_clear(rank: int, num_ranks: int) -> None:
     if x.device.type == "cuda":
         with pytest.raises(ValueError, match="x is on cpu, but the nccl group works on cuda"):
             linear_all_reduce(x.cpu(), weight.cpu())
-    for rows, plan in ((4 + rank, None), (4, PLANS[rank])):
+    for rows, plan in ((4 + rank, "auto"), (4, PLANS[rank])):
         with pytest.raises(ValueError, match="the ranks disagree: rank 0 calls linear_all_reduce.*, rank 1 calls"):
             linear_all_reduce(x.new_ones(rows, 6), weight, plan=plan, check=True)
 

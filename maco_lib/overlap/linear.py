@@ -1,20 +1,24 @@
 """`linear_all_reduce`: a row-parallel linear layer's matmul and the all-reduce of its result, as one operation.
 
-    y = linear_all_reduce(x, weight)                                # cuBLAS, then NCCL (gloo on CPUs)
+    y = linear_all_reduce(x, weight)                                # the fastest plan of this machine
     y = linear_all_reduce(x, weight, bias, residual, plan=LinearPlan("chunked", "symm_mem_two_shot", num_chunks=4))
 
-It is the custom operator `maco::linear_all_reduce`, so torch.compile keeps it whole. Under a CUDA graph: run it once
-before the capture with the same plan and a shape at least as large; buffers are made then, by all ranks together.
+It is the custom operator `maco::linear_all_reduce`, so torch.compile keeps it whole, and plan="auto" chooses by the
+number of rows that it meets at run time. Under a CUDA graph: run it once before the capture with the same plan and
+shapes; buffers are made then, by all ranks together, and "auto" captures only what has run.
 """
 
 from collections.abc import Callable
+from dataclasses import astuple
+from typing import Literal
 
 import torch
 import torch.distributed as dist
 from torch.distributed.distributed_c10d import _resolve_process_group
 
 from maco_lib.comm import DTYPES, backend
-from maco_lib.overlap.linear_plan import TECHNIQUES, LinearPlan
+from maco_lib.overlap import linear_auto
+from maco_lib.overlap.linear_plan import AUTO, TECHNIQUES, LinearPlan
 from maco_lib.overlap.linear_techniques import chunked, sequential
 from maco_lib.overlap.linear_techniques.problem import Problem, flattened
 from maco_lib.overlap.plan import DEFAULT_BACKEND
@@ -33,7 +37,7 @@ def linear_all_reduce(
     bias: torch.Tensor | None = None,
     residual: torch.Tensor | None = None,
     group: dist.ProcessGroup | None = None,
-    plan: LinearPlan | None = None,
+    plan: LinearPlan | Literal["auto"] | None = "auto",
     *,
     check: bool = False,
 ) -> torch.Tensor:
@@ -43,7 +47,12 @@ def linear_all_reduce(
     may differ between ranks. bias: (N,). residual: (..., N). Both are the same on every rank; all are of x's type and
     on its device.
     group: None for all ranks; of one rank, or no process group at all: the plain linear layer.
-    plan: None for the sequential one over the default collective.
+    plan: "auto", a `LinearPlan`, or None for the sequential one over the default collective. "auto" takes the fastest
+        plan that `linear_auto.tune_linear` measured for about as many rows, without that the one that the model
+        predicts, sequential unless another is sure to win. Its first call for a weight's shape is collective on the
+        host, and takes up to a minute if this machine was never calibrated (`calibrate`). Where K differs between the
+        ranks give a plan: "auto" is then the default sequential one, and not to be used if a weight of the same N has
+        the same K on some of the ranks only.
     check: first compare shape, type and plan across the ranks (blocks the host; not for captured or compiled code).
 
     Returns (..., N), a new tensor of x's type; the same bits on every rank, and every time for the same input and plan.
@@ -60,8 +69,9 @@ def linear_all_reduce(
             raise ValueError(f"{name} requires a gradient and linear_all_reduce has no backward: use torch.no_grad()")
     if plan is None:
         plan = LinearPlan()
-    if not isinstance(plan, LinearPlan):
-        raise ValueError(f"plan = {plan!r} is not a LinearPlan or None")
+    if plan != AUTO and not isinstance(plan, LinearPlan):
+        raise ValueError(f"plan = {plan!r} is not a LinearPlan, 'auto' or None")
+    parts = (AUTO, *astuple(LinearPlan())[1:]) if plan == AUTO else astuple(plan)
     num_ranks = dist.get_world_size(group) if dist.is_initialized() else 1
     if num_ranks < 1:
         raise ValueError(f"rank {dist.get_rank()} is not in the group given to linear_all_reduce")
@@ -72,9 +82,7 @@ def linear_all_reduce(
             given = ", ".join(name for name, tensor in operands.items() if tensor is not None)
             result = torch.empty((*x.shape[:-1], *weight.shape[:1]), dtype=x.dtype, device="meta")
             check_agreement(result, f"linear_all_reduce({given}; {plan})", group)
-    return torch.ops.maco.linear_all_reduce(
-        x, weight, bias, residual, group_name, plan.technique, plan.backend, plan.num_chunks, plan.dim
-    )
+    return torch.ops.maco.linear_all_reduce(x, weight, bias, residual, group_name, *parts)
 
 
 @torch.library.custom_op("maco::linear_all_reduce", mutates_args=())
@@ -89,9 +97,10 @@ def operator(
     num_chunks: int,
     dim: str,
 ) -> torch.Tensor:
-    """`linear_all_reduce` with the group by its name ("" for a group of one) and the plan in parts."""
+    """`linear_all_reduce` with the group by its name ("" for a group of one) and the plan in parts, the first "auto"
+    where there is none."""
     shape = result_shape(x, weight, bias, residual)
-    plan = LinearPlan(technique, backend_name, num_chunks, dim)
+    plan = LinearPlan() if technique == AUTO else LinearPlan(technique, backend_name, num_chunks, dim)
     if plan.backend:
         backend(plan.backend)  # a wrong name is an error on a single rank, too
     if not group_name:
@@ -100,9 +109,17 @@ def operator(
     group = _resolve_process_group(group_name)
     name = usable_backend(plan.backend, x.device, group)
     result = x.new_empty(shape)
-    if result.numel():
-        flat_residual = None if residual is None else flattened(residual)
-        RUN[technique](Problem(flattened(x), weight, bias, flat_residual, flattened(result), name, group), plan)
+    if not result.numel():
+        return result
+    flat_x, flat_residual = flattened(x), None if residual is None else flattened(residual)
+    call = (len(flat_x), weight, (bias is not None, residual is not None))
+    planner = linear_auto.planner(group, x.device) if technique == AUTO else None
+    if planner:
+        plan = planner.plan(*call)
+        name = usable_backend(plan.backend, x.device, group)
+    RUN[plan.technique](Problem(flat_x, weight, bias, flat_residual, flattened(result), name, group), plan)
+    if planner:
+        planner.ran(plan, *call)
     return result
 
 

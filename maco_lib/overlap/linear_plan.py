@@ -1,9 +1,15 @@
 """Plans of `linear_all_reduce`: the ways to multiply and sum. Without torch."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
+AUTO = "auto"  # in place of a plan: the fastest one of this machine
 TECHNIQUES = ("sequential", "chunked")
 DIMS = ("m", "n")
+# What "chunked" is tried with: backends that leave the matmul its SMs, and numbers of chunks along M. (Along N the
+# tiles are as many, x is read once a chunk, and the sums have to be copied.)
+LIGHT_BACKENDS = ("maco_staged_8", "maco_push_64", "gloo")
+NUM_CHUNKS = (2, 4, 8)
 
 
 @dataclass(frozen=True)
@@ -36,3 +42,17 @@ class LinearPlan:
         if self.technique == "chunked":
             words.insert(1, f"{self.num_chunks} along {self.dim}")
         return ", ".join(words)
+
+    @property
+    def overlapped(self) -> bool:
+        """Whether it communicates while it multiplies."""
+        return self.technique != "sequential"
+
+
+def candidates(kind: str, backends: Iterable[str]) -> list[LinearPlan]:
+    """The plans that "auto" chooses from on a `kind` of device ("cpu" or "cuda") with these backends."""
+    backends = list(backends)
+    plans = [LinearPlan(backend=name) for name in backends]
+    plans += [LinearPlan("chunked", name, num) for name in backends if name in LIGHT_BACKENDS for num in NUM_CHUNKS]
+    fused = [technique for technique in TECHNIQUES if technique not in ("sequential", "chunked")]
+    return plans + [LinearPlan(technique) for technique in fused if kind == "cuda"]

@@ -6,7 +6,9 @@ Without torch: `streams` runs a plan, `calibration` predicts its time, `auto` me
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
+from typing import TypeVar
 
+P = TypeVar("P")
 DEFAULT_BACKEND = {"cpu": "gloo", "cuda": "nccl"}
 # What a user's work is tried with before one plan is kept: each costs a few calls.
 MAX_CANDIDATES = 7
@@ -87,7 +89,11 @@ def choose(measured: Mapping[Plan, float], kind: str) -> Plan:
 
     `measured`: time of each, among them `sequential(kind)`; NaN or inf for one that could not be measured.
     """
-    kept = sequential(kind)
+    return keep(measured, sequential(kind))
+
+
+def keep(measured: Mapping[P, float], kept: P) -> P:
+    """`choose` for any plans that say whether they are `overlapped`; `kept`: the default sequential one."""
     for overlapped in (False, True):
         rivals = [plan for plan in measured if plan.overlapped == overlapped and math.isfinite(measured[plan])]
         best = min(rivals, key=lambda plan: (measured[plan], str(plan)), default=kept)
@@ -101,7 +107,8 @@ class Decision:
     """How a plan was chosen for one key; times in µs of the slowest rank.
 
     predicted_us: by the model, of every candidate; measured_us: of those measured so far. how: "calls" (on the user's
-    own calls), "tune", or "predicted" (under graph capture, nothing measured). chosen: None while calls are measured.
+    own calls), "tune", or "predicted" (nothing measured: under graph capture, and by `linear_all_reduce` where it was
+    not tuned). chosen: None while calls are measured.
     """
 
     key: str
@@ -113,6 +120,11 @@ class Decision:
     predicted_us: dict[Plan, float] = field(default_factory=dict)
     measured_us: dict[Plan, float] = field(default_factory=dict)
     chosen: Plan | None = None
+
+    @property
+    def error(self) -> float:
+        """Predicted / measured - 1 of the chosen plan; NaN where one of them is not known."""
+        return self.predicted_us.get(self.chosen, math.nan) / self.measured_us.get(self.chosen, math.nan) - 1
 
 
 _DECISIONS: list[Decision] = []

@@ -1,9 +1,13 @@
 """`RowParallelLinear`: a linear layer whose weight is cut along K over the ranks, in place of a torch.nn.Linear."""
 
+from collections.abc import Sequence
+from typing import Literal
+
 import torch
 import torch.distributed as dist
 
 from maco_lib.overlap.linear import linear_all_reduce
+from maco_lib.overlap.linear_auto import LinearDecision, tune_linear
 from maco_lib.overlap.linear_plan import LinearPlan
 
 
@@ -19,7 +23,7 @@ class RowParallelLinear(torch.nn.Module):
         weight: torch.Tensor,
         bias: torch.Tensor | None = None,
         group: dist.ProcessGroup | None = None,
-        plan: LinearPlan | None = None,
+        plan: LinearPlan | Literal["auto"] | None = "auto",
     ):
         super().__init__()
         self.weight = torch.nn.Parameter(weight.detach(), requires_grad=False)
@@ -28,7 +32,10 @@ class RowParallelLinear(torch.nn.Module):
 
     @classmethod
     def from_linear(
-        cls, linear: torch.nn.Linear, group: dist.ProcessGroup | None = None, plan: LinearPlan | None = None
+        cls,
+        linear: torch.nn.Linear,
+        group: dist.ProcessGroup | None = None,
+        plan: LinearPlan | Literal["auto"] | None = "auto",
     ) -> "RowParallelLinear":
         """This rank's share of `linear`, which every rank holds whole: its own columns, copied, and the bias.
 
@@ -46,6 +53,10 @@ class RowParallelLinear(torch.nn.Module):
     def forward(self, x: torch.Tensor, residual: torch.Tensor | None = None) -> torch.Tensor:
         """x: (..., K), this rank's share of the input; residual: (..., N). Returns (..., N), equal on every rank."""
         return linear_all_reduce(x, self.weight, self.bias, residual, self.group, self.plan)
+
+    def tune(self, num_rows: Sequence[int]) -> dict[int, LinearDecision]:
+        """`tune_linear` for this weight and these numbers of rows, all that plan="auto" then looks up. Collective."""
+        return tune_linear(self.weight, num_rows, self.group)
 
     def extra_repr(self) -> str:
         num_features, share = self.weight.shape

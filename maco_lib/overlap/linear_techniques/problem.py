@@ -139,6 +139,12 @@ def symmetric_workspace(num_bytes: int, device: torch.device, group: dist.Proces
     return made[device]
 
 
+def workspace_address(device: torch.device, group: dist.ProcessGroup) -> int:
+    """Where `symmetric_workspace` is, 0 where there is none: another one when it has grown."""
+    made = _WORKSPACES.get(group, {})
+    return made[device].data_ptr() if device in made else 0
+
+
 def flattened(tensor: torch.Tensor) -> torch.Tensor:
     """(..., n) as (m, n); a vector is one row."""
     return tensor.reshape(math.prod(tensor.shape[:-1]), tensor.shape[-1])

@@ -1,0 +1,268 @@
+"""`plan="auto"` of `linear_all_reduce`: a plan for every (M, N, K), measured by `tune_linear` or predicted.
+
+How the plan of a call is found, the same on every rank:
+
+    tuned       M was tuned: its plan. Between or beside tuned Ms that differ from M by a factor of 2 at most: the
+                nearest one's plan, the nearest sequential one's if any of them is sequential.
+    predicted   elsewhere: by the calibrated model, for M rounded to a power of two. An overlapping plan is taken only
+                if its gain exceeds the model's errors (`LinearCosts.choose`).
+    default     matmul, then NCCL or gloo: where K differs between the ranks, for types that are not calibrated, and
+                while a graph is captured if no call of the same kind has run with the plan before.
+
+Nothing is timed in the user's calls. The first one for a weight's shape compares K between the ranks and, in a process
+that has not yet calibrated, reads or measures the calibration. All decisions are told by `overlap.decisions()`.
+"""
+
+import math
+import warnings
+import weakref
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+import torch.distributed as dist
+
+from maco_lib import comm
+from maco_lib.comm import DTYPES
+from maco_lib.overlap.calibration import Calibration, calibrate
+from maco_lib.overlap.linear_measure import Shape, cuts
+from maco_lib.overlap.linear_model import LinearCosts, shortlist
+from maco_lib.overlap.linear_plan import LinearPlan, candidates
+from maco_lib.overlap.linear_techniques.problem import workspace_address
+from maco_lib.overlap.plan import DEFAULT_BACKEND, Decision, keep, record
+from maco_lib.overlap.validation import device_kinds
+from maco_lib.timing import gather
+
+# Calls that a capture can rely on; beyond, the oldest are forgotten, so that changing shapes take no more memory.
+MAX_PREPARED = 4096
+FUSED_DTYPES, FUSED_MULTIPLE = (torch.bfloat16, torch.float16), 8
+
+
+@dataclass
+class LinearDecision(Decision):
+    """How the plan for (num_rows, n, k) was chosen. how: "tune", "predicted" or "captured unprepared"."""
+
+    num_rows: int = 0
+    n: int = 0
+    k: int = 0
+
+
+@dataclass
+class Layer:
+    """What is decided for weights (n, k) of one type. k: the largest of the ranks'; even: whether all are the same.
+
+    tuned, predicted, unprepared: decisions by number of rows.
+    """
+
+    n: int
+    k: int
+    dtype: torch.dtype
+    even: bool
+    tuned: dict[int, LinearDecision] = field(default_factory=dict)
+    predicted: dict[int, LinearDecision] = field(default_factory=dict)
+    unprepared: dict[int, LinearDecision] = field(default_factory=dict)
+
+
+def nearby(tuned: Mapping[int, LinearPlan], num_rows: int) -> LinearPlan | None:
+    """The plan for `num_rows`, not tuned itself, by those that are (see this module); None if none is that near."""
+    below = max((m for m in tuned if m < num_rows <= 2 * m), default=None)
+    above = min((m for m in tuned if num_rows < m <= 2 * num_rows), default=None)
+    sides = sorted((m for m in (below, above) if m), key=lambda m: abs(math.log(m / num_rows)))
+    sequential = [m for m in sides if not tuned[m].overlapped]
+    return next((tuned[m] for m in (*sequential, *sides)), None)
+
+
+class LinearPlanner:
+    """The layers of one group on one device."""
+
+    def __init__(self, group: dist.ProcessGroup, device: torch.device):
+        self.reference, self.device = weakref.ref(group), device
+        self.default = LinearPlan(backend=DEFAULT_BACKEND[device.type])
+        self.calibration: Calibration | None = None
+        self.layers: dict[tuple[int, int, torch.dtype], Layer] = {}
+        self.prepared: dict[tuple, None] = {}
+        self.workspace = 0
+
+    @property
+    def group(self) -> dist.ProcessGroup:
+        return self.reference()
+
+    @property
+    def costs(self) -> LinearCosts:
+        return self.calibration.linear
+
+    def layer(self, weight: torch.Tensor) -> Layer:
+        """What is known of weights of this shape. Collective when it is the first of its shape."""
+        (n, k), dtype = weight.shape, weight.dtype
+        if (n, k, dtype) not in self.layers:
+            every_k = gather(k, self.group)
+            self.calibration = self.calibration or calibrate(self.device, self.group)
+            self.layers[n, k, dtype] = Layer(n, max(every_k), dtype, len(set(every_k)) == 1)
+        return self.layers[n, k, dtype]
+
+    def plans(self, layer: Layer, num_rows: int) -> list[LinearPlan]:
+        """The candidates for so many rows that have kernels for them."""
+        every = candidates(self.device.type, self.costs.all_reduce)
+        num_bytes = num_rows * layer.n * layer.dtype.itemsize
+        return [
+            plan
+            for plan in every
+            if str(plan) not in self.costs.unusable
+            and cuts(plan, num_rows)
+            and (sums(plan.backend, layer.dtype, num_bytes) if plan.backend else fuses(layer))
+        ]
+
+    def predicted_us(self, layer: Layer, num_rows: int) -> dict[LinearPlan, float]:
+        """By the model; nothing for a type that was not calibrated."""
+        known = str(layer.dtype) in self.costs.dtypes
+        return self.costs.predict(num_rows, layer.n, layer.k) if known else {}
+
+    def decide(self, layer: Layer, num_rows: int, how: str) -> LinearDecision:
+        """A decision to be completed; recorded."""
+        key = f"linear_all_reduce of ({num_rows}, {layer.k}) x ({layer.n}, {layer.k})"
+        num_bytes, dtype = num_rows * layer.n * layer.dtype.itemsize, str(layer.dtype)
+        place = {"num_rows": num_rows, "n": layer.n, "k": layer.k}
+        return record(LinearDecision(key, num_bytes, dtype, self.group.size(), how, chosen=self.default, **place))
+
+    def predict(self, layer: Layer, num_rows: int) -> LinearPlan:
+        """The model's plan for about so many rows."""
+        rounded = 2 ** round(math.log2(num_rows))
+        if rounded not in layer.predicted:
+            decision = layer.predicted[rounded] = self.decide(layer, rounded, "predicted")
+            predicted = self.predicted_us(layer, rounded)
+            if predicted and layer.even:
+                plans = self.plans(layer, rounded)
+                decision.t_comp_us = self.costs.matmul(rounded, layer.n, layer.k)
+                decision.predicted_us = {plan: us for plan, us in predicted.items() if plan in plans}
+                decision.chosen = self.costs.choose(rounded, layer.n, layer.k, plans, self.default)
+        return layer.predicted[rounded].chosen
+
+    def plan(self, num_rows: int, weight: torch.Tensor, operands: tuple[bool, ...]) -> LinearPlan:
+        """The plan of a call; operands: whether it has a bias and a residual. Collective as `layer`."""
+        capturing = self.device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+        if capturing and (*weight.shape, weight.dtype) not in self.layers:
+            warn_unprepared(num_rows, weight, self.default)
+            return self.default
+        layer = self.layer(weight)
+        if num_rows in layer.tuned:
+            chosen = layer.tuned[num_rows].chosen
+        else:
+            chosen = nearby({m: decision.chosen for m, decision in layer.tuned.items()}, num_rows)
+            chosen = chosen or self.predict(layer, num_rows)
+        if not capturing or chosen == self.default or self.is_prepared(chosen, num_rows, weight, operands):
+            return chosen
+        if num_rows not in layer.unprepared:
+            warn_unprepared(num_rows, weight, self.default)
+            layer.unprepared[num_rows] = self.decide(layer, num_rows, "captured unprepared")
+        return self.default
+
+    def is_prepared(self, plan: LinearPlan, num_rows: int, weight: torch.Tensor, operands: tuple[bool, ...]) -> bool:
+        """Whether a call that has run needed all that this one needs: kernels, buffers, tables."""
+        self.forget_old_workspace()
+        return (plan, num_rows, *weight.shape, weight.dtype, *operands) in self.prepared
+
+    def ran(self, plan: LinearPlan, num_rows: int, weight: torch.Tensor, operands: tuple[bool, ...]) -> None:
+        """Remember that a call was issued, so that one like it can be captured."""
+        self.forget_old_workspace()
+        self.prepared[plan, num_rows, *weight.shape, weight.dtype, *operands] = None
+        if len(self.prepared) > MAX_PREPARED:
+            del self.prepared[next(iter(self.prepared))]
+
+    def forget_old_workspace(self) -> None:
+        """A workspace that has grown is another buffer, which a backend may have to be told of."""
+        address = workspace_address(self.device, self.group)
+        if address != self.workspace:
+            self.workspace = address
+            self.prepared.clear()
+
+    def tune(self, layer: Layer, num_rows: int, weight: torch.Tensor, budget_s: float) -> LinearDecision:
+        """`tune_linear` for one M. Collective."""
+        decision = self.decide(layer, num_rows, "tune")
+        shape, plans = Shape(num_rows, weight, self.group), self.plans(layer, num_rows)
+        decision.predicted_us = {plan: us for plan, us in self.predicted_us(layer, num_rows).items() if plan in plans}
+        plans = shortlist(decision.predicted_us, plans, self.default)
+        faults = {plan: shape.fault(plan) for plan in plans if plan != self.default}
+        usable = [plan for plan in plans if not faults.get(plan)]
+        decision.t_comp_us, times_us = shape.times_us(usable, budget_s=budget_s, min_iterations=10)
+        decision.measured_us = {plan: times_us.get(plan, math.inf) for plan in plans}
+        decision.chosen = keep(decision.measured_us, self.default)
+        for plan in usable:
+            self.ran(plan, num_rows, weight, (False, False))
+        layer.tuned[num_rows] = decision
+        return decision
+
+
+def sums(backend_name: str, dtype: torch.dtype, num_bytes: int) -> bool:
+    """Whether the backend has kernels for a result of that type and size."""
+    backend = comm.backend(backend_name)
+    try:
+        if hasattr(backend, "require"):
+            backend.require("all_reduce", dtype)
+        if hasattr(backend, "require_size"):
+            backend.require_size(num_bytes)
+    except ValueError:
+        return False
+    return True
+
+
+def fuses(layer: Layer) -> bool:
+    """Whether techniques that sum by themselves have kernels for weights like this."""
+    aligned = layer.n % FUSED_MULTIPLE == 0 and layer.k % FUSED_MULTIPLE == 0
+    return layer.dtype in FUSED_DTYPES and aligned and layer.even
+
+
+def warn_unprepared(num_rows: int, weight: torch.Tensor, default: LinearPlan) -> None:
+    warnings.warn(
+        f"linear_all_reduce of {num_rows} rows with a weight of {tuple(weight.shape)} is captured with the plan "
+        f"{default}: run it once before the capture, with the same shapes, for plan='auto' to choose",
+        stacklevel=2,
+    )
+
+
+_PLANNERS: "weakref.WeakKeyDictionary[dist.ProcessGroup, dict[torch.device, LinearPlanner]]"
+_PLANNERS = weakref.WeakKeyDictionary()
+
+
+def planner(group: dist.ProcessGroup, device: torch.device) -> LinearPlanner:
+    """The planner of a group on this rank's device; it lives as long as the group."""
+    of_group = _PLANNERS.setdefault(group, {})
+    if device not in of_group:
+        of_group[device] = LinearPlanner(group, device)
+    return of_group[device]
+
+
+def tune_linear(
+    weight: torch.Tensor,
+    num_rows: Sequence[int],
+    group: dist.ProcessGroup | None = None,
+    *,
+    budget_s: float = 0.1,
+) -> dict[int, LinearDecision]:
+    """Measure the plans worth it for weights like `weight`, and keep the fastest of each M for plan="auto". Collective.
+
+    weight: (N, K), this rank's share, of the type that x will have. num_rows: the Ms, the same on every rank; what is
+    between them follows from them (see this module). budget_s: seconds for each M beyond warm-up, about half a second
+    on GPUs. An overlapping plan is kept where it is faster than the fastest sequential one by more than 1 %. Random x,
+    no bias, no residual; the weights are as cold as a model's. For a group of one there is nothing to choose: {}.
+
+    Returns the decision for each M. Raises ValueError on a weight or Ms that are not valid, or differ between ranks.
+    """
+    if not isinstance(weight, torch.Tensor) or weight.dim() != 2 or weight.dtype not in DTYPES.values():
+        described = f"{tuple(weight.shape)} {weight.dtype}" if isinstance(weight, torch.Tensor) else repr(weight)
+        raise ValueError(f"weight = {described} is not a tensor (N, K) of {', '.join(map(str, DTYPES.values()))}")
+    if not num_rows or not all(isinstance(m, int) and m >= 1 for m in num_rows) or not weight.numel():
+        raise ValueError(f"num_rows = {num_rows!r} with a weight of {tuple(weight.shape)}: all are to be 1 or more")
+    if not dist.is_initialized() or dist.get_world_size(group) == 1:
+        return {}
+    group = group or dist.group.WORLD
+    if weight.device.type not in device_kinds(group):
+        raise ValueError(f"weight is on {weight.device}, but the {dist.get_backend(group)} group is not")
+    for rank, theirs in enumerate(every := gather((sorted(set(num_rows)), weight.shape[0], weight.dtype), group)):
+        if theirs != every[0]:
+            raise ValueError(f"the ranks disagree on (num_rows, N, type): rank 0 has {every[0]}, rank {rank} {theirs}")
+    with torch.no_grad():
+        owner = planner(group, weight.device)
+        layer = owner.layer(weight)
+        # The largest first, for which the buffers of all are made.
+        decided = {m: owner.tune(layer, m, weight.detach(), budget_s) for m in sorted(set(num_rows), reverse=True)}
+    return dict(sorted(decided.items()))

@@ -1,0 +1,301 @@
+"""`plan="auto"` of `linear_all_reduce`: predicted, measured and looked up, on every rank the same, never a gamble."""
+
+import dataclasses
+import itertools
+import json
+import math
+import warnings
+
+import pytest
+import torch
+import torch.distributed as dist
+from ranks import run_ranks
+
+from maco_lib.overlap import LinearPlan, RowParallelLinear, decisions, linear_all_reduce, tune_linear
+from maco_lib.overlap.costs import Curve
+from maco_lib.overlap.linear_auto import nearby
+from maco_lib.overlap.linear_model import LinearCosts, MatmulTime, Overlapped, shortlist, whole_waves
+from maco_lib.overlap.linear_plan import TECHNIQUES, candidates
+from maco_lib.overlap.plan import keep
+
+NCCL, PUSH = LinearPlan(backend="nccl"), LinearPlan(backend="maco_push_64")
+CHUNKED = LinearPlan("chunked", "maco_push_64", 2)
+GLOO, HALVES = LinearPlan(backend="gloo"), LinearPlan("chunked", "gloo", 2)
+
+# -- the model ---------------------------------------------------------------------------------------------------------
+
+
+def test_a_matmul_takes_whole_waves_of_tiles():
+    one_tile = 2 * 128 * 128 * 64
+    assert whole_waves(128, 128 * 132, 64, 132) == whole_waves(128, 128, 64, 132) == 132 * one_tile
+    assert whole_waves(128, 128 * 133, 64, 132) == 2 * 132 * one_tile
+    assert whole_waves(10, 20, 30, 0) == 2 * 10 * 20 * 30  # a CPU has no waves
+    true = MatmulTime(3.0, 7e8, 4e6, 132, 2)
+    shapes = list(itertools.product((1, 64, 256, 1024, 8192), (4096, 8192), (2048, 8192)))
+    fitted = MatmulTime.fit(shapes, [true(*shape) for shape in shapes], 132, 2)
+    for shape in [(16, 5120, 12800), (2048, 5120, 12800), (16384, 4096, 4096)]:
+        assert fitted(*shape) == pytest.approx(true(*shape), rel=0.01)
+    assert fitted.spread < 0.01
+    noisy = [true(*shape) * (1.2 if number % 2 else 1.0) for number, shape in enumerate(shapes)]
+    assert 0.05 < MatmulTime.fit(shapes, noisy, 132, 2).spread < 0.3
+
+
+def test_overlapping_costs_are_fitted_and_never_below_the_longer_side():
+    true, t_matmul, t_comm = (
+        Overlapped(10.0, 1.05, 0.2),
+        [50.0, 100.0, 300.0, 900.0, 900.0],
+        [90.0, 90.0, 30.0, 100, 900],
+    )
+    fitted = Overlapped.fit(t_matmul, t_comm, list(map(true, t_matmul, t_comm)))
+    assert fitted(2000.0, 400.0) == pytest.approx(true(2000.0, 400.0), rel=1e-3) and fitted.spread < 1e-3
+    assert fitted.least_us == 140.0
+    lucky = Overlapped.fit(t_matmul, t_comm, [0.8 * max(pair) for pair in zip(t_matmul, t_comm, strict=True)])
+    assert lucky(1e6, 1.0) >= 1e6
+
+
+def costs_with(gain: float, spread: float = 0.05) -> LinearCosts:
+    """A machine where the matmul and the push take 100 µs each for (1024, 1024, 1024), and overlapping `gain` less."""
+    matmul = MatmulTime(0.0, 2 * 1024**3 / 100, 1e9, 0, 2, spread=0.1)
+    curves = {name: Curve((2**10, 2**21), (us / 10, us)) for name, us in (("nccl", 130.0), ("maco_push_64", 100.0))}
+    return LinearCosts(("torch.bfloat16",), matmul, curves, {CHUNKED: Overlapped(100 - gain, 1, 0, 50.0, spread)}, {})
+
+
+def test_an_overlapping_plan_is_predicted_only_where_its_gain_exceeds_the_errors():
+    shape, plans = (1024, 1024, 1024), [NCCL, PUSH, CHUNKED]
+    for gain, spread, wanted in [(60, 0.05, CHUNKED), (60, 0.5, PUSH), (5, 0.05, PUSH), (-50, 0.0, PUSH)]:
+        costs = costs_with(gain, spread)
+        assert costs.predict(*shape) == pytest.approx({NCCL: 230.0, PUSH: 200.0, CHUNKED: 200.0 - gain})
+        assert costs.choose(*shape, plans, NCCL) == wanted, (gain, spread)
+    assert costs_with(60).choose(*shape, [NCCL, PUSH], NCCL) == PUSH
+    assert costs_with(60).choose(*shape, [NCCL], NCCL) == NCCL
+    # Far below what was measured nothing is predicted for a plan that overlaps.
+    assert set(costs_with(60).predict(1, 64, 64)) == {NCCL, PUSH}
+    costs = costs_with(60)
+    assert LinearCosts.from_json(json.loads(json.dumps(costs.to_json()))) == costs
+
+
+def test_a_backend_that_takes_no_more_bytes_is_not_predicted():
+    costs = costs_with(60)
+    costs.all_reduce["vllm_custom"] = Curve((2**10, 2**15), (4.0, 9.0))
+    small, large = LinearPlan(backend="vllm_custom") in costs.predict(1, 1024, 1024), costs.predict(1024, 1024, 1024)
+    assert small and LinearPlan(backend="vllm_custom") not in large
+
+
+def test_every_technique_is_a_candidate_on_gpus_and_fused_ones_nowhere_else():
+    assert {plan.technique for plan in candidates("cuda", ["nccl", "maco_push_64"])} == set(TECHNIQUES)
+    assert {plan.technique for plan in candidates("cpu", ["gloo"])} == {"sequential", "chunked"}
+
+
+def test_the_shortlist_has_the_default_the_near_ones_and_the_best_of_every_technique():
+    plans = candidates("cuda", ["nccl", "copy_engine", "maco_staged_8", "maco_push_64"])
+    predicted = {plan: 100.0 + 20 * number for number, plan in enumerate(plans)}
+    chosen = shortlist(predicted, plans, NCCL)
+    assert chosen[0] == NCCL and LinearPlan(backend="copy_engine") in chosen
+    assert all(predicted[plan] <= 130 for plan in chosen)
+    overlapping = [plan for plan in plans if plan.overlapped]
+    near = predicted | {plan: 90.0 + number for number, plan in enumerate(overlapping)}
+    chosen = shortlist(near, plans, NCCL)
+    assert {plan.technique for plan in chosen} == set(TECHNIQUES) and overlapping[0] in chosen
+    assert len(chosen) < len(plans)
+    assert set(shortlist({}, plans, NCCL)) == set(plans)  # nothing is known of such a type: all are measured
+
+
+# -- looking up --------------------------------------------------------------------------------------------------------
+
+
+def test_rows_between_tuned_ones_take_an_overlapping_plan_only_if_both_sides_do():
+    tuned = {64: PUSH, 256: NCCL, 512: CHUNKED, 1024: HALVES}
+    wanted = {128: PUSH, 129: NCCL, 200: NCCL, 300: NCCL, 500: NCCL, 600: CHUNKED, 900: HALVES, 2048: HALVES,
+              2049: None, 32: PUSH, 31: None}  # fmt: skip
+    assert {num_rows: nearby(tuned, num_rows) for num_rows in wanted} == wanted
+    assert nearby({}, 7) is None
+
+
+def test_measured_plans_replace_the_simpler_ones_only_when_faster():
+    assert keep({NCCL: 100.0, PUSH: 90.0, CHUNKED: 80.0}, NCCL) == CHUNKED
+    assert keep({NCCL: 100.0, PUSH: 90.0, CHUNKED: 89.5}, NCCL) == PUSH
+    assert keep({NCCL: 100.0, PUSH: 99.5, CHUNKED: math.inf}, NCCL) == NCCL
+
+
+# -- on ranks ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("MACO_CACHE", str(tmp_path))
+
+
+def small_grid() -> None:
+    from maco_lib.overlap import calibration
+
+    beside, matmuls = ((2**16, 64), (2**16, 128), (2**18, 64)), ((1, 64, 64), (64, 64, 64))
+    linear = tuple(itertools.product((256, 512), (64, 128), (64, 128)))
+    calibration.GRIDS["cpu"] = calibration.Grid((2**14, 2**18), beside, linear, matmuls, budget_s=0.01)
+
+
+def watched() -> list[LinearPlan]:
+    """The plans that calls follow from now on."""
+    from maco_lib.overlap import linear
+
+    followed: list[LinearPlan] = []
+    for technique, run in list(linear.RUN.items()):
+        linear.RUN[technique] = lambda problem, plan, run=run: (followed.append(plan), run(problem, plan))[1]
+    return followed
+
+
+def check(rank: int, num_ranks: int, num_rows: int, n: int, k: int, **options) -> None:
+    """One call is right; k: of all ranks."""
+    generator = torch.Generator().manual_seed(num_rows)
+    x, weight = (torch.randn(rows, k, generator=generator) for rows in (num_rows, n))
+    mine = [tensor.tensor_split(num_ranks, dim=1)[rank] for tensor in (x, weight)]
+    torch.testing.assert_close(linear_all_reduce(*mine, **options), x @ weight.t(), rtol=1e-3, atol=1e-3)
+
+
+def told(num_rows: int, how: str):
+    return [it for it in decisions() if getattr(it, "num_rows", None) == num_rows and it.how == how]
+
+
+def tuned_and_looked_up(rank: int, num_ranks: int) -> None:
+    from maco_lib.overlap.linear_measure import Shape
+
+    small_grid()
+    followed = watched()
+    for num_rows in (300, 290, 7):
+        check(rank, num_ranks, num_rows, 96, 64)
+    (decision,) = told(256, "predicted")  # of both 300 and 290
+    assert decision.n == 96 and decision.k == 32 and decision.t_comp_us > 0 and followed[-3] == decision.chosen
+    assert {GLOO, HALVES} <= set(decision.predicted_us) and math.isnan(decision.error) and not decision.measured_us
+    assert set(told(8, "predicted")[0].predicted_us) == {GLOO}  # 8 rows cannot be cut in chunks of tiles
+
+    # What is measured decides; the ranks' own clocks are not asked one by one.
+    measured = {GLOO: 100.0, HALVES: 70.0, LinearPlan("chunked", "gloo", 4): 80.0}
+    Shape.times_us, really = (
+        lambda self, plans, **rest: (30.0, {plan: measured[plan] for plan in plans}),
+        Shape.times_us,
+    )
+    weight = torch.randn(96, 32)
+    decided = tune_linear(weight, [512, 256, 512])
+    assert list(decided) == [256, 512] and decided[512].measured_us[GLOO] == 100.0 and told(512, "tune")
+    for num_rows, found in decided.items():
+        assert found.chosen == (HALVES if HALVES in found.measured_us else GLOO), num_rows
+        if found.chosen in found.predicted_us:
+            assert found.error == pytest.approx(found.predicted_us[found.chosen] / found.measured_us[found.chosen] - 1)
+    measured[HALVES] = measured[LinearPlan("chunked", "gloo", 4)] = 99.5
+    assert tune_linear(weight, [256])[256].chosen == GLOO
+    Shape.times_us = really
+    followed.clear()
+    for num_rows in (512, 256, 300, 700):
+        check(rank, num_ranks, num_rows, 96, 64)
+    chosen = decided[512].chosen
+    assert followed == [chosen, GLOO, GLOO, chosen]
+
+    # For real, and the same on every rank.
+    layer = RowParallelLinear(torch.randn(64, 48))
+    everyones = [None] * num_ranks
+    dist.all_gather_object(everyones, {m: str(found.chosen) for m, found in layer.tune([1, 40, 512]).items()})
+    assert everyones[0] == everyones[1] and set(everyones[0]) == {1, 40, 512}
+    assert all(told(m, "tune")[-1].measured_us[GLOO] > 0 for m in (1, 40, 512))
+
+    # Calls of changing shapes leave no more behind than there are powers of two.
+    before = len(decisions())
+    for num_rows in range(1, 1200, 13):
+        linear_all_reduce(torch.randn(num_rows, 48), layer.weight)
+    assert len(decisions()) - before <= 12
+
+
+def uneven_shares_and_compiled(rank: int, num_ranks: int) -> None:
+    small_grid()
+    followed = watched()
+    for num_rows in (5, 600):
+        check(rank, num_ranks, num_rows, 80, 33)
+    assert followed[-2:] == [GLOO, GLOO] and not told(512, "predicted")[0].predicted_us
+    weight = torch.randn(80, 17 - rank)
+    assert tune_linear(weight, [300])[300].chosen in (GLOO, HALVES)
+    check(rank, num_ranks, 300, 80, 33)
+    check(rank, num_ranks, 0, 80, 64)
+    # Types that were not calibrated: the default, until they are tuned.
+    half = torch.ones(300, 16, dtype=torch.bfloat16)
+    assert (linear_all_reduce(half, half[:72]) == 32).all() and followed[-1] == GLOO
+    assert set(tune_linear(half[:72], [300])[300].measured_us) == {GLOO, HALVES}
+
+    layer = RowParallelLinear(torch.randn(64, 32))
+    block = torch.compile(lambda x: layer(x), fullgraph=True, dynamic=True, backend="aot_eager")
+    layer.tune([256])
+    followed.clear()
+    for num_rows in (256, 9):
+        x = torch.randn(num_rows, 32)
+        torch.testing.assert_close(block(x), linear_all_reduce(x, layer.weight, plan=None))
+    assert followed[0] == told(256, "tune")[-1].chosen
+
+    plain = {"num_rows": [4], "weight": torch.ones(6, 4)}
+    for wrong, message in [
+        ({"num_rows": []}, r"num_rows = \[\]"),
+        ({"num_rows": [4, 0]}, r"num_rows = \[4, 0\]"),
+        ({"weight": torch.ones(6)}, r"weight = \(6,\)"),
+        ({"weight": torch.ones(6, 4).int()}, "torch.int32 is not a tensor"),
+        ({"weight": torch.ones(6, 4, device="meta")}, "weight is on meta"),
+        ({"num_rows": [4 + rank]}, "the ranks disagree"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            tune_linear(**plain | wrong)
+    alone = [dist.new_group([other]) for other in range(num_ranks)][rank]
+    assert tune_linear(weight, [4], alone) == {}
+
+
+def test_auto_follows_what_was_measured_and_predicts_the_rest(cache):
+    run_ranks(tuned_and_looked_up)
+
+
+def test_auto_with_uneven_shares_other_types_and_compiled(cache):
+    run_ranks(uneven_shares_and_compiled)
+
+
+def test_a_group_of_one_has_nothing_to_tune():
+    assert tune_linear(torch.ones(3, 4), [5]) == {}
+    assert torch.equal(linear_all_reduce(torch.ones(2, 4), torch.ones(3, 4)), torch.full((2, 3), 4.0))
+
+
+# -- on GPUs -----------------------------------------------------------------------------------------------------------
+
+
+def captured(rank: int, num_ranks: int) -> None:
+    """What was tuned or has run is captured with its plan; what was not, with the default and a warning."""
+    device = torch.device("cuda", rank)
+    weight = torch.randn(1024, 512, device=device, dtype=torch.bfloat16)
+    tuned = tune_linear(weight, [8, 2048])
+    followed = watched()
+    other = torch.randn(1024, 256, device=device, dtype=torch.bfloat16)
+    for weight_here, num_rows, prepared in [(weight, 2048, True), (weight, 8, True), (weight, 64, False),
+                                            (other, 8, False)]:  # fmt: skip
+        x = torch.randn(num_rows, weight_here.shape[1], device=device, dtype=torch.bfloat16)
+        expected = linear_all_reduce(x, weight_here, plan=None).float()
+        for attempt in range(2):
+            graph = torch.cuda.CUDAGraph()
+            with warnings.catch_warnings(record=True) as caught:
+                warnings.simplefilter("always")
+                with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+                    result = linear_all_reduce(x, weight_here)
+            if prepared or attempt:
+                assert not caught
+                assert num_rows not in tuned or followed[-1] == tuned[num_rows].chosen
+            else:
+                assert followed[-1] == LinearPlan(backend="nccl")
+            result.zero_()
+            graph.replay()
+            torch.cuda.synchronize()
+            assert float((result.float() - expected).norm() / expected.norm()) < 0.02
+            graph.reset()
+            eager = linear_all_reduce(x, weight_here)  # then the second attempt captures the same plan
+            assert float((eager.float() - expected).norm() / expected.norm()) < 0.02
+    for dtype in (torch.float16, torch.float32):
+        x, weight = torch.ones(300, 64, device=device, dtype=dtype), torch.ones(128, 64, device=device, dtype=dtype)
+        assert (linear_all_reduce(x, weight) == 64 * num_ranks).all()
+        found = tune_linear(weight, [300])[300]
+        assert math.isfinite(found.measured_us[found.chosen])
+        assert (linear_all_reduce(x, weight) == 64 * num_ranks).all()
+    assert dataclasses.replace(tuned[8]).chosen in tuned[8].measured_us
+
+
+@pytest.mark.gpu(num_gpus=2)
+def test_auto_on_two_gpus(cache):
+    run_ranks(captured, backend="nccl", timeout_s=240)

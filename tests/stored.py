@@ -1,6 +1,7 @@
 """Stored tables made up for tests of figures and report: two machines, written through the real store."""
 
 import itertools
+import math
 import pathlib
 import shutil
 
@@ -81,6 +82,68 @@ def sm_sharing() -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
+def linear_all_reduce(fraction: float = 0.92, ours: float = 1.1) -> pd.DataFrame:
+    """Two layers at few and many rows: the persistent kernel and the planner reach `fraction` of the ideal, and the
+    chain gains `ours` over the fastest peer."""
+    rows = []
+    for layer, n, k in (("Qwen3-8B o_proj", 4096, 4096), ("Qwen3-32B down_proj", 5120, 25600)):
+        for m in (1, 64, 2048, 8192):
+            matmul, comm = 5 + m * n * k / 1.2e9, 8 + m * n / 1.5e5
+            times = {"sequential_nccl": matmul + 1.3 * comm, "sequential_two_shot": matmul + comm}
+            if m > 256:
+                times |= {"async_tp": math.nan, "chunked4_maco_staged_8": matmul + 0.6 * comm,
+                          "persistent": max(matmul, comm) / fraction}  # fmt: skip
+            times["auto"] = min(time for time in times.values() if time == time)
+            operations = {"matmul_all_reduce": times}
+            if m <= 256:
+                chain = {name: time + 4 for name, time in times.items() if name.startswith("sequential")}
+                operations["matmul_all_reduce_norm"] = {
+                    **chain, **dict.fromkeys(("fused_norm", "auto"), min(chain.values()) / ours),
+                }  # fmt: skip
+            for operation, found in operations.items():
+                rows += [
+                    {
+                        "layer": layer, "m": m, "n": n, "k": k, "tp": 2, "operation": operation, "method": method,
+                        "is_peer": method.startswith("sequential") or method == "async_tp", "plan": "",
+                        "time_us": time, "time_lo_us": time * 0.99, "time_hi_us": time * 1.01, "t_matmul_us": matmul,
+                        "t_comm_us": comm, "t_comm_backend": "symm_mem_two_shot", "ideal_us": max(matmul, comm),
+                        "t_matmul_chunked_us": matmul * 1.1 if method.startswith("chunked") else math.nan,
+                        "t_base_us": found["sequential_nccl"], "speedup": found["sequential_nccl"] / time,
+                        "fraction_of_ideal": max(matmul, comm) / time, "ect_us": time - matmul,
+                        "relative_error": 0.002, "base_error": 0.002, "num_sms": 132, "num_launches": 3,
+                        "correct": time == time, "error": "" if time == time else "RuntimeError: not here",
+                    }
+                    for method, time in found.items()
+                ]  # fmt: skip
+    return pd.DataFrame(rows)
+
+
+def linear_timeline() -> pd.DataFrame:
+    spans = {
+        "sequential_nccl": [("compute", 0.0, 300.0), ("comm", 301.0, 100.0)],
+        "persistent": [("fused", 0.0, 330.0)],
+    }
+    return pd.DataFrame([
+        {
+            "layer": "Qwen3-32B down_proj", "m": 4096, "n": 5120, "k": 25600, "method": method, "rank": 0,
+            "event": event, "lane": "stream 7", "name": "kernel", "category": category, "start_us": start,
+            "duration_us": duration, "timing": "graph",
+        }
+        for method, events in spans.items()
+        for event, (category, start, duration) in enumerate(events)
+    ])  # fmt: skip
+
+
+def linear_endurance() -> pd.DataFrame:
+    return pd.DataFrame([
+        {
+            "layer": "Qwen3-8B o_proj", "m": 1024, "n": 4096, "k": 4096, "method": method, "num_repeats": 1000,
+            "operation": "matmul_all_reduce", "num_identical": 1000, "num_calls": 10_000, "grown_bytes": grown,
+        }
+        for method, grown in (("persistent", 0), ("chunked4_maco_staged_8", 2**21))
+    ])  # fmt: skip
+
+
 def inference() -> pd.DataFrame:
     latencies = {"transformers_eager": 1000.0, "transformers_compiled": 140.0, "vllm_eager": 400.0, "vllm": 62.0}
     return pd.DataFrame([
@@ -157,6 +220,8 @@ def study(root: pathlib.Path, speedup: float = 1.6) -> Store:
     tables = {
         "environment": environment(link_limit=True), "overlap": overlap(speedup), "inference": inference(),
         "overlap_timeline": overlap_timeline(), "sm_sharing": sm_sharing(), "bandwidth": bandwidth(),
+        "linear_all_reduce": linear_all_reduce(), "linear_timeline": linear_timeline(),
+        "linear_endurance": linear_endurance(),
     }  # fmt: skip
     for table_name, rows in tables.items():
         _, table = sections.table(table_name)

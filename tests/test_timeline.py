@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 from ranks import run_ranks
 
-from maco_lib.study.figures.overlap import timeline
+from maco_lib.study.figures.timeline import overlap as timeline
 from maco_lib.study.sections import overlap
 from maco_lib.study.spec import check_rows
 

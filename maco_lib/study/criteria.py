@@ -56,6 +56,17 @@ SMALL_BYTES, LARGE_BYTES = 8 * 2**10, 32 * 2**20
 PLANNER_TOLERANCE = 0.02
 FREE_SLOWDOWN = 0.02
 
+# What matmul + all-reduce as one operation is meant to reach: fraction of ideal by the number of GPUs from so many rows
+# on, and up to so few of them the speedup of the chain with residual and RMSNorm over sequential NCCL; how much slower
+# than a peer or the fastest sequential arm it may be; and its error over that of cuBLAS and NCCL.
+LINEAR_TARGETS = {2: 0.90, 4: 0.85}
+LINEAR_MANY_ROWS, LINEAR_FEW_ROWS = 2048, 256
+LINEAR_CHAIN_SPEEDUP = 1.3
+LINEAR_TOLERANCE = 0.02
+LINEAR_ERROR = 1.2
+# Memory that an allocator may still take on after its buffers have their sizes: a leak of a result a call is far more.
+LINEAR_GROWTH_BYTES = 2**26
+
 
 @dataclass(frozen=True)
 class Ratio:

@@ -122,7 +122,7 @@ def check_gpus() -> Iterator[Check]:
         "GPUs",
         True if machine.num_devices > 1 else None,
         f"{', '.join(facts['gpus'])}; driver {facts['driver']}, CUDA {facts['cuda_driver']}",
-        "one GPU has no peer to communicate with: sections 1, 3 and 4 need two",
+        "one GPU has no peer to communicate with: sections 1, 3, 4 and 5 need two",
     )
     slow = [f"GPUs {pair}: {level}" for pair, level in facts["topology"].items() if not level.startswith("NV")]
     yield Check(

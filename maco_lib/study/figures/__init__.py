@@ -12,10 +12,12 @@ from maco_lib.study.figures import (
     bandwidth,
     environment,
     inference,
+    linear_all_reduce,
     overlap,
     sm_sharing,
     style,
     techniques,
+    timeline,
     when_to_overlap,
 )
 from maco_lib.study.store import DataError, Store
@@ -79,7 +81,7 @@ FIGURES: dict[str, FigureSpec] = {
             "overlap_timeline", "overlap", ("overlap_timeline",),
             "Profiler lanes of rank 0 on a common time axis, sequential above overlapped. Both sides are ready at the "
             "same moment there, so either may begin first, on each rank for itself.",
-            overlap.timeline,
+            timeline.overlap,
         ),
         FigureSpec(
             "inference_latency", "inference", ("inference", "published.inference"),
@@ -125,6 +127,28 @@ FIGURES: dict[str, FigureSpec] = {
             "when_models", "when_to_overlap", ("model_shares",),
             "Share of communication in a layer, and the predicted and ideal gain from overlapping it, per model.",
             when_to_overlap.models,
+        ),
+        FigureSpec(
+            "linear_fraction", "linear_all_reduce", ("linear_all_reduce",),
+            "Matmul + all-reduce: max(T_matmul, best T_comm) over the time, the fastest method of each kind, with the "
+            "95 % interval of the time. Dashed: the fraction to be reached at many rows.",
+            linear_all_reduce.fraction,
+        ),
+        FigureSpec(
+            "linear_speedup", "linear_all_reduce", ("linear_all_reduce",),
+            "Matmul + all-reduce: speedup over the matmul and then the default all-reduce, the fastest method of each "
+            "kind.",
+            linear_all_reduce.speedup,
+        ),
+        FigureSpec(
+            "linear_chain", "linear_all_reduce", ("linear_all_reduce",),
+            "Matmul + all-reduce + residual + RMSNorm at few rows: time of one run, the weights not in the cache.",
+            linear_all_reduce.chain,
+        ),
+        FigureSpec(
+            "linear_timeline", "linear_all_reduce", ("linear_timeline",),
+            "Matmul + all-reduce: profiler lanes of rank 0 on a common time axis, technique above technique.",
+            timeline.linear,
         ),
     )
 }  # fmt: skip

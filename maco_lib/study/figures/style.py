@@ -64,6 +64,33 @@ LOOKS: dict[str, Look] = {
     "maco_staged_12_stream": Look("staged, 12 CTAs, on a stream", PURPLE, "h"),
     "copy_engine_stream": Look("copy engine on a stream", ORANGE, "X"),
     "auto": Look("planner", VERMILLION, "*"),
+    # matmul + all-reduce
+    "sequential_gloo": Look("sequential, gloo", ORANGE, "s"),
+    "sequential_nccl": Look("sequential, NCCL", BLUE, "s"),
+    "sequential_nccl_two_kernels": Look("sequential, NCCL, norm in two kernels", BLUE, "D"),
+    "sequential_nccl_symmetric": Look("sequential, NCCL symmetric", SKY, "d"),
+    "sequential_one_shot": Look("sequential, symmetric one-shot", VERMILLION, ">"),
+    "sequential_two_shot": Look("sequential, symmetric two-shot", GREEN, "<"),
+    "sequential_vllm_custom": Look("sequential, kernels of vLLM", GREY, "H"),
+    "sequential_maco_push_64": Look("sequential, push, 64 CTAs", VERMILLION, "X"),
+    "sequential_maco_push_128": Look("sequential, push, 128 CTAs", VERMILLION, "D"),
+    "sequential_fastest": Look("sequential, fastest other all-reduce", BLACK, "D"),
+    "chunked_nccl": Look("chunked, NCCL", SKY, "p"),
+    **{f"chunked{n}_nccl": Look(f"{n} chunks, NCCL", SKY, marker) for n, marker in ((2, "2"), (4, "4"))},
+    "async_tp": Look("torch async-TP", GREY, "v"),
+    "chunked": Look("chunked", GREEN, "^"),
+    **{
+        f"chunked{n}_{backend}": Look(f"{n} chunks, {label}", colour, marker)
+        for backend, label, colour in (
+            ("gloo", "gloo", ORANGE),
+            ("maco_staged_8", "staged, 8 CTAs", PURPLE),
+            ("maco_push_64", "push, 64 CTAs", GREEN),
+        )
+        for n, marker in ((2, "2"), (4, "4"), (8, "8"))
+    },
+    "signalled": Look("signalled", ORANGE, "o"),
+    "persistent": Look("persistent kernel", PURPLE, "P"),
+    "fused_norm": Look("all-reduce, residual and norm in one kernel", PURPLE, "h"),
     # communication backends
     "nccl": Look("NCCL", BLUE, "D"),
     "nccl_cta": Look("NCCL, {n} CTAs", PURPLE, "p"),

@@ -1,10 +1,11 @@
 """The sections of the study, in the order of the report."""
 
-from maco_lib.study.sections import bandwidth, environment, inference, overlap, when_to_overlap
+from maco_lib.study.sections import bandwidth, environment, inference, linear_all_reduce, overlap, when_to_overlap
 from maco_lib.study.spec import Dataset, Derived, Section
 
 SECTIONS: dict[str, Section] = {
-    module.SECTION.name: module.SECTION for module in (environment, overlap, inference, bandwidth, when_to_overlap)
+    module.SECTION.name: module.SECTION
+    for module in (environment, overlap, inference, bandwidth, when_to_overlap, linear_all_reduce)
 }
 
 

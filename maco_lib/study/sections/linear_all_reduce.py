@@ -1,0 +1,291 @@
+"""Section 5: a row-parallel layer's matmul and all-reduce as one operation, by every technique and beside its peers."""
+
+from typing import Literal
+
+import numpy as np
+import pandas as pd
+import pandera.pandas as pa
+from pydantic import Field
+
+from maco_lib.experiments.linear_all_reduce_methods import (
+    CHAIN,
+    CHAIN_METHODS,
+    ENDURANCE_METHODS,
+    FEW_ROWS,
+    FEW_ROWS_METHODS,
+    LAYERS,
+    MANY_ROWS_METHODS,
+    MATMUL,
+    METHODS,
+    TIMELINE_METHODS,
+)
+from maco_lib.machine import Machine
+from maco_lib.study.sections.memory import require, resolve_ranks, too_few_ranks
+from maco_lib.study.spec import Dataset, Parameters, Point, Section
+
+ITEMSIZE = 2
+
+
+class LinearParameters(Parameters):
+    num_launches: int = Field(1, ge=1, description="separate process launches of every point, to see run-to-run spread")
+    layers: list[str] = Field(list(LAYERS), description="which of the models' row-parallel layers")
+    rows: list[int] = Field([1], description="rows M of the input: tokens in a batch or a prompt")
+    shrink: int = Field(1, ge=1, description="divide the layers' N and K by this")
+    dtype: Literal["bf16", "fp16"] = Field("bf16", description="type of all tensors")
+    budget_s: float = Field(0.3, gt=0, description="seconds of samples per point, all methods together")
+    min_iterations: int = Field(10, ge=2, description="samples of each method, at least")
+    methods: list[str] = Field([], description=f"matmul + all-reduce above {FEW_ROWS} rows")
+    few_rows_methods: list[str] = Field([], description=f"matmul + all-reduce up to {FEW_ROWS} rows")
+    chain_methods: list[str] = Field([], description=f"with residual and RMSNorm, up to {FEW_ROWS} rows")
+    timeline_layers: list[str] = Field([], description="profiled layers")
+    timeline_rows: int = Field(4096, ge=1, description="rows M of the profiled layers")
+    timeline_methods: list[str] = Field([], description="profiled methods")
+    endurance_methods: list[str] = Field([], description="methods of this library that are run over and over")
+    endurance_rows: int = Field(1024, ge=1, description="largest M of the runs over and over")
+    num_repeats: int = Field(1000, ge=1, description="runs that have to give the same bits")
+    num_calls: int = Field(10_000, ge=10, description="calls of changing shapes in one process")
+
+
+def shape(parameters: LinearParameters, machine: Machine, layer: str, rows: int) -> Point:
+    """What a point says of its layer; raises ValueError on an unknown one, or sizes that cannot be."""
+    if layer not in LAYERS:
+        raise ValueError(f"unknown layer {layer!r}; the layers are {', '.join(LAYERS)}")
+    n, k = (width // parameters.shrink for width in LAYERS[layer])
+    ranks = resolve_ranks(parameters.num_ranks, machine)
+    if min(n, k) < 8 or k % ranks:
+        raise ValueError(f"shrink = {parameters.shrink} leaves {layer} N = {n} and K = {k} on {ranks} ranks")
+    if rows < 1:
+        raise ValueError(f"rows = {rows} is below 1")
+    # Results and buffers of all methods, references in wider types, the weights and one of them in float64.
+    needed = rows * n * (16 * ITEMSIZE + 24) + k // ranks * (rows * ITEMSIZE + n * (ITEMSIZE + 8)) + 2**28
+    require(f"{layer} with {rows} rows", needed, machine, ranks)
+    return {"layer": layer, "m": rows, "n": n, "k": k, "dtype": parameters.dtype}
+
+
+def named(asked: list[str], operation: str) -> str:
+    """The methods of a point as it names them; raises ValueError with the valid ones."""
+    for name in asked:
+        if name not in METHODS[operation]:
+            raise ValueError(f"unknown method {name!r} of {operation}; its methods are {', '.join(METHODS[operation])}")
+    if len(set(asked)) < len(asked):
+        raise ValueError(f"methods = {asked}: each is named once")
+    return ",".join(asked)
+
+
+def points(parameters: LinearParameters, machine: Machine) -> list[Point]:
+    """Every layer at every number of rows."""
+    asked = []
+    many = named(parameters.methods or MANY_ROWS_METHODS[machine.kind], MATMUL)
+    few = named(parameters.few_rows_methods or FEW_ROWS_METHODS[machine.kind], MATMUL)
+    chain = named(parameters.chain_methods or CHAIN_METHODS[machine.kind], CHAIN)
+    how = {"budget_s": parameters.budget_s, "min_iterations": parameters.min_iterations}
+    for layer in parameters.layers:
+        for rows in parameters.rows:
+            at = shape(parameters, machine, layer, rows)
+            methods = {"methods": few, "chain_methods": chain} if rows <= FEW_ROWS else {"methods": many}
+            asked.append({**at, **{"chain_methods": ""}, **methods, **how})
+    return asked
+
+
+def timeline_points(parameters: LinearParameters, machine: Machine) -> list[Point]:
+    methods = named(parameters.timeline_methods or TIMELINE_METHODS[machine.kind], MATMUL)
+    return [
+        {**shape(parameters, machine, layer, parameters.timeline_rows), "methods": methods}
+        for layer in parameters.timeline_layers
+    ]
+
+
+def endurance_points(parameters: LinearParameters, machine: Machine) -> list[Point]:
+    """The first layer, each method by itself."""
+    asked = []
+    for name in parameters.endurance_methods:
+        operation = MATMUL if name in METHODS[MATMUL] else CHAIN
+        named([name], operation)
+        if METHODS[operation][name].how == "in_place":
+            raise ValueError(f"endurance_methods: {name} sums in memory of one shape")
+        rows = min(parameters.endurance_rows, FEW_ROWS) if operation == CHAIN else parameters.endurance_rows
+        counts = {"num_repeats": parameters.num_repeats, "num_calls": parameters.num_calls}
+        asked.append({**shape(parameters, machine, parameters.layers[0], rows), "method": name, **counts})
+    return asked
+
+
+TIME = pa.Column(float, pa.Check.gt(0), nullable=True)
+REAL = pa.Column(float, nullable=True)
+COMMON = {
+    "point_key": pa.Column(str),
+    "layer": pa.Column(str, pa.Check.isin(list(LAYERS))),
+    "m": pa.Column(int, pa.Check.gt(0)),
+    "n": pa.Column(int, pa.Check.gt(0)),
+    "k": pa.Column(int, pa.Check.gt(0)),
+    "tp": pa.Column(int, pa.Check.ge(2)),
+    "dtype": pa.Column(str),
+    "method": pa.Column(str),
+    "num_launches": pa.Column(int, pa.Check.ge(1)),
+    "correct": pa.Column(bool),
+    "error": pa.Column(str),
+}
+OPERATION = pa.Column(str, pa.Check.isin([MATMUL, CHAIN]))
+SCHEMA = pa.DataFrameSchema(
+    {
+        **COMMON,
+        "operation": OPERATION,
+        "is_peer": pa.Column(bool),
+        "technique": pa.Column(str),
+        "backend": pa.Column(str),
+        "plan": pa.Column(str),
+        "predicted_us": TIME,
+        "timing": pa.Column(str, pa.Check.isin(["graph", "backlog", "host", ""])),
+        **{f"{name}{bound}_us": TIME for name in ("time", "t_matmul") for bound in ("", "_lo", "_hi")},
+        "t_matmul_chunked_us": TIME,
+        "t_comm_us": TIME,
+        "t_comm_backend": pa.Column(str),
+        "t_base_us": TIME,
+        "ideal_us": TIME,
+        "ect_us": REAL,
+        "fraction_of_ideal": TIME,
+        "speedup": TIME,
+        "speedup_lo": REAL,
+        "speedup_hi": REAL,
+        # Against float64, Frobenius norms of the checked rows; the second of plain code over the default all-reduce.
+        "relative_error": REAL,
+        "base_error": REAL,
+        "equal_on_ranks": pa.Column(bool),
+        "num_sms": pa.Column(int, pa.Check.ge(0)),
+    },
+    strict=False,
+    coerce=True,
+)
+TIMELINE_SCHEMA = pa.DataFrameSchema(
+    {
+        **COMMON,
+        "rank": pa.Column(int, pa.Check.ge(0)),
+        "event": pa.Column(int, pa.Check.ge(0)),
+        "lane": pa.Column(str),
+        "name": pa.Column(str),
+        "category": pa.Column(str, pa.Check.isin(["comm", "compute", "fused"])),
+        "timing": pa.Column(str, pa.Check.isin(["graph", "eager", "host", ""])),
+        "start_us": pa.Column(float, pa.Check.ge(0)),
+        "duration_us": pa.Column(float, pa.Check.ge(0)),
+    },
+    strict=False,
+    coerce=True,
+)
+ENDURANCE_SCHEMA = pa.DataFrameSchema(
+    {
+        **COMMON,
+        "operation": OPERATION,
+        "num_repeats": pa.Column(int, pa.Check.ge(1)),
+        "num_identical": pa.Column(int, pa.Check.ge(0)),
+        "num_calls": pa.Column(int, pa.Check.ge(1)),
+        "grown_bytes": pa.Column(int),
+        "seconds": pa.Column(float, pa.Check.ge(0)),
+    },
+    strict=False,
+    coerce=True,
+)
+
+
+def judge_launches(rows: pd.DataFrame) -> pd.DataFrame:
+    """The ratios of the reported medians, so that each divides the times beside it."""
+    speedup = rows["t_base_us"] / rows["time_us"]
+    ideal = rows[["t_matmul_us", "t_comm_us"]].max(axis=1, skipna=False)
+    return rows.assign(
+        ideal_us=ideal,
+        ect_us=rows["time_us"] - rows["t_matmul_us"],
+        fraction_of_ideal=ideal / rows["time_us"],
+        speedup=speedup,
+        speedup_lo=np.minimum(rows["speedup_lo"], speedup),
+        speedup_hi=np.maximum(rows["speedup_hi"], speedup),
+    )
+
+
+def num_ranks(parameters: LinearParameters, machine: Machine) -> int:
+    return resolve_ranks(parameters.num_ranks, machine)
+
+
+LINEAR = Dataset(
+    name="linear_all_reduce",
+    program="maco_lib.experiments.linear_all_reduce",
+    method_version=1,
+    schema=SCHEMA,
+    index=("layer", "m", "n", "k", "tp", "operation", "method"),
+    points=points,
+    num_ranks=num_ranks,
+    unavailable=too_few_ranks,
+    finish=judge_launches,
+)
+TIMELINE = Dataset(
+    name="linear_timeline",
+    program="maco_lib.experiments.linear_all_reduce_timeline",
+    method_version=1,
+    schema=TIMELINE_SCHEMA,
+    index=("layer", "m", "method", "rank", "event"),
+    repeated=False,
+    points=timeline_points,
+    num_ranks=num_ranks,
+    unavailable=too_few_ranks,
+)
+ENDURANCE = Dataset(
+    name="linear_endurance",
+    program="maco_lib.experiments.linear_all_reduce_endurance",
+    method_version=1,
+    schema=ENDURANCE_SCHEMA,
+    index=("layer", "operation", "method"),
+    repeated=False,
+    points=endurance_points,
+    num_ranks=num_ranks,
+    unavailable=too_few_ranks,
+)
+EVERY = {
+    kind: {
+        "methods": MANY_ROWS_METHODS[kind],
+        "few_rows_methods": FEW_ROWS_METHODS[kind],
+        "chain_methods": CHAIN_METHODS[kind],
+        "timeline_methods": TIMELINE_METHODS[kind],
+        "endurance_methods": ENDURANCE_METHODS[kind],
+    }
+    for kind in MANY_ROWS_METHODS
+}
+ONE_OF_EACH_N = ["Qwen3-8B o_proj", "Qwen3-32B down_proj", "Llama-70B-like o_proj"]
+SECTION = Section(
+    name="linear_all_reduce",
+    title="5. Matmul + all-reduce as one operation",
+    notebook="05_linear_all_reduce.ipynb",
+    parameters=LinearParameters,
+    profiles={
+        "smoke": {
+            "cpu": {
+                **EVERY["cpu"], "layers": ["Qwen3-8B o_proj"], "rows": [1, 512], "shrink": 16, "budget_s": 0.05,
+                "min_iterations": 5, "timeline_layers": ["Qwen3-8B o_proj"], "timeline_rows": 512,
+                "endurance_rows": 300, "num_repeats": 20, "num_calls": 100,
+            },
+            "cuda": {
+                **EVERY["cuda"], "layers": ["Qwen3-8B o_proj"], "rows": [16, 4096], "budget_s": 0.1,
+                "timeline_layers": ["Qwen3-8B o_proj"], "num_repeats": 100, "num_calls": 1000,
+            },
+        },
+        "standard": {
+            "cpu": {
+                **EVERY["cpu"], "rows": [1, 64, 256, 512, 1024], "shrink": 8, "budget_s": 0.6, "min_iterations": 5,
+                "timeline_layers": ["Qwen3-32B down_proj"], "timeline_rows": 1024, "endurance_rows": 300,
+                "num_calls": 2000,
+            },
+            "cuda": {
+                **EVERY["cuda"], "layers": ONE_OF_EACH_N, "rows": [1, 16, 128, 256, 1024, 2048, 4096, 8192],
+                "timeline_layers": ["Qwen3-32B down_proj"],
+            },
+        },
+        "full": {
+            "cpu": {
+                **EVERY["cpu"], "rows": [1, 16, 64, 256, 512, 1024, 2048], "shrink": 4, "budget_s": 2.0,
+                "num_launches": 3, "timeline_layers": ["Qwen3-32B down_proj"], "timeline_rows": 1024,
+            },
+            "cuda": {
+                **EVERY["cuda"], "rows": [1, 16, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384],
+                "num_launches": 3, "timeline_layers": ["Qwen3-8B o_proj", "Qwen3-32B down_proj"],
+            },
+        },
+    },
+    datasets=(LINEAR, TIMELINE, ENDURANCE),
+    figures=("linear_fraction", "linear_speedup", "linear_chain", "linear_timeline"),
+)  # fmt: skip

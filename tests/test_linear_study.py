@@ -1,0 +1,197 @@
+"""Section 5: what it asks for, that a wrong or missing method is reported and never timed, what its report judges."""
+
+import dataclasses
+import os
+import pathlib
+
+import numpy as np
+import pandas as pd
+import pytest
+import stored
+import torch
+import torch.distributed as dist
+from ranks import run_ranks
+
+from maco_lib.experiments.linear_all_reduce_methods import BASE, CHAIN, LAYERS, MATMUL, METHODS
+from maco_lib.machine import Machine
+from maco_lib.study import evidence, figures, linear, report
+from maco_lib.study.figures import style
+from maco_lib.study.sections.linear_all_reduce import ENDURANCE, LINEAR, SECTION, TIMELINE
+from maco_lib.study.spec import check_rows
+
+CPU = Machine("cpu", 2, "cpu-2", "0" * 16, 24 * 2**30, {})
+GPUS = Machine("cuda", 4, "h200-x4", "0" * 16, 140 * 2**30, {})
+
+
+def points(dataset, profile: str, machine: Machine, **given) -> list[dict]:
+    return dataset.points(SECTION.resolve(profile, machine, given), machine)
+
+
+def test_the_full_study_asks_for_every_layer_and_peer():
+    asked = points(LINEAR, "full", GPUS)
+    assert LAYERS["Qwen3-32B down_proj"] == (5120, 25600) and LAYERS["Llama-70B-like o_proj"] == (8192, 8192)
+    assert {(point["layer"], point["n"], point["k"]) for point in asked} == {
+        (layer, *shape) for layer, shape in LAYERS.items()
+    }
+    assert (min(point["m"] for point in asked), max(point["m"] for point in asked)) == (1, 16384)
+    for point in asked:
+        names = point["methods"].split(",")
+        assert {BASE["cuda"], "sequential_two_shot", "auto"} <= set(names)
+        if point["m"] <= 256:
+            assert {BASE["cuda"], "sequential_vllm_custom", "auto"} <= set(point["chain_methods"].split(","))
+        else:
+            assert {"chunked2_nccl", "async_tp", "signalled", "persistent"} <= set(names) and not point["chain_methods"]
+
+
+def test_every_method_has_a_colour_and_a_marker():
+    for names in METHODS.values():
+        assert all(style.look(name).label for name in names)
+        assert all(method.is_peer == name.startswith(("sequential_nccl", "sequential_gloo", "sequential_one", "async"))
+                   or method.is_peer == (method.how == "in_place" or method.backend == "nccl")
+                   for name, method in names.items())  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("dataset", "given", "message"),
+    [
+        (LINEAR, {"layers": ["Qwen4 o_proj"]}, "'Qwen4 o_proj'.*Qwen3-8B o_proj"),
+        (LINEAR, {"rows": [0]}, "rows = 0"),
+        (LINEAR, {"rows": [2**30]}, "Qwen3-8B o_proj with 1073741824 rows needs"),
+        (LINEAR, {"shrink": 4096}, "shrink = 4096 leaves"),
+        (LINEAR, {"methods": ["telepathy"]}, "'telepathy'.*persistent"),
+        (LINEAR, {"chain_methods": ["fused_norm", "fused_norm"]}, "each is named once"),
+        (ENDURANCE, {"endurance_methods": ["sequential_gloo"]}, "sequential_gloo sums in memory of one shape"),
+    ],
+)
+def test_what_cannot_be_is_refused_by_name(dataset, given, message):
+    with pytest.raises(ValueError, match=message):
+        points(dataset, "smoke", CPU, **given)
+
+
+def measure_everything(rank: int, num_ranks: int) -> None:
+    from maco_lib.experiments import linear_all_reduce as program
+    from maco_lib.experiments import linear_all_reduce_arms as arms
+    from maco_lib.experiments import linear_all_reduce_endurance as endurance
+    from maco_lib.experiments import linear_all_reduce_timeline as timeline
+    from maco_lib.experiments.worker import Context
+
+    events = pathlib.Path(os.environ["MACO_CACHE"], "events.jsonl")
+    context = Context(rank, num_ranks, torch.device("cpu"), dist.group.WORLD, events)
+    shape = {"layer": "Qwen3-8B o_proj", "n": 96, "k": 64, "dtype": "bf16"}
+
+    def measure(m: int, methods: str, chain_methods: str = "") -> pd.DataFrame:
+        point = {**shape, "m": m, "methods": methods, "chain_methods": chain_methods}
+        rows = program.measure({**point, "budget_s": 0.01, "min_iterations": 5}, context).rows
+        table = pd.DataFrame(rows).assign(point_key="k", num_launches=1)
+        check_rows(LINEAR, table, "test")
+        return table.set_index(["operation", "method"])
+
+    few = measure(3, "sequential_gloo,sequential_two_shot", "sequential_gloo")
+    assert few.loc[(MATMUL, "sequential_gloo"), "correct"] and few.loc[(CHAIN, "sequential_gloo"), "correct"]
+    two_shot = few.loc[(MATMUL, "sequential_two_shot")]
+    assert not two_shot["correct"] and "GPUs" in two_shot["error"] and np.isnan(two_shot["time_us"])
+    many = measure(300, "sequential_gloo,chunked2_gloo").loc[MATMUL]
+    chunked = many.loc["chunked2_gloo"]
+    assert chunked["plan"] == "chunked, 2 along m, gloo" and chunked["equal_on_ranks"]
+    assert 0 < chunked["relative_error"] <= 1.2 * chunked["base_error"] < 0.01
+    assert chunked["ideal_us"] == max(chunked["t_matmul_us"], chunked["t_comm_us"])
+    assert chunked["ect_us"] == pytest.approx(chunked["time_us"] - chunked["t_matmul_us"])
+    assert chunked["t_matmul_chunked_us"] > 0 and np.isnan(many.loc["sequential_gloo", "t_matmul_chunked_us"])
+
+    good = arms.WAYS["plan"]
+
+    def spoiled(problem, method):
+        run = good(problem, method)
+
+        def wrong(number: int):
+            (result,) = run(number)
+            result[299, 5] += 0.5 * (rank == 1)
+            return (result,)
+
+        return wrong
+
+    def stale(problem, method):
+        """Writes nothing the second time: what the first left lies there."""
+        run, kept = good(problem, method), []
+
+        def once(number: int):
+            kept[:] = kept or [run(number)]
+            return kept[0]
+
+        return once
+
+    wrongs = ((spoiled, "rank 1: 1 of 28800 elements are wrong, the first at (299, 5)"),
+              (stale, "rank 0: 28"))  # fmt: skip
+    for broken, message in wrongs:
+        arms.WAYS["plan"] = broken
+        wrong = measure(300, "sequential_gloo,chunked2_gloo").loc[(MATMUL, "chunked2_gloo")]
+        assert not wrong["correct"] and wrong["error"].startswith(message), wrong["error"]
+        assert np.isnan(wrong["time_us"])
+    arms.WAYS["plan"] = good
+
+    point = {**shape, "m": 300, "methods": "sequential_gloo,chunked2_gloo,persistent"}
+    table = pd.DataFrame(timeline.measure(point, context).rows).assign(point_key="k", num_launches=1)
+    check_rows(TIMELINE, table, "test")
+    assert set(table.loc[table["correct"], "method"]) == {"sequential_gloo", "chunked2_gloo"}
+    point = {**shape, "m": 300, "method": "chunked2_gloo", "num_repeats": 7, "num_calls": 50}
+    table = pd.DataFrame(endurance.measure(point, context).rows).assign(point_key="k", num_launches=1)
+    check_rows(ENDURANCE, table, "test")
+    assert table["num_identical"].tolist() == [7]
+
+
+def test_rows_are_whole_and_a_wrong_method_is_never_timed(tmp_path, monkeypatch):
+    monkeypatch.setenv("MACO_CACHE", str(tmp_path))
+    run_ranks(measure_everything)
+
+
+@pytest.fixture
+def machine(tmp_path, monkeypatch):
+    monkeypatch.setattr(evidence, "stale_tables", lambda *arguments: [])
+    monkeypatch.setattr(figures, "write", lambda *arguments: [])
+    return evidence.load(stored.study(tmp_path), "h200-x2")[0]
+
+
+def with_table(machine, rows: pd.DataFrame):
+    _, table = stored.sections.table("linear_all_reduce")
+    return dataclasses.replace(machine, tables={**machine.tables, "linear_all_reduce": stored.completed(table, rows)})
+
+
+def verdicts(machine) -> dict[str, str]:
+    return {one.label: one.row(3)[-1] for one in linear.criteria(machine)}
+
+
+def test_promises_are_judged_by_the_worst_point(machine):
+    kept = verdicts(with_table(machine, stored.linear_all_reduce(fraction=0.92, ours=1.2)))
+    assert set(kept.values()) == {"**met**"}
+    broken = verdicts(with_table(machine, stored.linear_all_reduce(fraction=0.89, ours=0.97)))
+    assert broken["M ≥ 2048: fraction of ideal, planner"] == "**short**: 0 of 4 points"
+    assert broken["M ≤ 256, chain: fastest peer over planner"] == "**short**: 0 of 4 points"
+    assert broken["any M: fastest sequential arm over planner"] == "**met**"
+
+
+def test_exceptions_are_named_and_what_is_missing_is_no_success(machine):
+    rows = stored.linear_all_reduce()
+    slow = (rows["m"] == 8192) & (rows["layer"] == "Qwen3-8B o_proj") & (rows["method"] == "persistent")
+    rows.loc[slow, ["time_us", "fraction_of_ideal"]] = [1000.0, 0.5]
+    rows = rows[~((rows["m"] == 2048) & (rows["method"] == "auto"))]
+    text = linear.targets(with_table(machine, rows))
+    assert "- M ≥ 2048: fraction of ideal, fastest of ours: Qwen3-8B o_proj, M = 8192: " in text
+    assert "fraction of ideal, planner: Qwen3-8B o_proj, M = 2048: not measured" in text
+    one_launch = with_table(machine, stored.linear_all_reduce().assign(num_launches=1))
+    assert "(1 of 3 launches)" in linear.targets(one_launch)
+
+
+def test_the_report_shows_the_section_and_where_it_is_missing(tmp_path, monkeypatch):
+    monkeypatch.setattr(evidence, "stale_tables", lambda *arguments: [])
+    monkeypatch.setattr(figures, "write", lambda *arguments: [])
+    store = stored.study(tmp_path)
+    report.build(tmp_path)
+    text = (tmp_path / "REPORT.md").read_text()
+    section = text[text.index("## 5. ") : text.index("## Conclusion")]
+    assert "persistent kernel, 69.5 [68.8, 70.2] µs" in section and "**1.68×**" in section
+    assert "torch async-TP (matmul_all_reduce): failed at 4 of 4 points: RuntimeError: not here" in section
+    (store.data / "h200-x2" / "linear_all_reduce.json").unlink()
+    report.build(tmp_path)
+    text = (tmp_path / "REPORT.md").read_text()
+    section = text[text.index("## 5. ") : text.index("## Conclusion")]
+    assert "section linear_all_reduce is MISSING" in section and "µs" not in section

@@ -242,12 +242,47 @@ def uneven_shares_and_compiled(rank: int, num_ranks: int) -> None:
     assert tune_linear(weight, [4], alone) == {}
 
 
+def captured_as_if(rank: int, num_ranks: int) -> None:
+    """What a capture may follow, without a GPU: the planner is told that it is on one, and capturing."""
+    from maco_lib.overlap.linear_auto import planner
+    from maco_lib.overlap.linear_measure import Shape
+
+    small_grid()
+    Shape.times_us = lambda self, plans, **rest: (1.0, {plan: 1.0 + (plan != HALVES) for plan in plans})
+    tuned, unknown = torch.randn(96, 32), torch.randn(96, 48)
+    owner, capturing = planner(dist.group.WORLD, torch.device("cpu")), torch.cuda.is_current_stream_capturing
+    tune_linear(tuned, [512, 600])
+    linear_all_reduce(torch.randn(400, 32), tuned, torch.ones(96))
+
+    def plan(num_rows: int, weight: torch.Tensor = tuned, bias: bool = False) -> LinearPlan:
+        owner.device, torch.cuda.is_current_stream_capturing = torch.device("cuda", 0), lambda: True
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            chosen = owner.plan(num_rows, weight, (bias, False))
+        owner.device, torch.cuda.is_current_stream_capturing = torch.device("cpu"), capturing
+        assert all("run it once before the capture" in str(warning.message) for warning in caught)
+        return ("warned", chosen) if caught else chosen
+
+    assert plan(512) == plan(600) == plan(400, bias=True) == HALVES
+    assert plan(400) == plan(513) == plan(512, bias=True) == plan(64, unknown) == ("warned", GLOO)
+    assert plan(400) == GLOO and told(400, "captured unprepared")[0].chosen == GLOO  # told once
+    linear_all_reduce(torch.randn(400, 32), tuned)
+    assert plan(400) == HALVES
+    # A workspace that has grown is another one, of which the backends may have to be told.
+    owner.workspace = -1
+    assert plan(600) == ("warned", GLOO)
+
+
 def test_auto_follows_what_was_measured_and_predicts_the_rest(cache):
     run_ranks(tuned_and_looked_up)
 
 
 def test_auto_with_uneven_shares_other_types_and_compiled(cache):
     run_ranks(uneven_shares_and_compiled)
+
+
+def test_a_capture_follows_only_what_has_run(cache):
+    run_ranks(captured_as_if)
 
 
 def test_a_group_of_one_has_nothing_to_tune():

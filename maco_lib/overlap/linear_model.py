@@ -30,7 +30,7 @@ ERROR_QUANTILE = 0.9
 # What `tune_linear` measures: sequential plans predicted within SLACK of the best of them, at most so many, and as many
 # overlapping ones that are predicted within SLACK of that.
 SLACK = 1.3
-MAX_OF_A_KIND = 5
+MAX_OF_A_KIND = 6
 
 
 def spread(fit: Callable[[np.ndarray], Callable[[int], float]], measured: np.ndarray) -> float:

@@ -104,7 +104,8 @@ def linear_all_reduce(fraction: float = 0.92, ours: float = 1.1) -> pd.DataFrame
                 rows += [
                     {
                         "layer": layer, "m": m, "n": n, "k": k, "tp": 2, "operation": operation, "method": method,
-                        "is_peer": method.startswith("sequential") or method == "async_tp", "plan": "",
+                        "is_peer": method.startswith("sequential") or method == "async_tp",
+                        "plan": "persistent" if method == "auto" else "", "predicted_us": time * 1.1,
                         "time_us": time, "time_lo_us": time * 0.99, "time_hi_us": time * 1.01, "t_matmul_us": matmul,
                         "t_comm_us": comm, "t_comm_backend": "symm_mem_two_shot", "ideal_us": max(matmul, comm),
                         "t_matmul_chunked_us": matmul * 1.1 if method.startswith("chunked") else math.nan,

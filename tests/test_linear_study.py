@@ -90,7 +90,9 @@ def measure_everything(rank: int, num_ranks: int) -> None:
     assert few.loc[(MATMUL, "sequential_gloo"), "correct"] and few.loc[(CHAIN, "sequential_gloo"), "correct"]
     two_shot = few.loc[(MATMUL, "sequential_two_shot")]
     assert not two_shot["correct"] and "GPUs" in two_shot["error"] and np.isnan(two_shot["time_us"])
-    many = measure(300, "sequential_gloo,chunked2_gloo").loc[MATMUL]
+    many = measure(300, "sequential_gloo,chunked2_gloo,auto_untuned,auto").loc[MATMUL]
+    plans = {"sequential, gloo", *(f"chunked, {number} along m, gloo" for number in (2, 3))}
+    assert {many.loc["auto_untuned", "plan"], many.loc["auto", "plan"]} <= plans and many["correct"].all()
     chunked = many.loc["chunked2_gloo"]
     assert chunked["plan"] == "chunked, 2 along m, gloo" and chunked["equal_on_ranks"]
     assert 0 < chunked["relative_error"] <= 1.2 * chunked["base_error"] < 0.01
@@ -189,6 +191,8 @@ def test_the_report_shows_the_section_and_where_it_is_missing(tmp_path, monkeypa
     text = (tmp_path / "REPORT.md").read_text()
     section = text[text.index("## 5. ") : text.index("## Conclusion")]
     assert "persistent kernel, 69.5 [68.8, 70.2] µs" in section and "**1.68×**" in section
+    assert "tuned, it chose `persistent` 8×" in section
+    assert "off by 10.0% in the median, 10.0% at worst, over 8 points" in section
     assert "torch async-TP (matmul_all_reduce): failed at 4 of 4 points: RuntimeError: not here" in section
     (store.data / "h200-x2" / "linear_all_reduce.json").unlink()
     report.build(tmp_path)

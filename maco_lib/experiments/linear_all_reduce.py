@@ -19,7 +19,6 @@ from maco_lib.experiments.linear_all_reduce_methods import (
     IDEAL_BACKENDS,
     MATMUL,
     METHODS,
-    ONE_SHOT_BYTES,
 )
 from maco_lib.experiments.linear_all_reduce_problem import Problem, Run
 from maco_lib.experiments.worker import Context, Result, samples_of
@@ -89,10 +88,8 @@ def sampled(problem: Problem, name: str, run: Run) -> Arm:
 def communications(problem: Problem) -> list[Arm]:
     """The all-reduces alone, those that can be used here; what they sum was written just before."""
     arms = []
-    small = problem.product.nbytes <= ONE_SHOT_BYTES
-    for backend in IDEAL_BACKENDS[problem.device.type]:
-        if backend == "symm_mem_one_shot" and not small:
-            continue
+    many, few = IDEAL_BACKENDS[problem.device.type]
+    for backend in few if problem.m <= FEW_ROWS else many:
         try:
             operation, why = problem.operation(backend), ""
         except UNUSABLE as error:

@@ -8,7 +8,8 @@ import torch
 from maco_lib.comm import c10d
 from maco_lib.experiments.linear_all_reduce_methods import CHAIN, METHODS, Method
 from maco_lib.experiments.linear_all_reduce_problem import EPS, Outputs, Problem, Run
-from maco_lib.overlap import LinearPlan, linear_all_reduce
+from maco_lib.overlap import LinearPlan, linear_all_reduce, tune_linear
+from maco_lib.overlap.linear_auto import planner
 from maco_lib.overlap.linear_techniques.chunked import cut
 
 WAYS: dict[str, Callable[[Problem, Method], Run]] = {}
@@ -50,7 +51,19 @@ def plan(problem: Problem, method: Method) -> Run:
 
 
 @way
+def untuned(problem: Problem, method: Method) -> Run:
+    owner = planner(problem.group, problem.device)
+    layer = owner.layer(problem.weights[0])
+    chosen = problem.chosen["auto_untuned"] = owner.predict(layer, problem.m)
+    problem.predicted_us |= owner.predicted_us(layer, problem.m)
+    return lambda number: (linear_all_reduce(problem.x, problem.weights[number], group=problem.group, plan=chosen),)
+
+
+@way
 def auto(problem: Problem, method: Method) -> Run:
+    decision = tune_linear(problem.weights[0], [problem.m], problem.group)[problem.m]
+    problem.chosen["auto"] = decision.chosen
+    problem.predicted_us |= decision.predicted_us
     return lambda number: (linear_all_reduce(problem.x, problem.weights[number], group=problem.group, plan="auto"),)
 
 
@@ -103,7 +116,12 @@ def normed(problem: Problem, run: Run, how: str) -> Run:
 def described(problem: Problem, operation: str, name: str) -> tuple[str, float]:
     """(plan in words, predicted µs) of a method that has run: "" and NaN where it has none."""
     method = METHODS[operation][name]
-    return (str(LinearPlan(**method.plan)) if method.how == "plan" else ""), math.nan
+    if operation == CHAIN or method.how not in ("plan", "untuned", "auto"):
+        return "", math.nan
+    plan = problem.chosen[name] if name in problem.chosen else LinearPlan(**method.plan)
+    if name == "auto" and problem.m in planner(problem.group, problem.device).layer(problem.weights[0]).unprepared:
+        return "default plan: captured unprepared", math.nan
+    return str(plan), problem.predicted_us.get(plan, math.nan)
 
 
 def chunks_alone(problem: Problem, num_chunks: int) -> Run:

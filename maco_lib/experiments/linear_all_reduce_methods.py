@@ -29,7 +29,8 @@ class Method:
     how, a function of `linear_all_reduce_arms`:
         in_place     a matmul into the memory that `backend` sums, then that all-reduce, as anyone would write it
         plan         `linear_all_reduce` with LinearPlan(**plan)
-        auto         `linear_all_reduce` with what its planner chooses
+        untuned      `linear_all_reduce` with the plan that its planner predicts to be the fastest
+        auto         `linear_all_reduce` with plan="auto", tuned for the shape
         async_tp     torch's fused_matmul_reduce_scatter, then an all-gather
         norm         `linear_all_reduce_norm`, this library's chain, with the plan `norm`
     norm: for "norm" its plan; for another chain: "one_kernel" of residual and RMSNorm after the sum, or "two_kernels".
@@ -65,7 +66,7 @@ METHODS: dict[str, dict[str, Method]] = {
         "chunked2_nccl": _chunked("nccl", 2, is_peer=True),
         "chunked4_nccl": _chunked("nccl", 4, is_peer=True),
         "async_tp": Method("async_tp", is_peer=True),
-        **{f"sequential_{backend}": _sequential(backend) for backend in ("maco_push_64", "maco_push_128")},
+        **{f"sequential_{backend}": _sequential(backend) for backend in ("maco_ll", "maco_push_64", "maco_push_128")},
         **{
             f"chunked{num_chunks}_{backend}": _chunked(backend, num_chunks)
             for backend in ("maco_staged_8", "maco_push_64", "gloo")
@@ -73,6 +74,7 @@ METHODS: dict[str, dict[str, Method]] = {
         },
         "signalled": Method("plan", plan={"technique": "signalled"}),
         "persistent": Method("plan", plan={"technique": "persistent"}),
+        "auto_untuned": Method("untuned"),
         "auto": Method("auto"),
     },
     CHAIN: {
@@ -89,40 +91,42 @@ METHODS: dict[str, dict[str, Method]] = {
 BASE = {"cuda": "sequential_nccl", "cpu": "sequential_gloo"}
 # Compared above FEW_ROWS, up to it, and in the chain.
 MANY_ROWS_METHODS = {
-    "cpu": ["sequential_gloo", "chunked2_gloo", "chunked4_gloo"],
+    "cpu": ["sequential_gloo", "chunked2_gloo", "chunked4_gloo", "auto_untuned", "auto"],
     "cuda": [
         "sequential_nccl", "sequential_nccl_symmetric", "sequential_two_shot", "sequential_vllm_custom",
-        "chunked2_nccl", "chunked4_nccl", "async_tp", "sequential_maco_push_64", "sequential_maco_push_128",
+        "chunked2_nccl", "chunked4_nccl", "async_tp", "sequential_maco_push_128",
         *(f"chunked{number}_{backend}" for backend in ("maco_staged_8", "maco_push_64") for number in (2, 4, 8)),
-        "signalled", "persistent", "auto",
+        "signalled", "persistent", "auto_untuned", "auto",
     ],
 }  # fmt: skip
 FEW_ROWS_METHODS = {
-    "cpu": ["sequential_gloo"],
+    "cpu": ["sequential_gloo", "auto_untuned", "auto"],
     "cuda": [
         "sequential_nccl", "sequential_nccl_symmetric", "sequential_one_shot", "sequential_two_shot",
-        "sequential_vllm_custom", "sequential_maco_push_64", "auto",
+        "sequential_vllm_custom", "sequential_maco_ll", "sequential_maco_push_64", "auto_untuned", "auto",
     ],
 }  # fmt: skip
 CHAIN_METHODS = {
-    "cpu": ["sequential_gloo"],
+    "cpu": ["sequential_gloo", "auto"],
     "cuda": [
         "sequential_nccl", "sequential_nccl_two_kernels", "sequential_nccl_symmetric", "sequential_one_shot",
         "sequential_two_shot", "sequential_vllm_custom", "fused_norm", "auto",
     ],
 }  # fmt: skip
-# All-reduces timed alone: the fastest is part of the ideal.
-IDEAL_BACKENDS = {"cpu": ["gloo"], "cuda": [
-    "nccl", "nccl_symmetric", "symm_mem_one_shot", "symm_mem_two_shot", "vllm_custom", "maco_push_64", "maco_push_128",
-]}  # fmt: skip
-# Beyond this many bytes one-shot only costs time: (P - 1) S crosses each link instead of 2 (P - 1) S / P.
-ONE_SHOT_BYTES = 2**21
+# All-reduces timed alone, of which the fastest is part of the ideal: at many rows and at few.
+IDEAL_BACKENDS = {
+    "cpu": (["gloo"], ["gloo"]),
+    "cuda": (
+        ["nccl", "nccl_symmetric", "symm_mem_two_shot", "vllm_custom", "maco_push_64", "maco_push_128"],
+        ["nccl_symmetric", "symm_mem_one_shot", "symm_mem_two_shot", "vllm_custom", "maco_ll"],
+    ),
+}
 TIMELINE_METHODS = {
     "cpu": ["sequential_gloo", "chunked2_gloo"],
     "cuda": ["sequential_nccl", "chunked4_maco_staged_8", "signalled", "persistent"],
 }
 # Of this library's making, so they have to stand a thousand repeats and ten thousand calls.
 ENDURANCE_METHODS = {
-    "cpu": ["chunked2_gloo"],
+    "cpu": ["chunked2_gloo", "auto"],
     "cuda": ["sequential_maco_push_64", "chunked4_maco_staged_8", "signalled", "persistent", "auto", "fused_norm"],
 }

@@ -8,6 +8,7 @@ import torch.distributed as dist
 
 from maco_lib import comm
 from maco_lib.experiments.worker import Context
+from maco_lib.overlap.linear_plan import LinearPlan
 from maco_lib.timing import decided, first_error, gather
 
 EPS = 1e-6
@@ -49,6 +50,9 @@ class Problem:
         self.norm_weight = self.normal(self.n, scale=0.1, generator=same) + 1
         self.rows = torch.randperm(self.m, generator=same, device=self.device)[:NUM_CHECKED_ROWS]
         self.operations: dict[str, comm.Operation] = {}
+        # What the planner chose for its methods, and what it predicts for every plan.
+        self.chosen: dict[str, LinearPlan] = {}
+        self.predicted_us: dict[LinearPlan, float] = {}
 
     def normal(self, *shape: int, scale: float = 1.0, generator: torch.Generator | None = None) -> torch.Tensor:
         values = torch.randn(shape, device=self.device, generator=generator)

@@ -20,7 +20,7 @@ from maco_lib.study.evidence import Evidence, Missing
 from maco_lib.study.figures.style import look, size_label
 from maco_lib.study.report_tables import ABSENT, interval, table, us
 
-PLANNER = "auto"
+PLANNER, UNTUNED = "auto", "auto_untuned"
 # Of cuBLAS's matmuls at many rows on Hopper GPUs: what the waves of a matmul are counted in.
 TILE = (128, 256)
 LIMITS_ROWS = 4096
@@ -53,7 +53,7 @@ class Cell:
 
     @property
     def ours(self) -> pd.Series | None:
-        return fastest(self.rows[~self.rows["is_peer"] & self.rows["method"].ne(PLANNER)])
+        return fastest(self.rows[~self.rows["is_peer"] & ~self.rows["method"].isin([PLANNER, UNTUNED])])
 
     @property
     def best(self) -> pd.Series | None:
@@ -127,6 +127,29 @@ def chain(machine: Evidence) -> str:
         ])  # fmt: skip
     return table(body, ["layer", "M", "matmul alone", "sequential", "fastest peer", "ours", "planner",
                         "over sequential", "over the fastest peer"])  # fmt: skip
+
+
+def planner(machine: Evidence) -> list[str]:
+    """What the planner chose, how far its predictions were off, and what it loses where it was not tuned."""
+    found = cells(machine, MATMUL)
+    rows = [cell.planner for cell in found if cell.planner is not None]
+    if not rows:
+        raise Missing(f"the planner was not measured on {machine.name}")
+    counts = pd.Series([row["plan"] for row in rows]).value_counts(sort=False)
+    counts = counts.sort_values(ascending=False, kind="stable")
+    lines = [f"tuned, it chose {', '.join(f'`{plan}` {count}×' for plan, count in counts.items())}"]
+    errors = pd.Series([row["predicted_us"] / row["time_us"] - 1 for row in rows]).dropna().abs()
+    if len(errors):
+        lines.append(f"the time that its model predicts for that plan is off by {errors.median():.1%} in the median, "
+                     f"{errors.max():.1%} at worst, over {len(errors)} points")  # fmt: skip
+    losses = {cell.name: cell.rows.loc[UNTUNED, "time_us"] / cell.planner["time_us"] - 1 for cell in found
+              if UNTUNED in cell.rows.index and cell.planner is not None}  # fmt: skip
+    if losses:
+        worst = max(losses, key=losses.get)
+        near = sum(loss <= LINEAR_TOLERANCE for loss in losses.values())
+        lines.append(f"untuned, by the model alone, it is within {LINEAR_TOLERANCE:.0%} of that in {near} of "
+                     f"{len(losses)} points; at worst {losses[worst]:+.1%}, {worst}")  # fmt: skip
+    return lines
 
 
 # -- what limits each technique -------------------------------

@@ -64,6 +64,7 @@ LOOKS: dict[str, Look] = {
     "maco_staged_12_stream": Look("staged, 12 CTAs, on a stream", PURPLE, "h"),
     "copy_engine_stream": Look("copy engine on a stream", ORANGE, "X"),
     "auto": Look("planner", VERMILLION, "*"),
+    "auto_untuned": Look("planner, untuned", ORANGE, "*"),
     # matmul + all-reduce
     "sequential_gloo": Look("sequential, gloo", ORANGE, "s"),
     "sequential_nccl": Look("sequential, NCCL", BLUE, "s"),
@@ -72,6 +73,7 @@ LOOKS: dict[str, Look] = {
     "sequential_one_shot": Look("sequential, symmetric one-shot", VERMILLION, ">"),
     "sequential_two_shot": Look("sequential, symmetric two-shot", GREEN, "<"),
     "sequential_vllm_custom": Look("sequential, kernels of vLLM", GREY, "H"),
+    "sequential_maco_ll": Look("sequential, one-shot in lines", PURPLE, "*"),
     "sequential_maco_push_64": Look("sequential, push, 64 CTAs", VERMILLION, "X"),
     "sequential_maco_push_128": Look("sequential, push, 128 CTAs", VERMILLION, "D"),
     "sequential_fastest": Look("sequential, fastest other all-reduce", BLACK, "D"),
@@ -98,6 +100,7 @@ LOOKS: dict[str, Look] = {
     "gloo": Look("gloo", ORANGE, "D"),
     "symm_mem_one_shot": Look("symmetric one-shot", VERMILLION, ">"),
     "symm_mem_two_shot": Look("symmetric two-shot", GREEN, "<"),
+    "maco_ll": Look("one-shot in lines", PURPLE, "*"),
     "maco_pull_8": Look("pull, 8 CTAs", GREEN, "P"),
     "maco_push_64": Look("push, 64 CTAs", VERMILLION, "X"),
     "maco_push_128": Look("push, 128 CTAs", VERMILLION, "D"),

@@ -281,7 +281,7 @@ SECTION = Section(
                 "num_launches": 3, "timeline_layers": ["Qwen3-32B down_proj"], "timeline_rows": 1024,
             },
             "cuda": {
-                **EVERY["cuda"], "rows": [1, 16, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384],
+                **EVERY["cuda"], "rows": [1, 16, 64, 256, 512, 1024, 2048, 4096, 8192, 16384],
                 "num_launches": 3, "timeline_layers": ["Qwen3-8B o_proj", "Qwen3-32B down_proj"],
             },
         },

@@ -266,9 +266,9 @@ SECTION = Section(
         },
         "standard": {
             "cpu": {
-                **EVERY["cpu"], "rows": [1, 64, 256, 512, 1024], "shrink": 8, "budget_s": 0.6, "min_iterations": 5,
-                "timeline_layers": ["Qwen3-32B down_proj"], "timeline_rows": 1024, "endurance_rows": 300,
-                "num_calls": 2000,
+                **EVERY["cpu"], "layers": ONE_OF_EACH_N, "rows": [1, 64, 256, 512, 1024], "shrink": 8,
+                "budget_s": 0.6, "min_iterations": 5, "timeline_layers": ["Qwen3-32B down_proj"],
+                "timeline_rows": 1024, "endurance_rows": 300, "num_calls": 1000,
             },
             "cuda": {
                 **EVERY["cuda"], "layers": ONE_OF_EACH_N, "rows": [1, 16, 128, 256, 1024, 2048, 4096, 8192],

@@ -12,6 +12,7 @@ from maco_lib.study.criteria import LINEAR_MANY_ROWS, LINEAR_TARGETS
 from maco_lib.study.figures import style
 
 COLUMNS = 3
+EDGE = 0.05
 # Several methods of one kind are one line, the fastest at each point.
 OTHER_SEQUENTIAL, CHUNKED_NCCL, CHUNKED = "sequential_fastest", "chunked_nccl", "chunked"
 
@@ -58,7 +59,7 @@ def fraction(tables: Mapping[str, pd.DataFrame], machine_name: str) -> tuple[Fig
         if wanted:
             axis.plot([LINEAR_MANY_ROWS, rows["m"].max()], [wanted] * 2, color=style.BLACK, linestyle=(0, (4, 2)),
                       linewidth=0.8)  # fmt: skip
-        axis.set_ylim(0)
+        axis.set_ylim(max(0.0, rows["low"].min() - EDGE), None)
 
     return panels(rows, "fraction of ideal", dress), numbers(rows, "fraction_of_ideal")
 
@@ -107,7 +108,8 @@ def panels(rows: pd.DataFrame, label: str, dress: Callable[[Axes], None]) -> Fig
             # The planner follows one of the others: marks that leave it to be seen.
             marks = {"linestyle": "", "markersize": 6, "fillstyle": "none", "zorder": 3} if name == "auto" else {}
             axis.plot(line["m"], line["value"], color=look.colour, marker=look.marker, **{"markersize": 3, **marks})
-            axis.fill_between(line["m"], line["low"], line["high"], color=look.colour, alpha=0.2, linewidth=0)
+            if name != "auto":
+                axis.fill_between(line["m"], line["low"], line["high"], color=look.colour, alpha=0.2, linewidth=0)
         axis.set_xscale("log", base=2)
         axis.set_xticks(ticks[:: -(-len(ticks) // 6)], [str(tick) for tick in ticks[:: -(-len(ticks) // 6)]])
         axis.minorticks_off()

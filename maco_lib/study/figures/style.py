@@ -92,7 +92,7 @@ LOOKS: dict[str, Look] = {
     },
     "signalled": Look("signalled", ORANGE, "o"),
     "persistent": Look("persistent kernel", PURPLE, "P"),
-    "fused_norm": Look("all-reduce, residual and norm in one kernel", PURPLE, "h"),
+    "fused_norm": Look("fused with residual and norm", PURPLE, "h"),
     # communication backends
     "nccl": Look("NCCL", BLUE, "D"),
     "nccl_cta": Look("NCCL, {n} CTAs", PURPLE, "p"),

@@ -4,7 +4,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 AUTO = "auto"  # in place of a plan: the fastest one of this machine
-TECHNIQUES = ("sequential", "chunked")
+TECHNIQUES = ("sequential", "chunked", "persistent")
 DIMS = ("m", "n")
 # What "chunked" is tried with: backends that leave the matmul its SMs, and numbers of chunks along M. (Along N the
 # tiles are as many, x is read once a chunk, and the sums have to be copied.)
@@ -17,7 +17,7 @@ class LinearPlan:
     """A way to run a matmul and the all-reduce of its result, for x (M, K) and weight (N, K).
 
     technique: of `TECHNIQUES`, each a file of `overlap.linear_techniques`. backend: of `maco_lib.comm.BACKENDS`; "":
-    the device's default (NCCL or gloo). num_chunks: for "chunked", 2 or more; 1 for "sequential". dim: what "chunked"
+    the device's default (NCCL or gloo), and the only value for "persistent", which sums by itself. num_chunks: for "chunked", 2 or more; else 1. dim: what "chunked"
     cuts, "m" (rows) or "n" (columns of the result). Raises ValueError naming what is wrong.
     """
 
@@ -29,6 +29,8 @@ class LinearPlan:
     def __post_init__(self) -> None:
         if self.technique not in TECHNIQUES:
             raise ValueError(f"unknown technique {self.technique!r}; the techniques are {', '.join(TECHNIQUES)}")
+        if self.technique == "persistent" and self.backend:
+            raise ValueError(f"backend = {self.backend!r}: persistent sums by itself, without a backend")
         if self.dim not in DIMS:
             raise ValueError(f"unknown dim {self.dim!r}; the dims are {', '.join(DIMS)}")
         chunked = self.technique == "chunked"
@@ -38,6 +40,8 @@ class LinearPlan:
 
     def __str__(self) -> str:
         """Its parts: "chunked, 4 along m, nccl"."""
+        if self.technique == "persistent":
+            return self.technique
         words = [self.technique, self.backend or "default backend"]
         if self.technique == "chunked":
             words.insert(1, f"{self.num_chunks} along {self.dim}")

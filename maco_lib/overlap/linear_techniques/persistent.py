@@ -1,0 +1,168 @@
+"""One kernel that multiplies and sums over the ranks while it multiplies (`kernels.persistent`), on Hopper GPUs.
+
+Every tile can be fetched as soon as it is finished, so transfers begin after the first tiles and end shortly after the
+last; no SM is given up for them. Wins where both the matmul and the all-reduce are long. What it cannot hide: the first
+wave of tiles, before which there is nothing to transfer, and the sums of the last wave, which all SMs finish together.
+"""
+
+import functools
+import weakref
+
+import torch
+import torch.distributed as dist
+import torch.distributed._symmetric_memory as symmetric
+
+from maco_lib.comm.symmetric import Region, memory, unreachable
+from maco_lib.kernels.tile_order import CTAS, ROWS, TileOrder
+from maco_lib.overlap.linear_techniques.problem import Problem
+
+DTYPES = (torch.bfloat16, torch.float16)
+MULTIPLE = 8  # of N and K: TMA's rows are multiples of 16 bytes
+TILE_COLUMNS = (128, 160, 192, 256)
+NUM_FLAGS = 2**20
+FLAGS_PER_TILE = 3 * CTAS
+# Rows of one launch: more are cut, so that there are few tables of tiles however M changes.
+MAX_ROWS = 2**16
+# How long things take on H200s, for the choice of a tile: a step of 64 along K by its columns, the rest of a tile, what
+# a GPU fetches from its peers in a us, and what is left after the last fetch.
+STEP_US = {128: 0.376, 160: 0.4625, 192: 0.549, 256: 0.75}
+TILE_US, FETCHED_BYTES_PER_US, END_US = 0.6, 340e3, 8.0
+
+
+def order_of(num_rows: int, num_columns: int, bn: int, num_ranks: int, max_clusters: int) -> TileOrder:
+    """The tiles of a result. More groups of them where a rank's own come in few waves, that is with more ranks."""
+    num_groups = 1 if num_ranks == 2 else num_ranks
+    return TileOrder(-(-num_rows // ROWS), -(-num_columns // bn), num_ranks, max_clusters, num_groups)
+
+
+def predicted_us(num_rows: int, num_columns: int, k: int, bn: int, num_ranks: int, max_clusters: int) -> float:
+    """Time with tiles of `bn` columns: all waves and the sums of the last one, or one wave and all transfers."""
+    order = order_of(num_rows, num_columns, bn, num_ranks, max_clusters)
+    wave_us = -(-k // 64) * STEP_US[bn] + TILE_US
+    tile_bytes = ROWS * bn * 2
+    last = order.num_tiles - (order.num_waves - 1) * max_clusters
+    own = order.num_tiles / num_ranks / order.whole_groups
+    last_us = min(last, own) * tile_bytes * (num_ranks - 1) / FETCHED_BYTES_PER_US
+    fetched_us = 2 * (num_ranks - 1) / num_ranks * order.num_tiles * tile_bytes / FETCHED_BYTES_PER_US
+    return max(order.num_waves * wave_us + last_us, wave_us + fetched_us) + END_US
+
+
+@functools.lru_cache(maxsize=4096)
+def fastest_columns(num_rows: int, num_columns: int, k: int, num_ranks: int, max_clusters: int) -> int:
+    """Columns of the tiles predicted to be the fastest."""
+    return min(TILE_COLUMNS, key=lambda bn: predicted_us(num_rows, num_columns, k, bn, num_ranks, max_clusters))
+
+
+class Exchange:
+    """Where a group's ranks leave tiles and flags for each other. Made at the first call; collective."""
+
+    def __init__(self, group: dist.ProcessGroup, device: torch.device):
+        self.device, self.rank, self.num_ranks = device, group.rank(), group.size()
+        self.max_clusters = torch.cuda.get_device_properties(device).multi_processor_count // CTAS
+        self.memory = memory(group, device)
+        self.own_flags = symmetric.empty(NUM_FLAGS, dtype=torch.int32, device=device).zero_()
+        self.handle = symmetric.rendezvous(self.own_flags, group.group_name)
+        # Partials and sums apart: a rank may write the next call's partials while another reads this call's sums.
+        self.areas: dict[str, Region] = {}
+        self.inboxes: list[torch.Tensor] = []  # the last one is used, the others by graphs that were captured with them
+        self.schedules: dict[TileOrder, object] = {}
+        # Nobody may raise flags that their owner has yet to clear.
+        torch.cuda.synchronize(device)
+        dist.barrier(group, device_ids=[device.index])
+
+    def require_preparation(self, what: str) -> None:
+        """Raise RuntimeError while a graph is captured."""
+        if torch.cuda.is_current_stream_capturing():
+            raise RuntimeError(f"cannot make {what} while a graph is captured: call before with the same shape")
+
+    def area(self, name: str, num_bytes: int) -> list[int]:
+        """Addresses, by rank, of memory of at least `num_bytes`; collective when it has to grow."""
+        if name not in self.areas or self.areas[name].base.nbytes < num_bytes:
+            self.require_preparation(f"{num_bytes} bytes for {name}")
+            if name in self.areas:
+                self.memory.regions.append(self.areas[name])  # graphs that were captured with it go on using it
+            self.areas[name] = self.memory.allocate(1 << (num_bytes - 1).bit_length())
+        return self.areas[name].addresses
+
+    def inbox(self, num_bytes: int) -> int:
+        """The address of this rank's own memory of at least `num_bytes`."""
+        if not self.inboxes or self.inboxes[-1].nbytes < num_bytes:
+            self.require_preparation(f"an inbox of {num_bytes} bytes")
+            size = 1 << (num_bytes - 1).bit_length()
+            self.inboxes.append(torch.empty(size, dtype=torch.uint8, device=self.device))
+        return self.inboxes[-1].data_ptr()
+
+    def schedule(self, order: TileOrder) -> object:
+        """The tables of `order` for this rank, a `kernels.persistent.Schedule`."""
+        from maco_lib.kernels.persistent import Schedule
+
+        if order not in self.schedules:
+            self.require_preparation("the table of tiles")
+            parts = (order.table()[self.rank], *order.fetches(self.rank))
+            self.schedules[order] = Schedule(*(torch.tensor(part, device=self.device) for part in parts))
+        return self.schedules[order]
+
+    def addresses(self, order: TileOrder, bn: int) -> object:
+        """Where all of them lie, a `kernels.persistent.Addresses`."""
+        from maco_lib.kernels.persistent import Addresses
+
+        num_bytes = order.num_slots * ROWS * bn * 2
+        partials, sums = self.area("partials", num_bytes * self.num_ranks), self.area("sums", num_bytes)
+        inbox = self.inbox(num_bytes * self.num_ranks)
+        return Addresses(partials, sums, list(self.handle.buffer_ptrs), inbox, num_bytes)
+
+
+_EXCHANGES: "weakref.WeakKeyDictionary[dist.ProcessGroup, Exchange]" = weakref.WeakKeyDictionary()
+
+
+def exchange(group: dist.ProcessGroup, device: torch.device) -> Exchange:
+    """The exchange of `group`, made at the first call: before a graph is captured."""
+    if group not in _EXCHANGES:
+        _EXCHANGES[group] = Exchange(group, device)
+    return _EXCHANGES[group]
+
+
+def unavailable(problem: Problem) -> str:
+    """Why the kernel cannot run this problem, or ""."""
+    (n, k), dtype, device = problem.weight.shape, problem.x.dtype, problem.x.device
+    if device.type != "cuda" or torch.cuda.get_device_capability(device)[0] != 9:
+        return f"it is for Hopper GPUs, x is on {device}"
+    if dtype not in DTYPES:
+        return f"it is for {' and '.join(map(str, DTYPES))}, x is of {dtype}"
+    if n % MULTIPLE or k % MULTIPLE:
+        return f"N and K are to be multiples of {MULTIPLE}, weight is {tuple(problem.weight.shape)}"
+    return unreachable(device, problem.group)
+
+
+def for_tma(tensor: torch.Tensor) -> torch.Tensor:
+    """`tensor`, or a copy where its rows do not begin at multiples of 16 bytes."""
+    fits = tensor.stride(1) == 1 and tensor.stride(0) * tensor.itemsize % 16 == 0 and tensor.data_ptr() % 16 == 0
+    return tensor if fits else tensor.clone(memory_format=torch.contiguous_format)
+
+
+def run(problem: Problem, bn: int = 0, trace: torch.Tensor | None = None) -> None:
+    """Fill `problem.result`. Collective. K is to be the same on every rank.
+
+    bn: columns of a tile, of `TILE_COLUMNS`; 0: those predicted to be the fastest. trace: as `kernels.persistent`'s.
+    Copies x or weight where they are not laid out for TMA. Raises ValueError on a problem that the kernel cannot run.
+    """
+    if why := unavailable(problem):
+        raise ValueError(f"technique 'persistent': {why}")
+    from maco_lib.kernels.persistent import persistent
+
+    (num_rows, num_columns), k = problem.result.shape, problem.x.shape[1]
+    shared = exchange(problem.group, problem.result.device)
+    x, weight = for_tma(problem.x), for_tma(problem.weight)
+    bias = None if problem.bias is None else for_tma(problem.bias[None])[0]
+    residual = None if problem.residual is None else for_tma(problem.residual.contiguous())
+    most = NUM_FLAGS // FLAGS_PER_TILE // shared.num_ranks // -(-num_columns // min(TILE_COLUMNS)) * ROWS
+    step = min(MAX_ROWS, max(ROWS, most))
+    for first in range(0, num_rows, step):
+        rows = slice(first, min(first + step, num_rows))
+        size = rows.stop - first
+        columns = bn or fastest_columns(size, num_columns, k, shared.num_ranks, shared.max_clusters)
+        order = order_of(size, num_columns, columns, shared.num_ranks, shared.max_clusters)
+        persistent(
+            x[rows], weight, bias, None if residual is None else residual[rows], problem.result[rows], columns, order,
+            shared.schedule(order), shared.addresses(order, columns), shared.rank, trace,
+        )  # fmt: skip

@@ -134,6 +134,10 @@ class SymmetricAllReduce:
             return f"{self.name} is an all-reduce, not {collective}"
         return unreachable(device, group) or None
 
+    def anywhere(self, num_bytes: int) -> bool:
+        """Whether so many bytes are summed where they lie, in whatever memory."""
+        return False
+
     def reduce(self, region: Region, source: torch.Tensor, result: torch.Tensor, group: dist.ProcessGroup) -> None:
         """Sum `source`, a flat tensor of whole granules in `region`, into `result`: itself exactly if `in_place`."""
         raise NotImplementedError

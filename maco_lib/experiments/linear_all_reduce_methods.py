@@ -60,13 +60,14 @@ _PEER_BACKENDS = {
     "sequential_two_shot": "symm_mem_two_shot",
     "sequential_vllm_custom": "vllm_custom",
 }
+OUR_BACKENDS = ("maco_ll", "maco_one_shot_64", "maco_push_64", "maco_push_128")
 METHODS: dict[str, dict[str, Method]] = {
     MATMUL: {
         **{name: Method("in_place", backend, is_peer=True) for name, backend in _PEER_BACKENDS.items()},
         "chunked2_nccl": _chunked("nccl", 2, is_peer=True),
         "chunked4_nccl": _chunked("nccl", 4, is_peer=True),
         "async_tp": Method("async_tp", is_peer=True),
-        **{f"sequential_{backend}": _sequential(backend) for backend in ("maco_ll", "maco_push_64", "maco_push_128")},
+        **{f"sequential_{backend}": _sequential(backend) for backend in OUR_BACKENDS},
         **{
             f"chunked{num_chunks}_{backend}": _chunked(backend, num_chunks)
             for backend in ("maco_staged_8", "maco_push_64", "gloo")
@@ -94,8 +95,8 @@ MANY_ROWS_METHODS = {
     "cpu": ["sequential_gloo", "chunked2_gloo", "chunked4_gloo", "auto_untuned", "auto"],
     "cuda": [
         "sequential_nccl", "sequential_nccl_symmetric", "sequential_two_shot", "sequential_vllm_custom",
-        "chunked2_nccl", "chunked4_nccl", "async_tp", "sequential_maco_push_128",
-        *(f"chunked{number}_{backend}" for backend in ("maco_staged_8", "maco_push_64") for number in (2, 4, 8)),
+        "chunked2_nccl", "chunked4_nccl", "async_tp", "sequential_maco_one_shot_64", "sequential_maco_push_128",
+        *(f"chunked{number}_{backend}" for backend in ("maco_staged_8", "maco_push_64") for number in (2, 4)),
         "signalled", "persistent", "auto_untuned", "auto",
     ],
 }  # fmt: skip
@@ -103,7 +104,8 @@ FEW_ROWS_METHODS = {
     "cpu": ["sequential_gloo", "auto_untuned", "auto"],
     "cuda": [
         "sequential_nccl", "sequential_nccl_symmetric", "sequential_one_shot", "sequential_two_shot",
-        "sequential_vllm_custom", "sequential_maco_ll", "sequential_maco_push_64", "auto_untuned", "auto",
+        "sequential_vllm_custom", "sequential_maco_ll", "sequential_maco_one_shot_64", "sequential_maco_push_64",
+        "auto_untuned", "auto",
     ],
 }  # fmt: skip
 CHAIN_METHODS = {

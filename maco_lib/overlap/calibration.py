@@ -144,7 +144,8 @@ def made_for(machine: Machine, grid: Grid) -> dict[str, Any]:
     """What a calibration holds for: when any of it changes, it is measured again."""
     known = provenance(ROOT, machine)
     folders = [ROOT / "maco_lib" / name for name in ("comm", "kernels", "overlap/linear_techniques")]
-    sources = sorted(path for folder in folders for path in folder.rglob("*.*") if path.suffix in (".py", ".cu"))
+    every = (path for folder in folders for path in folder.rglob("*.*"))
+    sources = sorted(path for path in every if path.suffix in (".py", ".cu", ".cuh"))
     return {
         "version": VERSION,
         "grid": json.loads(json.dumps(asdict(grid))),

@@ -17,8 +17,9 @@ class LinearPlan:
     """A way to run a matmul and the all-reduce of its result, for x (M, K) and weight (N, K).
 
     technique: of `TECHNIQUES`, each a file of `overlap.linear_techniques`. backend: of `maco_lib.comm.BACKENDS`; "":
-    the device's default (NCCL or gloo), and the only value for "persistent", which sums by itself. num_chunks: for "chunked", 2 or more; else 1. dim: what "chunked"
-    cuts, "m" (rows) or "n" (columns of the result). Raises ValueError naming what is wrong.
+    the device's default (NCCL or gloo), and the only value for "persistent", which sums by itself. num_chunks: for
+    "chunked", 2 or more; else 1. dim: what "chunked" cuts, "m" (rows) or "n" (columns of the result). Raises ValueError
+    naming what is wrong.
     """
 
     technique: str = "sequential"

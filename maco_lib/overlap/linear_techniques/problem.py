@@ -59,6 +59,9 @@ class Problem:
         backend, dtype = comm.backend(self.backend_name), self.result.dtype
         in_workspace = isinstance(backend, SymmetricAllReduce | NcclSymmetric)
         targets = [self.result[piece] for piece in pieces]
+        if isinstance(backend, SymmetricAllReduce) and all(backend.anywhere(target.nbytes) for target in targets):
+            backend.require("all_reduce", dtype)
+            in_workspace = False
         if not in_workspace and all(target.is_contiguous() for target in targets):
             flats = [target.view(-1) for target in targets]
             return [Block(*each) for each in zip(pieces, targets, flats, flats, strict=True)]

@@ -1,0 +1,145 @@
+"""The technique "persistent": right on every shape it takes, the same bits everywhere and every time, captured."""
+
+import pytest
+import torch
+import torch.distributed as dist
+from ranks import run_ranks
+
+from maco_lib.overlap import LinearPlan, linear_all_reduce
+from maco_lib.overlap.linear_techniques import persistent
+
+PERSISTENT = LinearPlan("persistent")
+NUM_GPUS = max(2, torch.cuda.device_count())
+# (M, N, K of a rank): whole tiles, parts of tiles, fewer tiles than ranks, several waves, one row.
+SHAPES = [(512, 512, 256), (777, 1000, 136), (1, 8, 8), (300, 264, 72), (2048, 4096, 2048), (4100, 5120, 520)]
+
+
+class Example:
+    """x and weight differ between the ranks, bias and residual do not."""
+
+    def __init__(self, rank: int, m: int, n: int, k: int, dtype: torch.dtype, bias: bool = False, residual=False):
+        device = torch.device("cuda", rank)
+        own, shared = torch.Generator(device).manual_seed(100 + rank), torch.Generator(device).manual_seed(7)
+        normal = lambda generator, *shape: torch.randn(shape, generator=generator, device=device)  # noqa: E731
+        self.x = normal(own, m, k).to(dtype)
+        self.weight = (normal(own, n, k) / (k * dist.get_world_size()) ** 0.5).to(dtype)
+        self.bias = normal(shared, n).to(dtype) if bias else None
+        self.residual = normal(shared, m, n).to(dtype) if residual else None
+
+    def run(self) -> torch.Tensor:
+        return linear_all_reduce(self.x, self.weight, self.bias, self.residual, plan=PERSISTENT)
+
+    def exact(self) -> torch.Tensor:
+        total = self.x.double() @ self.weight.double().t()
+        dist.all_reduce(total)
+        for each in (self.bias, self.residual):
+            total = total if each is None else total + each.double()
+        return total
+
+    def plain(self) -> torch.Tensor:
+        total = torch.nn.functional.linear(self.x, self.weight, self.bias if dist.get_rank() == 0 else None)
+        dist.all_reduce(total)
+        return total if self.residual is None else total + self.residual
+
+
+def error(result: torch.Tensor, exact: torch.Tensor) -> float:
+    return float((result.double() - exact).norm() / exact.norm())
+
+
+def right(rank: int, num_ranks: int) -> None:
+    for dtype in (torch.bfloat16, torch.float16):
+        for index, shape in enumerate(SHAPES):
+            example = Example(rank, *shape, dtype, bias=index % 2 == 1, residual=index % 3 == 1)
+            exact, result = example.exact(), example.run()
+            assert error(result, exact) <= 1.2 * error(example.plain(), exact), (shape, dtype)
+            everyones = [torch.empty_like(result) for _ in range(num_ranks)]
+            dist.all_gather(everyones, result)
+            assert all(torch.equal(each, result) for each in everyones), (shape, dtype)
+    for bn in persistent.TILE_COLUMNS:
+        example = Example(rank, 600, 1000, 264, torch.bfloat16, bias=True, residual=True)
+        problem = persistent.Problem(
+            example.x, example.weight, example.bias, example.residual,
+            torch.empty(600, 1000, dtype=torch.bfloat16, device=example.x.device), "nccl", dist.group.WORLD,
+        )  # fmt: skip
+        persistent.run(problem, bn)
+        assert error(problem.result, example.exact()) < 3e-3, bn
+
+
+def misaligned(rank: int, num_ranks: int) -> None:
+    example = Example(rank, 300, 520, 256, torch.bfloat16)
+    right_result = example.run()
+    wide = torch.zeros(300, 259, dtype=torch.bfloat16, device=example.x.device)
+    wide[:, 3:].copy_(example.x)
+    example.x = wide[:, 3:]
+    assert torch.equal(example.run(), right_result)
+    example.x = example.x[:, :250].contiguous()
+    example.weight = example.weight[:, :250].contiguous()
+    with pytest.raises(ValueError, match=r"multiples of 8.*\(520, 250\)"):
+        example.run()
+    example = Example(rank, 16, 64, 64, torch.float32)
+    with pytest.raises(ValueError, match="float32"):
+        example.run()
+
+
+def repeated(rank: int, num_ranks: int) -> None:
+    """A thousand times the same bits, other shapes between them, and no memory taken."""
+    example, other = Example(rank, 1024, 1024, 512, torch.bfloat16), Example(rank, 700, 520, 128, torch.bfloat16)
+    first, between = example.run(), other.run()
+    torch.cuda.synchronize()
+    used = torch.cuda.mem_get_info()[0]
+    differs = torch.zeros((), dtype=torch.bool, device=first.device)
+    for index in range(1000):
+        differs |= (example.run() != first).any()
+        if index % 10 == 0:
+            differs |= (other.run() != between).any()
+    assert not differs
+    assert used - torch.cuda.mem_get_info()[0] < 2**26
+
+
+def captured(rank: int, num_ranks: int) -> None:
+    example = Example(rank, 1024, 1024, 512, torch.bfloat16, residual=True)
+    first = example.run()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        once = example.run()
+        twice = example.run()
+    example.x.neg_()
+    for _ in range(20):
+        graph.replay()
+    torch.cuda.synchronize()
+    assert torch.equal(once, twice)
+    expected = 2 * example.residual.double() - first.double()
+    assert error(once, expected) < 1e-2
+
+
+@pytest.mark.gpu(num_gpus=2)
+@pytest.mark.parametrize("program", [right, misaligned, repeated, captured], ids=lambda program: program.__name__)
+def test_persistent_on_every_gpu(program):
+    run_ranks(program, num_ranks=NUM_GPUS, backend="nccl", timeout_s=120)
+
+
+def refused(rank: int, num_ranks: int) -> None:
+    x, weight = torch.ones(4, 8, dtype=torch.bfloat16), torch.ones(16, 8, dtype=torch.bfloat16)
+    with pytest.raises(ValueError, match="'persistent'.*Hopper GPUs, x is on cpu"):
+        linear_all_reduce(x, weight, plan=PERSISTENT)
+
+
+def test_it_is_refused_where_there_is_no_hopper_gpu():
+    run_ranks(refused)
+
+
+def test_a_plan_with_it_takes_no_backend():
+    assert str(PERSISTENT) == "persistent"
+    with pytest.raises(ValueError, match="backend = 'nccl'"):
+        LinearPlan("persistent", "nccl")
+
+
+@pytest.mark.parametrize("num_ranks", [2, 4, 8])
+def test_tiles_are_chosen_by_the_waves_and_what_is_left_to_fetch(num_ranks):
+    for m, n, k in ((2048, 4096, 2048), (4096, 5120, 12800), (16384, 8192, 14336), (1, 8, 64)):
+        times = {bn: persistent.predicted_us(m, n, k, bn, num_ranks, 66) for bn in persistent.TILE_COLUMNS}
+        assert persistent.fastest_columns(m, n, k, num_ranks, 66) == min(times, key=times.get)
+        assert all(persistent.predicted_us(m, n, 2 * k, bn, num_ranks, 66) > us for bn, us in times.items())
+    # 4096 x 4096 in tiles of 256 x 256 is 256 of them, four waves of 66 clusters; one row more is a band more.
+    assert persistent.order_of(4096, 4096, 256, num_ranks, 66).num_waves == 4
+    assert persistent.order_of(4097, 4096, 256, num_ranks, 66).num_waves == 5

@@ -3,6 +3,9 @@
 Every tile can be fetched as soon as it is finished, so transfers begin after the first tiles and end shortly after the
 last; no SM is given up for them. Wins where both the matmul and the all-reduce are long. What it cannot hide: the first
 wave of tiles, before which there is nothing to transfer, and the sums of the last wave, which all SMs finish together.
+
+Its CTAs wait for those of the other ranks, and need all SMs: no other collective of these ranks may run beside it on
+another stream (those that `overlap.start` planned are waited for).
 """
 
 import functools
@@ -14,6 +17,7 @@ import torch.distributed._symmetric_memory as symmetric
 
 from maco_lib.comm.symmetric import Region, memory, unreachable
 from maco_lib.kernels.tile_order import CTAS, ROWS, TileOrder
+from maco_lib.overlap import streams
 from maco_lib.overlap.linear_techniques.problem import Problem
 
 DTYPES = (torch.bfloat16, torch.float16)
@@ -150,6 +154,7 @@ def run(problem: Problem, bn: int = 0, trace: torch.Tensor | None = None) -> Non
         raise ValueError(f"technique 'persistent': {why}")
     from maco_lib.kernels.persistent import persistent
 
+    streams.wait_for_planned(problem.result.device)
     (num_rows, num_columns), k = problem.result.shape, problem.x.shape[1]
     shared = exchange(problem.group, problem.result.device)
     x, weight = for_tma(problem.x), for_tma(problem.weight)

@@ -46,7 +46,7 @@ def measure(point: dict[str, Any], context: Context) -> Result:
     }
     arms = [sampled(problem, "matmul", chunks_alone(problem, 1)), *communications(problem)]
     if problem.m > FEW_ROWS:
-        counts = {METHODS[MATMUL][name].plan.get("num_chunks", 1) for name in asked[MATMUL]} - {1}
+        counts = {METHODS[MATMUL][name].num_chunks for name in asked[MATMUL]} - {1}
         arms += [sampled(problem, f"matmul:{count}", chunks_alone(problem, count)) for count in sorted(counts)]
     arms += [sampled(problem, arm_name(*key), one.run) for key, one in found.items() if one.run]
     budget = {"budget_s": point["budget_s"], "min_iterations": point["min_iterations"]}
@@ -156,7 +156,7 @@ def row(
         "num_runs": problem.num_runs,
         **interval("time", arm),
         **interval("t_matmul", "matmul"),
-        "t_matmul_chunked_us": time(f"matmul:{method.plan.get('num_chunks')}")[0],
+        "t_matmul_chunked_us": time(f"matmul:{method.num_chunks}")[0],
         "t_comm_us": best,
         "t_comm_backend": fastest,
         "t_base_us": time(base)[0],

@@ -42,6 +42,11 @@ class Method:
     norm: str = ""
     is_peer: bool = False
 
+    @property
+    def num_chunks(self) -> int:
+        """Pieces that the matmul is cut in."""
+        return self.plan["num_chunks"] if self.plan.get("technique") == "chunked" else 1
+
 
 def _sequential(backend: str) -> Method:
     return Method("plan", backend, {"technique": "sequential", "backend": backend})
@@ -73,7 +78,9 @@ METHODS: dict[str, dict[str, Method]] = {
             for backend in ("maco_staged_8", "maco_push_64", "gloo")
             for num_chunks in (2, 4, 8)
         },
-        "signalled": Method("plan", plan={"technique": "signalled"}),
+        "signalled": Method(
+            "plan", "maco_staged_8", {"technique": "signalled", "backend": "maco_staged_8", "num_chunks": 4}
+        ),
         "persistent": Method("plan", plan={"technique": "persistent"}),
         "auto_untuned": Method("untuned"),
         "auto": Method("auto"),

@@ -11,7 +11,7 @@ from maco_lib.experiments.overlap_timeline import traced
 from maco_lib.experiments.worker import Context, Result
 from maco_lib.timing import Arm, first_error, gather
 
-# Kernels that multiply and communicate, by their names.
+# Methods whose kernel of the same name multiplies and communicates.
 FUSED = ("persistent",)
 NOTHING = {"lane": "", "name": "", "category": "comm", "start_us": 0.0, "duration_us": 0.0}
 
@@ -47,7 +47,7 @@ def profiled(problem: Problem, name: str) -> tuple[str, list[list[dict[str, Any]
         return "", [], why
     timing, events = traced(Arm(name, lambda: run(0), problem.chill), problem)
     for event in events:
-        if any(word in event["name"].lower() for word in FUSED):
+        if name in FUSED and name in event["name"].lower():
             event["category"] = "fused"
     by_rank = gather(events, problem.group)
     if not all(by_rank):

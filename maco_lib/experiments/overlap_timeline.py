@@ -21,7 +21,7 @@ from maco_lib.timing import SLEEP_CYCLES_PER_US, Arm, Barrier, capture, first_er
 
 # Longer than the host needs to issue the arm under the profiler, so that the trace shows the device at work.
 BACKLOG_US = 3000
-# Kernels of a collective by their names, and the copies of those that use the copy engine.
+# Kernels of a collective, and those that wait to begin one, by their names; and copies: some use the copy engine.
 COMMUNICATION = (
     "nccl",
     "gloo",
@@ -31,6 +31,7 @@ COMMUNICATION = (
     "two_shot",
     "sum_shares",
     "add_share",
+    "wait_tiles",
     "maco",
     "memcpy",
 )

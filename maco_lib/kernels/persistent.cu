@@ -2,6 +2,7 @@
 // A cluster of two CTAs computes 2 x 128 rows by BN columns at a time; in each CTA, by warp:
 //   0 loads operands, 1 loads partials to be added and stores finished tiles, 2 fetches tiles from the peers, 3 stores
 //   those, 4 to 11 multiply (two warpgroups, 64 rows each).
+// Of one rank (RANKS = 1) it is a matmul: a tile goes to the result, then flag slot * CTAS + CTA goes up (wait_tiles.py).
 // hopper.cuh comes before this file. Defined at compile time: BN, STAGES, RANKS, RANK, SUM_COPIES, BF16, HAS_BIAS, HAS_RESIDUAL, WGMMA_ASM,
 // TRACE, TRACE_TILES.
 
@@ -154,7 +155,7 @@ extern "C" __global__ void __cluster_dims__(CTAS, 1, 1) __launch_bounds__(384, 1
                     store_bytes(at.partials[RANK] + tile.owner * at.area_bytes + offset, out_tile, TILE_BYTES);
                 } else {
                     const int row = (tile.m * CTAS + cta) * BM;
-                    store_bytes(at.sums[RANK] + offset, out_tile, TILE_BYTES);
+                    if (RANKS > 1) store_bytes(at.sums[RANK] + offset, out_tile, TILE_BYTES);
                     for (u32 box = 0; box < NUM_BOXES; box++)
                         store_box(result_map, tile.n * BN + box % HALF_BOXES * BOX_COLUMNS, row + box / HALF_BOXES * 64,
                                   out_tile + box * BOX_BYTES);
@@ -164,7 +165,9 @@ extern "C" __global__ void __cluster_dims__(CTAS, 1, 1) __launch_bounds__(384, 1
                 arrive(out_sent);
                 stores_done();
                 NOTE(count, STORED);
-                if (tile.owner != RANK) {
+                if (RANKS == 1) {
+                    raise(at.flags[RANK], place);
+                } else if (tile.owner != RANK) {
                     raise(at.flags[tile.owner], flag_index(PARTIAL_READY, place, RANK));
                 } else {
                     for (int other = 1; other < RANKS; other++)
@@ -283,9 +286,8 @@ extern "C" __global__ void __cluster_dims__(CTAS, 1, 1) __launch_bounds__(384, 1
                     }
                 }
 #endif
-            } else {
-                wait(out_sent, (num_done & 1) ^ 1);
             }
+            if (RANKS == 1 || tile.owner != RANK) wait(out_sent, (num_done & 1) ^ 1);
 #pragma unroll
             for (int j = 0; j < BN / 8; j++) {
                 const u32 to = out + j / 4 * BOX_BYTES + ((j % 4) ^ swizzle) * 16;

@@ -19,6 +19,8 @@ BAND = 8  # tiles; 2048 rows
 class TileOrder:
     """For a result of num_m x num_n tiles, on GPUs that run `max_clusters` clusters at a time.
 
+    height: so many rows of tiles are finished before the next so many are begun; 0: no such order.
+
     Raises ValueError where there are no tiles.
     """
 
@@ -27,6 +29,7 @@ class TileOrder:
     num_ranks: int
     max_clusters: int
     num_groups: int = 1
+    height: int = 0
 
     def __post_init__(self) -> None:
         if self.num_m < 1 or self.num_n < 1:
@@ -57,7 +60,9 @@ class TileOrder:
 
     def raster(self) -> list[tuple[int, int]]:
         """(m, n) of every tile, neighbours near each other."""
-        bands = [range(first, min(first + BAND, self.num_m)) for first in range(0, self.num_m, BAND)]
+        height = self.height or self.num_m
+        ends = [(begin, min(begin + height, self.num_m)) for begin in range(0, self.num_m, height)]
+        bands = [range(first, min(first + BAND, end)) for begin, end in ends for first in range(begin, end, BAND)]
         return [(m, n) for band in bands for n in range(self.num_n) for m in band]
 
     def table(self) -> np.ndarray:

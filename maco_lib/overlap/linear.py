@@ -19,7 +19,7 @@ from torch.distributed.distributed_c10d import _resolve_process_group
 from maco_lib.comm import DTYPES, backend
 from maco_lib.overlap import linear_auto
 from maco_lib.overlap.linear_plan import AUTO, TECHNIQUES, LinearPlan
-from maco_lib.overlap.linear_techniques import chunked, persistent, sequential
+from maco_lib.overlap.linear_techniques import chunked, persistent, sequential, signalled
 from maco_lib.overlap.linear_techniques.problem import Problem, flattened
 from maco_lib.overlap.plan import DEFAULT_BACKEND
 from maco_lib.overlap.validation import check_agreement, device_kinds, unavailable
@@ -27,6 +27,7 @@ from maco_lib.overlap.validation import check_agreement, device_kinds, unavailab
 RUN: dict[str, Callable[[Problem, LinearPlan], None]] = {
     "sequential": lambda problem, plan: sequential.run(problem),
     "chunked": lambda problem, plan: chunked.run(problem, plan.num_chunks, plan.dim),
+    "signalled": lambda problem, plan: signalled.run(problem, plan.num_chunks),
     "persistent": lambda problem, plan: persistent.run(problem),
 }
 assert tuple(RUN) == TECHNIQUES

@@ -27,7 +27,7 @@ from maco_lib.comm import DTYPES
 from maco_lib.overlap.calibration import Calibration, calibrate
 from maco_lib.overlap.linear_measure import Shape, cuts
 from maco_lib.overlap.linear_model import LinearCosts, shortlist
-from maco_lib.overlap.linear_plan import LinearPlan, candidates
+from maco_lib.overlap.linear_plan import HOPPER, LinearPlan, candidates
 from maco_lib.overlap.linear_techniques.problem import workspace_address
 from maco_lib.overlap.plan import DEFAULT_BACKEND, Decision, keep, record
 from maco_lib.overlap.validation import device_kinds
@@ -109,7 +109,8 @@ class LinearPlanner:
             for plan in every
             if str(plan) not in self.costs.unusable
             and cuts(plan, num_rows)
-            and (sums(plan.backend, layer.dtype, num_bytes) if plan.backend else fuses(layer))
+            and (not plan.backend or sums(plan.backend, layer.dtype, num_bytes))
+            and (plan.technique not in HOPPER or fuses(layer))
         ]
 
     def predicted_us(self, layer: Layer, num_rows: int) -> dict[LinearPlan, float]:
@@ -206,7 +207,7 @@ def sums(backend_name: str, dtype: torch.dtype, num_bytes: int) -> bool:
 
 
 def fuses(layer: Layer) -> bool:
-    """Whether techniques that sum by themselves have kernels for weights like this."""
+    """Whether our own matmuls are for weights like this, on every rank."""
     aligned = layer.n % FUSED_MULTIPLE == 0 and layer.k % FUSED_MULTIPLE == 0
     return layer.dtype in FUSED_DTYPES and aligned and layer.even
 

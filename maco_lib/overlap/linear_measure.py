@@ -16,6 +16,7 @@ from maco_lib.overlap.linear_model import MIN_POINTS, LinearCosts, MatmulTime, O
 from maco_lib.overlap.linear_plan import LinearPlan, candidates
 from maco_lib.overlap.linear_techniques.chunked import cut
 from maco_lib.overlap.linear_techniques.problem import EVERYTHING, Problem
+from maco_lib.overlap.linear_techniques.signalled import bands
 from maco_lib.overlap.measure import Grid, median_us
 from maco_lib.overlap.plan import DEFAULT_BACKEND
 from maco_lib.timing import MAX_REPEATS, Arm, first_error, interleave
@@ -107,7 +108,8 @@ def measure_linear(device: torch.device, group: dist.ProcessGroup, backends: Seq
 
 def cuts(plan: LinearPlan, num_rows: int) -> bool:
     """Whether so many rows make as many chunks as the plan says; with fewer it is another plan."""
-    return plan.technique != "chunked" or len(cut(num_rows, plan.num_chunks)) == plan.num_chunks
+    pieces = {"chunked": cut, "signalled": bands}.get(plan.technique)
+    return pieces is None or len(pieces(num_rows, plan.num_chunks)) == plan.num_chunks
 
 
 def summing(name: str, num_bytes: int, dtype: torch.dtype, device: torch.device, group: dist.ProcessGroup) -> list[Arm]:

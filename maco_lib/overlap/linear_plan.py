@@ -4,12 +4,16 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 AUTO = "auto"  # in place of a plan: the fastest one of this machine
-TECHNIQUES = ("sequential", "chunked", "persistent")
+TECHNIQUES = ("sequential", "chunked", "signalled", "persistent")
+CUTTING = ("chunked", "signalled")  # sum the result in pieces
+HOPPER = ("signalled", "persistent")  # multiply with kernels of ours
 DIMS = ("m", "n")
 # What "chunked" is tried with: backends that leave the matmul its SMs, and numbers of chunks along M. (Along N the
 # tiles are as many, x is read once a chunk, and the sums have to be copied.)
 LIGHT_BACKENDS = ("maco_staged_8", "maco_push_64", "gloo")
 NUM_CHUNKS = (2, 4, 8)
+# And "signalled", whose bands cost the matmul nothing; the first of its backends leaves nothing to be copied.
+BAND_BACKENDS, NUM_BANDS = ("maco_one_shot_64", "maco_staged_8", "maco_push_64"), (4, 8)
 
 
 @dataclass(frozen=True)
@@ -18,8 +22,8 @@ class LinearPlan:
 
     technique: of `TECHNIQUES`, each a file of `overlap.linear_techniques`. backend: of `maco_lib.comm.BACKENDS`; "":
     the device's default (NCCL or gloo), and the only value for "persistent", which sums by itself. num_chunks: for
-    "chunked", 2 or more; else 1. dim: what "chunked" cuts, "m" (rows) or "n" (columns of the result). Raises ValueError
-    naming what is wrong.
+    "chunked", and of "signalled" the bands, 2 or more; else 1. dim: what "chunked" cuts, "m" (rows) or "n" (columns of
+    the result); else "m". Raises ValueError naming what is wrong.
     """
 
     technique: str = "sequential"
@@ -34,9 +38,11 @@ class LinearPlan:
             raise ValueError(f"backend = {self.backend!r}: persistent sums by itself, without a backend")
         if self.dim not in DIMS:
             raise ValueError(f"unknown dim {self.dim!r}; the dims are {', '.join(DIMS)}")
-        chunked = self.technique == "chunked"
-        if not isinstance(self.num_chunks, int) or self.num_chunks < 1 or chunked != (self.num_chunks > 1):
-            valid = "an int of 2 or more" if chunked else "1"
+        if self.technique == "signalled" and self.dim != "m":
+            raise ValueError(f"dim = {self.dim!r}: signalled cuts 'm' only")
+        cuts = self.technique in CUTTING
+        if not isinstance(self.num_chunks, int) or self.num_chunks < 1 or cuts != (self.num_chunks > 1):
+            valid = "an int of 2 or more" if cuts else "1"
             raise ValueError(f"num_chunks = {self.num_chunks!r}: for {self.technique} it is {valid}")
 
     def __str__(self) -> str:
@@ -44,7 +50,7 @@ class LinearPlan:
         if self.technique == "persistent":
             return self.technique
         words = [self.technique, self.backend or "default backend"]
-        if self.technique == "chunked":
+        if self.technique in CUTTING:
             words.insert(1, f"{self.num_chunks} along {self.dim}")
         return ", ".join(words)
 
@@ -59,5 +65,7 @@ def candidates(kind: str, backends: Iterable[str]) -> list[LinearPlan]:
     backends = list(backends)
     plans = [LinearPlan(backend=name) for name in backends]
     plans += [LinearPlan("chunked", name, num) for name in backends if name in LIGHT_BACKENDS for num in NUM_CHUNKS]
-    fused = [technique for technique in TECHNIQUES if technique not in ("sequential", "chunked")]
-    return plans + [LinearPlan(technique) for technique in fused if kind == "cuda"]
+    if kind == "cuda":
+        plans += [LinearPlan("signalled", name, num) for name in backends if name in BAND_BACKENDS for num in NUM_BANDS]
+        plans.append(LinearPlan("persistent"))
+    return plans

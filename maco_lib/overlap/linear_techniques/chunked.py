@@ -16,10 +16,10 @@ from maco_lib.overlap.streams import highest_priority, side_stream
 TILE = 128
 
 
-def cut(length: int, num_chunks: int) -> list[slice]:
+def cut(length: int, num_chunks: int, tile: int = TILE) -> list[slice]:
     """`length` in at most `num_chunks` pieces of whole tiles, the last one shorter; fewer where the tiles are fewer."""
-    num_tiles = -(-length // TILE)
-    step = -(-num_tiles // num_chunks) * TILE
+    num_tiles = -(-length // tile)
+    step = -(-num_tiles // num_chunks) * tile
     return [slice(begin, min(begin + step, length)) for begin in range(0, length, step)]
 
 

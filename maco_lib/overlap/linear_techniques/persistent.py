@@ -57,6 +57,12 @@ def fastest_columns(num_rows: int, num_columns: int, k: int, num_ranks: int, max
     return min(TILE_COLUMNS, key=lambda bn: predicted_us(num_rows, num_columns, k, bn, num_ranks, max_clusters))
 
 
+def require_preparation(what: str) -> None:
+    """Raise RuntimeError while a graph is captured."""
+    if torch.cuda.is_current_stream_capturing():
+        raise RuntimeError(f"cannot make {what} while a graph is captured: call before with the same shape")
+
+
 class Exchange:
     """Where a group's ranks leave tiles and flags for each other. Made at the first call; collective."""
 
@@ -74,15 +80,10 @@ class Exchange:
         torch.cuda.synchronize(device)
         dist.barrier(group, device_ids=[device.index])
 
-    def require_preparation(self, what: str) -> None:
-        """Raise RuntimeError while a graph is captured."""
-        if torch.cuda.is_current_stream_capturing():
-            raise RuntimeError(f"cannot make {what} while a graph is captured: call before with the same shape")
-
     def area(self, name: str, num_bytes: int) -> list[int]:
         """Addresses, by rank, of memory of at least `num_bytes`; collective when it has to grow."""
         if name not in self.areas or self.areas[name].base.nbytes < num_bytes:
-            self.require_preparation(f"{num_bytes} bytes for {name}")
+            require_preparation(f"{num_bytes} bytes for {name}")
             if name in self.areas:
                 self.memory.regions.append(self.areas[name])  # graphs that were captured with it go on using it
             self.areas[name] = self.memory.allocate(1 << (num_bytes - 1).bit_length())
@@ -91,7 +92,7 @@ class Exchange:
     def inbox(self, num_bytes: int) -> int:
         """The address of this rank's own memory of at least `num_bytes`."""
         if not self.inboxes or self.inboxes[-1].nbytes < num_bytes:
-            self.require_preparation(f"an inbox of {num_bytes} bytes")
+            require_preparation(f"an inbox of {num_bytes} bytes")
             size = 1 << (num_bytes - 1).bit_length()
             self.inboxes.append(torch.empty(size, dtype=torch.uint8, device=self.device))
         return self.inboxes[-1].data_ptr()
@@ -101,7 +102,7 @@ class Exchange:
         from maco_lib.kernels.persistent import Schedule
 
         if order not in self.schedules:
-            self.require_preparation("the table of tiles")
+            require_preparation("the table of tiles")
             parts = (order.table()[self.rank], *order.fetches(self.rank))
             self.schedules[order] = Schedule(*(torch.tensor(part, device=self.device) for part in parts))
         return self.schedules[order]
@@ -126,8 +127,8 @@ def exchange(group: dist.ProcessGroup, device: torch.device) -> Exchange:
     return _EXCHANGES[group]
 
 
-def unavailable(problem: Problem) -> str:
-    """Why the kernel cannot run this problem, or ""."""
+def unsuited(problem: Problem) -> str:
+    """Why the kernel cannot multiply x and weight of this problem, or ""."""
     (n, k), dtype, device = problem.weight.shape, problem.x.dtype, problem.x.device
     if device.type != "cuda" or torch.cuda.get_device_capability(device)[0] != 9:
         return f"it is for Hopper GPUs, x is on {device}"
@@ -135,7 +136,12 @@ def unavailable(problem: Problem) -> str:
         return f"it is for {' and '.join(map(str, DTYPES))}, x is of {dtype}"
     if n % MULTIPLE or k % MULTIPLE:
         return f"N and K are to be multiples of {MULTIPLE}, weight is {tuple(problem.weight.shape)}"
-    return unreachable(device, problem.group)
+    return "" if k else "K is 0"
+
+
+def unavailable(problem: Problem) -> str:
+    """Why the kernel cannot run this problem, or ""."""
+    return unsuited(problem) or unreachable(problem.result.device, problem.group)
 
 
 def for_tma(tensor: torch.Tensor) -> torch.Tensor:

@@ -1,0 +1,152 @@
+"""One matmul, not cut, that tells when each of its tiles is finished; bands of rows are summed as they are complete.
+
+The matmul is `kernels.persistent` for one rank: it takes the tiles band after band and raises a flag for each. On a
+side stream a kernel of one CTA waits for the flags of a band, then the backend sums it. Against `chunked` the bands
+cost the matmul nothing: no partial wave of tiles each, no launch. The price is `NUM_FREE_SMS` SMs, left to the sums
+from beginning to end, and a matmul of ours, for Hopper.
+
+Meant for problems where a chunk is a few waves of tiles, so that cutting costs more than the SMs do, and for backends
+and groups that `persistent` is not for. Hides at most (B - 1) / B of the all-reduce with B bands. A backend that fills
+more than the free SMs works, and takes turns on them until the matmul ends.
+
+The matmul never waits for the sums, and what waits for it keeps no SM that it needs: no deadlock, whatever runs first.
+"""
+
+import dataclasses
+import weakref
+
+import torch
+import torch.distributed as dist
+
+from maco_lib.kernels.tile_order import CTAS, ROWS, TileOrder
+from maco_lib.overlap.linear_techniques import sequential
+from maco_lib.overlap.linear_techniques.chunked import cut
+from maco_lib.overlap.linear_techniques.persistent import (
+    MAX_ROWS,
+    fastest_columns,
+    for_tma,
+    require_preparation,
+    unsuited,
+)
+from maco_lib.overlap.linear_techniques.problem import EVERYTHING, Block, Problem
+from maco_lib.overlap.streams import highest_priority, side_stream
+
+# With as many an all-reduce nearly fills NVLink (`kernels.sum_shares`).
+NUM_FREE_SMS = 8
+
+
+def bands(num_rows: int, num_bands: int) -> list[slice]:
+    """`num_rows` in at most `num_bands` pieces, as `cut`, of the tiles of a cluster."""
+    return cut(num_rows, num_bands, ROWS)
+
+
+def flags_of(rows: slice, num_n: int) -> tuple[int, int]:
+    """(begin, end) of the flags of a band's tiles, where the tiles are `num_n` columns wide."""
+    return rows.start // ROWS * num_n * CTAS, -(-rows.stop // ROWS) * num_n * CTAS
+
+
+class Signals:
+    """A rank's flags, and the tables of its tiles. The last flags are used, the others by graphs captured with them."""
+
+    def __init__(self, device: torch.device):
+        self.device = device
+        self.num_sms = torch.cuda.get_device_properties(device).multi_processor_count
+        self.flags: list[torch.Tensor] = []
+        self.schedules: dict[TileOrder, object] = {}
+
+    def flags_for(self, num_tiles: int) -> torch.Tensor:
+        """At least that many tiles' flags, all down."""
+        num_flags = num_tiles * CTAS
+        if not self.flags or len(self.flags[-1]) < num_flags:
+            require_preparation(f"{num_flags} flags")
+            size = 1 << (num_flags - 1).bit_length()
+            self.flags.append(torch.zeros(size, dtype=torch.int32, device=self.device))
+        return self.flags[-1]
+
+    def schedule(self, order: TileOrder) -> object:
+        """The tables of `order`, a `kernels.persistent.Schedule`."""
+        from maco_lib.kernels.persistent import Schedule
+
+        if order not in self.schedules:
+            require_preparation("the table of tiles")
+            parts = (order.table()[0], *order.fetches(0))
+            self.schedules[order] = Schedule(*(torch.tensor(part, device=self.device) for part in parts))
+        return self.schedules[order]
+
+
+_SIGNALS: "weakref.WeakKeyDictionary[dist.ProcessGroup, dict[torch.device, Signals]]" = weakref.WeakKeyDictionary()
+
+
+def signals(group: dist.ProcessGroup, device: torch.device) -> Signals:
+    """Those of a group on this rank's device: calls for one group come one after the other, as its collectives do."""
+    of_group = _SIGNALS.setdefault(group, {})
+    if device not in of_group:
+        of_group[device] = Signals(device)
+    return of_group[device]
+
+
+def run(problem: Problem, num_bands: int, num_free_sms: int = NUM_FREE_SMS) -> None:
+    """Fill `problem.result`. Collective. One band, where M is at most a tile, is run as `sequential`.
+
+    num_free_sms: SMs that the matmul leaves to the sums. Copies x or weight where they are not laid out for TMA. Raises
+    ValueError on a problem that the matmul is not for.
+    """
+    if why := unsuited(problem):
+        raise ValueError(f"technique 'signalled': {why}")
+    for first in range(0, len(problem.result), MAX_ROWS):
+        rows = slice(first, first + MAX_ROWS)
+        residual = None if problem.residual is None else problem.residual[rows]
+        part = dataclasses.replace(problem, x=problem.x[rows], residual=residual, result=problem.result[rows])
+        pieces = bands(len(part.result), num_bands)
+        if len(pieces) == 1:
+            sequential.run(part)
+        else:
+            on_side_stream(part, part.blocks([(piece, EVERYTHING[1]) for piece in pieces]), num_free_sms)
+
+
+def on_side_stream(problem: Problem, blocks: list[Block], num_free_sms: int) -> None:
+    (num_rows, num_columns), device, k = problem.result.shape, problem.result.device, problem.x.shape[1]
+    shared = signals(problem.group, device)
+    max_clusters = (shared.num_sms - num_free_sms) // CTAS
+    bn = fastest_columns(num_rows, num_columns, k, 1, max_clusters)
+    num_n, height = -(-num_columns // bn), blocks[0].piece[0].stop // ROWS
+    order = TileOrder(-(-num_rows // ROWS), num_n, 1, max_clusters, height=height)
+    flags, schedule = shared.flags_for(order.num_tiles), shared.schedule(order)
+    x, weight = for_tma(problem.x), for_tma(problem.weight)
+    current, side = torch.cuda.current_stream(device), side_stream(device, highest_priority())
+    side.wait_stream(current)
+    try:
+        multiply(problem, x, weight, blocks, bn, order, schedule, flags)
+        with torch.cuda.stream(side):
+            sum_bands(problem, blocks, flags, num_n)
+    except BaseException:
+        current.wait_stream(side)
+        flags.zero_()  # some that nobody waited for may be up
+        raise
+    current.wait_stream(side)
+
+
+def multiply(
+    problem: Problem, x: torch.Tensor, weight: torch.Tensor, blocks: list[Block], bn: int, order: TileOrder,
+    schedule: object, flags: torch.Tensor,
+) -> None:  # fmt: skip
+    """This rank's product of all blocks, on the current stream."""
+    from maco_lib.kernels.persistent import Addresses, persistent
+
+    bias = None
+    if problem.bias is not None and problem.group.rank() == 0:
+        bias = for_tma(problem.bias[None])[0]
+    # Whole tiles fill whole granules, so the blocks lie one after the other without gaps.
+    product = blocks[0].product.as_strided(problem.result.shape, (problem.result.shape[1], 1))
+    here = Addresses([0], [0], [flags.data_ptr()], 0, 0)
+    persistent(x, weight, bias, None, product, bn, order, schedule, here, 0)
+
+
+def sum_bands(problem: Problem, blocks: list[Block], flags: torch.Tensor, num_n: int) -> None:
+    """Wait for each block's tiles, sum it, and bring it to the result, on the current stream. Collective."""
+    from maco_lib.kernels.wait_tiles import wait_tiles
+
+    for block in blocks:
+        wait_tiles(flags, *flags_of(block.piece[0], num_n))
+        problem.sum(block)
+        problem.finish(block)

@@ -112,9 +112,7 @@ def errors_are_clear(rank: int, num_ranks: int) -> None:
         (lambda: call(x, weight, residual, scale.clone().requires_grad_()), "norm_weight requires a"),
     ]
     if x.device.type == "cpu":
-        wrong.append(
-            (lambda: call(x, weight, residual, scale, plan="fused"), "'fused': .* are on cpu")
-        )
+        wrong.append((lambda: call(x, weight, residual, scale, plan="fused"), "'fused': .* are on cpu"))
     for mistake, message in wrong:
         with pytest.raises(ValueError, match=message):
             mistake()

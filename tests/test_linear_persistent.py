@@ -7,6 +7,12 @@ from ranks import run_ranks
 
 from maco_lib.overlap import LinearPlan, linear_all_reduce
 from maco_lib.overlap.linear_techniques import persistent
+from maco_lib.overlap.linear_techniques.persistent_time import (
+    TILE_COLUMNS,
+    fastest_columns,
+    order_of,
+    persistent_time,
+)
 
 PERSISTENT = LinearPlan("persistent")
 NUM_GPUS = max(2, torch.cuda.device_count())
@@ -55,7 +61,7 @@ def right(rank: int, num_ranks: int) -> None:
             everyones = [torch.empty_like(result) for _ in range(num_ranks)]
             dist.all_gather(everyones, result)
             assert all(torch.equal(each, result) for each in everyones), (shape, dtype)
-    for bn in persistent.TILE_COLUMNS:
+    for bn in TILE_COLUMNS:
         example = Example(rank, 600, 1000, 264, torch.bfloat16, bias=True, residual=True)
         problem = persistent.Problem(
             example.x, example.weight, example.bias, example.residual,
@@ -137,9 +143,14 @@ def test_a_plan_with_it_takes_no_backend():
 @pytest.mark.parametrize("num_ranks", [2, 4, 8])
 def test_tiles_are_chosen_by_the_waves_and_what_is_left_to_fetch(num_ranks):
     for m, n, k in ((2048, 4096, 2048), (4096, 5120, 12800), (16384, 8192, 14336), (1, 8, 64)):
-        times = {bn: persistent.predicted_us(m, n, k, bn, num_ranks, 66) for bn in persistent.TILE_COLUMNS}
-        assert persistent.fastest_columns(m, n, k, num_ranks, 66) == min(times, key=times.get)
-        assert all(persistent.predicted_us(m, n, 2 * k, bn, num_ranks, 66) > us for bn, us in times.items())
+        times = {bn: persistent_time(m, n, k, bn, num_ranks, 66).total for bn in TILE_COLUMNS}
+        assert fastest_columns(m, n, k, num_ranks, 66) == min(times, key=times.get)
+        assert all(persistent_time(m, n, 2 * k, bn, num_ranks, 66).total > us for bn, us in times.items())
     # 4096 x 4096 in tiles of 256 x 256 is 256 of them, four waves of 66 clusters; one row more is a band more.
-    assert persistent.order_of(4096, 4096, 256, num_ranks, 66).num_waves == 4
-    assert persistent.order_of(4097, 4096, 256, num_ranks, 66).num_waves == 5
+    assert order_of(4096, 4096, 256, num_ranks, 66).num_waves == 4
+    assert order_of(4097, 4096, 256, num_ranks, 66).num_waves == 5
+
+
+def test_a_short_k_leaves_it_waiting_for_the_transfers_and_a_long_one_for_the_matmul():
+    assert persistent_time(8192, 4096, 512, 128, 2, 66).limit == "transfers"
+    assert persistent_time(8192, 4096, 16384, 128, 2, 66).limit == "matmul"

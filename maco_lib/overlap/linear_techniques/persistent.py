@@ -8,7 +8,6 @@ Its CTAs wait for those of the other ranks, and need all SMs: no other collectiv
 another stream (those that `overlap.start` planned are waited for).
 """
 
-import functools
 import weakref
 
 import torch
@@ -18,43 +17,15 @@ import torch.distributed._symmetric_memory as symmetric
 from maco_lib.comm.symmetric import Region, memory, unreachable
 from maco_lib.kernels.tile_order import CTAS, ROWS, TileOrder
 from maco_lib.overlap import streams
+from maco_lib.overlap.linear_techniques.persistent_time import TILE_COLUMNS, fastest_columns, order_of
 from maco_lib.overlap.linear_techniques.problem import Problem
 
 DTYPES = (torch.bfloat16, torch.float16)
 MULTIPLE = 8  # of N and K: TMA's rows are multiples of 16 bytes
-TILE_COLUMNS = (128, 160, 192, 256)
 NUM_FLAGS = 2**20
 FLAGS_PER_TILE = 3 * CTAS
 # Rows of one launch: more are cut, so that there are few tables of tiles however M changes.
 MAX_ROWS = 2**16
-# How long things take on H200s, for the choice of a tile: a step of 64 along K by its columns, the rest of a tile, what
-# a GPU fetches from its peers in a us, and what is left after the last fetch.
-STEP_US = {128: 0.376, 160: 0.4625, 192: 0.549, 256: 0.75}
-TILE_US, FETCHED_BYTES_PER_US, END_US = 0.6, 340e3, 8.0
-
-
-def order_of(num_rows: int, num_columns: int, bn: int, num_ranks: int, max_clusters: int) -> TileOrder:
-    """The tiles of a result. More groups of them where a rank's own come in few waves, that is with more ranks."""
-    num_groups = 1 if num_ranks == 2 else num_ranks
-    return TileOrder(-(-num_rows // ROWS), -(-num_columns // bn), num_ranks, max_clusters, num_groups)
-
-
-def predicted_us(num_rows: int, num_columns: int, k: int, bn: int, num_ranks: int, max_clusters: int) -> float:
-    """Time with tiles of `bn` columns: all waves and the sums of the last one, or one wave and all transfers."""
-    order = order_of(num_rows, num_columns, bn, num_ranks, max_clusters)
-    wave_us = -(-k // 64) * STEP_US[bn] + TILE_US
-    tile_bytes = ROWS * bn * 2
-    last = order.num_tiles - (order.num_waves - 1) * max_clusters
-    own = order.num_tiles / num_ranks / order.whole_groups
-    last_us = min(last, own) * tile_bytes * (num_ranks - 1) / FETCHED_BYTES_PER_US
-    fetched_us = 2 * (num_ranks - 1) / num_ranks * order.num_tiles * tile_bytes / FETCHED_BYTES_PER_US
-    return max(order.num_waves * wave_us + last_us, wave_us + fetched_us) + END_US
-
-
-@functools.lru_cache(maxsize=4096)
-def fastest_columns(num_rows: int, num_columns: int, k: int, num_ranks: int, max_clusters: int) -> int:
-    """Columns of the tiles predicted to be the fastest."""
-    return min(TILE_COLUMNS, key=lambda bn: predicted_us(num_rows, num_columns, k, bn, num_ranks, max_clusters))
 
 
 def require_preparation(what: str) -> None:

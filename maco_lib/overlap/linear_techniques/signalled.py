@@ -23,11 +23,11 @@ from maco_lib.overlap.linear_techniques import sequential
 from maco_lib.overlap.linear_techniques.chunked import cut
 from maco_lib.overlap.linear_techniques.persistent import (
     MAX_ROWS,
-    fastest_columns,
     for_tma,
     require_preparation,
     unsuited,
 )
+from maco_lib.overlap.linear_techniques.persistent_time import fastest_columns
 from maco_lib.overlap.linear_techniques.problem import EVERYTHING, Block, Problem
 from maco_lib.overlap.streams import highest_priority, side_stream
 

@@ -14,7 +14,7 @@ from ranks import run_ranks
 
 from maco_lib.experiments.linear_all_reduce_methods import BASE, CHAIN, LAYERS, MATMUL, METHODS
 from maco_lib.machine import Machine
-from maco_lib.study import evidence, figures, linear, report
+from maco_lib.study import evidence, figures, linear_promises, report
 from maco_lib.study.figures import style
 from maco_lib.study.sections.linear_all_reduce import ENDURANCE, LINEAR, SECTION, TIMELINE
 from maco_lib.study.spec import check_rows
@@ -159,7 +159,7 @@ def with_table(machine, rows: pd.DataFrame):
 
 
 def verdicts(machine) -> dict[str, str]:
-    return {one.label: one.row(3)[-1] for one in linear.criteria(machine)}
+    return {one.label: one.row(3)[-1] for one in linear_promises.criteria(machine)}
 
 
 def test_promises_are_judged_by_the_worst_point(machine):
@@ -176,11 +176,11 @@ def test_exceptions_are_named_and_what_is_missing_is_no_success(machine):
     slow = (rows["m"] == 8192) & (rows["layer"] == "Qwen3-8B o_proj") & (rows["method"] == "persistent")
     rows.loc[slow, ["time_us", "fraction_of_ideal"]] = [1000.0, 0.5]
     rows = rows[~((rows["m"] == 2048) & (rows["method"] == "auto"))]
-    text = linear.targets(with_table(machine, rows))
+    text = linear_promises.targets(with_table(machine, rows))
     assert "- M ≥ 2048: fraction of ideal, fastest of ours: Qwen3-8B o_proj, M = 8192: " in text
     assert "fraction of ideal, planner: Qwen3-8B o_proj, M = 2048: not measured" in text
     one_launch = with_table(machine, stored.linear_all_reduce().assign(num_launches=1))
-    assert "(1 of 3 launches)" in linear.targets(one_launch)
+    assert "(1 of 3 launches)" in linear_promises.targets(one_launch)
 
 
 def test_the_report_shows_the_section_and_where_it_is_missing(tmp_path, monkeypatch):

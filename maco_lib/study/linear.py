@@ -1,30 +1,16 @@
-"""Section 5's tables: every layer and number of rows, what it is meant to reach, and what limits each technique."""
+"""Section 5's tables: every layer and number of rows by every method, the planner's choices, and what failed."""
 
-from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import pandas as pd
 
 from maco_lib.experiments.linear_all_reduce_methods import BASE, CHAIN, LAYERS, MATMUL
-from maco_lib.study.criteria import (
-    LINEAR_CHAIN_SPEEDUP,
-    LINEAR_ERROR,
-    LINEAR_FEW_ROWS,
-    LINEAR_GROWTH_BYTES,
-    LINEAR_MANY_ROWS,
-    LINEAR_TARGETS,
-    LINEAR_TOLERANCE,
-    TARGET_LAUNCHES,
-)
+from maco_lib.study.criteria import LINEAR_TOLERANCE
 from maco_lib.study.evidence import Evidence, Missing
-from maco_lib.study.figures.style import look, size_label
+from maco_lib.study.figures.style import look
 from maco_lib.study.report_tables import ABSENT, interval, table, us
 
 PLANNER, UNTUNED = "auto", "auto_untuned"
-# Of cuBLAS's matmuls at many rows on Hopper GPUs: what the waves of a matmul are counted in.
-TILE = (128, 256)
-LIMITS_ROWS = 4096
-MOST_EXCEPTIONS = 12
 
 
 @dataclass(frozen=True)
@@ -150,180 +136,6 @@ def planner(machine: Evidence) -> list[str]:
         lines.append(f"untuned, by the model alone, it is within {LINEAR_TOLERANCE:.0%} of that in {near} of "
                      f"{len(losses)} points; at worst {losses[worst]:+.1%}, {worst}")  # fmt: skip
     return lines
-
-
-# -- what limits each technique -------------------------------
-
-
-def limits(machine: Evidence) -> str:
-    """At many rows: how the matmul fills the GPU, what cutting it costs, and what each technique leaves exposed."""
-    found = cells(machine, MATMUL)
-    sizes = {cell.m for cell in found}
-    chosen = LIMITS_ROWS if LIMITS_ROWS in sizes else max(sizes)
-    body = []
-    for cell in (cell for cell in found if cell.m == chosen):
-        first = cell.rows.iloc[0]
-        kinds = {
-            "sequential": cell.sequential,
-            "chunked": fastest(cell.rows[cell.rows["method"].str.startswith("chunked") & ~cell.rows["is_peer"]]),
-            **{name: cell.rows.loc[name] if name in cell.rows.index else None for name in ("signalled", "persistent")},
-        }
-        cut = kinds["chunked"]
-        cost = ABSENT
-        if cut is not None and pd.notna(cut["t_matmul_chunked_us"]):
-            cost = f"{cut['t_matmul_chunked_us'] / cut['t_matmul_us'] - 1:+.1%} ({look(cut['method']).label})"
-        body.append([cell.layer, waves(first), us(first["t_matmul_us"]), us(first["t_comm_us"]), cost,
-                     *(ABSENT if row is None else exposed(row) for row in kinds.values())])  # fmt: skip
-    headers = [f"layer, M = {chosen}", "waves of tiles", "matmul", "best all-reduce", "cutting the matmul",
-               *(f"ECT, {name}" for name in ("sequential", "chunked", "signalled", "persistent"))]  # fmt: skip
-    return table(body, headers)
-
-
-def waves(row: pd.Series) -> str:
-    """How often the matmul's tiles fill all SMs, and how full the last wave leaves them on average."""
-    if not row["num_sms"]:
-        return ABSENT
-    tiles = -(-row["m"] // TILE[0]) * -(-row["n"] // TILE[1])
-    count = tiles / row["num_sms"]
-    return f"{count:.2f}, {count / -(-tiles // row['num_sms']):.0%} filled"
-
-
-def exposed(row: pd.Series) -> str:
-    """The exposed communication time, and how much of the best all-reduce alone that is."""
-    return f"{us(row['ect_us']) if row['ect_us'] > 0 else us(0.0)}, {row['ect_us'] / row['t_comm_us']:.0%}"
-
-
-# -- what is to be reached ------------------------------------
-
-
-@dataclass(frozen=True)
-class Criterion:
-    """One promise over many points: `values` by point, `holds` says of a value whether it keeps the promise."""
-
-    label: str
-    wanted: str
-    values: dict[str, float]
-    holds: Callable[[float], bool]
-    show: Callable[[float], str]
-    missing: tuple[str, ...] = ()
-    least: bool = True  # the worst value is the least
-
-    def row(self, launches: int) -> list[str]:
-        if not self.values:
-            return [self.label, self.wanted, ABSENT, "not measured"]
-        kept = sum(map(self.holds, self.values.values()))
-        worst = (min if self.least else max)(self.values, key=self.values.get)
-        whole = kept == len(self.values) and not self.missing
-        verdict = "**met**" if whole else f"**short**: {kept} of {len(self.values) + len(self.missing)} points"
-        few = f" ({launches} of {TARGET_LAUNCHES} launches)" if launches < TARGET_LAUNCHES else ""
-        return [self.label, self.wanted, f"worst {self.show(self.values[worst])} at {worst}", verdict + few]
-
-    def exceptions(self) -> str:
-        broken = sorted((name for name, value in self.values.items() if not self.holds(value)),
-                        key=lambda name: self.values[name], reverse=not self.least)  # fmt: skip
-        shown = [f"{name}: {self.show(self.values[name])}" for name in broken[:MOST_EXCEPTIONS]]
-        shown += [f"{len(broken) - len(shown)} more"] if len(broken) > len(shown) else []
-        return "; ".join([*shown, *(f"{name}: not measured" for name in self.missing)])
-
-
-def ratios(found: Iterable[Cell], over_what: str, of_what: str) -> tuple[dict[str, float], tuple[str, ...]]:
-    """Time of `over_what` over that of `of_what` by point, and the points that lack one of them."""
-    values, missing = {}, []
-    for cell in found:
-        before, after = getattr(cell, over_what), getattr(cell, of_what)
-        if before is None or after is None:
-            missing.append(cell.name)
-        else:
-            values[cell.name] = before["time_us"] / after["time_us"]
-    return values, tuple(missing)
-
-
-def fractions(found: Iterable[Cell], of_what: str) -> tuple[dict[str, float], tuple[str, ...]]:
-    rows = {cell.name: getattr(cell, of_what) for cell in found}
-    present = {name: row["fraction_of_ideal"] for name, row in rows.items() if row is not None}
-    return present, tuple(name for name, row in rows.items() if row is None)
-
-
-def criteria(machine: Evidence) -> list[Criterion]:
-    """Everything that is to be shown; raises Missing on a machine for which nothing was promised."""
-    found = cells(machine, MATMUL)
-    ranks = int(found[0].rows["tp"].iloc[0])
-    if machine.kind != "cuda" or ranks not in LINEAR_TARGETS:
-        raise Missing(f"targets are set for {' and '.join(map(str, LINEAR_TARGETS))} GPUs")
-    wanted = LINEAR_TARGETS[ranks]
-    many = [cell for cell in found if cell.m >= LINEAR_MANY_ROWS]
-    few = [cell for cell in cells(machine, CHAIN) if cell.m <= LINEAR_FEW_ROWS]
-    large, small = f"M ≥ {LINEAR_MANY_ROWS}", f"M ≤ {LINEAR_FEW_ROWS}"
-    times, percent = "{:.2f}×".format, "{:.1%}".format
-    slower = 1 / (1 + LINEAR_TOLERANCE)
-
-    def compare(label, wanted_text, compared, least) -> Criterion:
-        values, missing = compared
-        return Criterion(label, wanted_text, values, lambda value: value >= least, times, missing)
-
-    def reach(label, compared) -> Criterion:
-        values, missing = compared
-        return Criterion(label, f"≥ {wanted:.0%}", values, lambda value: value >= wanted, percent, missing)
-
-    return [
-        reach(f"{large}: fraction of ideal, fastest of ours", fractions(many, "ours")),
-        reach(f"{large}: fraction of ideal, planner", fractions(many, "planner")),
-        compare(f"{large}: fastest peer over fastest of ours", "> 1", ratios(many, "peer", "ours"), 1.0),
-        compare(f"{large}: fastest peer over planner", "> 1", ratios(many, "peer", "planner"), 1.0),
-        compare(f"{small}, chain: sequential NCCL over planner", f"≥ {LINEAR_CHAIN_SPEEDUP}×",
-                ratios(few, "base", "planner"), LINEAR_CHAIN_SPEEDUP),
-        compare(f"{small}, chain: fastest peer over planner", f"≥ {slower:.2f}×",
-                ratios(few, "peer", "planner"), slower),
-        compare("any M: fastest sequential arm over planner", f"≥ {slower:.2f}×",
-                ratios(found, "sequential", "planner"), slower),
-        errors(machine),
-        *endurance(machine),
-    ]  # fmt: skip
-
-
-def errors(machine: Evidence) -> Criterion:
-    """Relative error against float64 over that of plain code, of every method that is ours."""
-    rows = machine.table("linear_all_reduce")
-    rows = rows[~rows["is_peer"] & rows["correct"]]
-    values = {
-        f"{row.layer}, M = {row.m}, {look(row.method).label}": row.relative_error / row.base_error
-        for row in rows.itertuples()
-    }
-    return Criterion("relative error over that of cuBLAS + NCCL", f"≤ {LINEAR_ERROR}×", values,
-                     lambda value: value <= LINEAR_ERROR, "{:.2f}×".format, least=False)  # fmt: skip
-
-
-def endurance(machine: Evidence) -> list[Criterion]:
-    try:
-        rows = machine.table("linear_endurance")
-    except Missing:
-        rows = pd.DataFrame(columns=["method", "num_repeats", "num_identical", "num_calls", "grown_bytes", "correct"])
-    failed = tuple(look(name).label for name in rows.loc[~rows["correct"].astype(bool), "method"])
-    rows = rows[rows["correct"].astype(bool)]
-    names = [look(name).label for name in rows["method"]]
-    repeats, calls = rows["num_repeats"].max(), rows["num_calls"].max()
-    same = dict(zip(names, rows["num_identical"] / rows["num_repeats"], strict=True))
-    grown = dict(zip(names, rows["grown_bytes"].astype(float), strict=True))
-    return [
-        Criterion(f"{repeats} repeats, bitwise the same" if names else "repeats, bitwise the same", "all", same,
-                  lambda value: value == 1, "{:.1%}".format, failed),
-        Criterion(f"{calls} calls of changing shapes: memory grows by" if names else "calls of changing shapes",
-                  f"< {size_label(LINEAR_GROWTH_BYTES)}", grown, lambda value: value < LINEAR_GROWTH_BYTES,
-                  lambda value: size_label(max(value, 0.0)), failed, least=False),
-    ]  # fmt: skip
-
-
-def targets(machine: Evidence) -> str:
-    """Each promise with the worst point and whether it is kept; below it every point where it is not."""
-    rows = machine.table("linear_all_reduce")
-    promised = criteria(machine)
-    launches = int(rows["num_launches"].min())
-    # Repeats and calls are of one process by themselves.
-    body = [one.row(launches if "repeats" not in one.label and "calls" not in one.label else TARGET_LAUNCHES)
-            for one in promised]  # fmt: skip
-    text = table(body, ["promise", "wanted", "measured", ""])
-    broken = [f"- {one.label}: {one.exceptions()}" for one in promised if one.values and one.exceptions()]
-    return text + ("\n\nEvery exception:\n\n" + "\n".join(broken) if broken else "")
 
 
 def failures(machine: Evidence) -> list[str]:

@@ -5,6 +5,7 @@ import itertools
 import json
 import math
 import warnings
+from dataclasses import replace
 
 import pytest
 import torch
@@ -14,7 +15,7 @@ from ranks import run_ranks
 from maco_lib.overlap import LinearPlan, RowParallelLinear, decisions, linear_all_reduce, tune_linear
 from maco_lib.overlap.costs import Curve
 from maco_lib.overlap.linear_auto import nearby
-from maco_lib.overlap.linear_model import LinearCosts, MatmulTime, Overlapped, shortlist, whole_waves
+from maco_lib.overlap.linear_model import LinearCosts, MatmulTime, Overlapped, Sides, shortlist, whole_waves
 from maco_lib.overlap.linear_plan import TECHNIQUES, candidates
 from maco_lib.overlap.plan import keep
 
@@ -26,9 +27,9 @@ GLOO, HALVES = LinearPlan(backend="gloo"), LinearPlan("chunked", "gloo", 2)
 
 
 def test_a_matmul_takes_whole_waves_of_tiles():
-    one_tile = 2 * 128 * 128 * 64
-    assert whole_waves(128, 128 * 132, 64, 132) == whole_waves(128, 128, 64, 132) == 132 * one_tile
-    assert whole_waves(128, 128 * 133, 64, 132) == 2 * 132 * one_tile
+    one_tile = 2 * 64 * 128 * 64
+    assert whole_waves(128, 128 * 66, 64, 132) == whole_waves(128, 128, 64, 132) == 132 * one_tile
+    assert whole_waves(128, 128 * 67, 64, 132) == 2 * 132 * one_tile
     assert whole_waves(10, 20, 30, 0) == 2 * 10 * 20 * 30  # a CPU has no waves
     true = MatmulTime(3.0, 7e8, 4e6, 132, 2)
     shapes = list(itertools.product((1, 64, 256, 1024, 8192), (4096, 8192), (2048, 8192)))
@@ -40,24 +41,37 @@ def test_a_matmul_takes_whole_waves_of_tiles():
     assert 0.05 < MatmulTime.fit(shapes, noisy, 132, 2).spread < 0.3
 
 
+SIDES = [Sides(t_matmul, t_comm) for t_matmul, t_comm in ((50, 90), (100, 90), (300, 30), (900, 100), (900, 900))]
+T_MATMUL = [sides.t_matmul for sides in SIDES]
+
+
 def test_overlapping_costs_are_fitted_and_never_below_the_longer_side():
-    true, t_matmul, t_comm = (
-        Overlapped(10.0, 1.05, 0.2),
-        [50.0, 100.0, 300.0, 900.0, 900.0],
-        [90.0, 90.0, 30.0, 100, 900],
-    )
-    fitted = Overlapped.fit(t_matmul, t_comm, list(map(true, t_matmul, t_comm)))
-    assert fitted(2000.0, 400.0) == pytest.approx(true(2000.0, 400.0), rel=1e-3) and fitted.spread < 1e-3
+    true = Overlapped(10.0, 1.05, 0.2)
+    fitted = Overlapped.fit(SIDES, list(map(true, SIDES)), T_MATMUL)
+    assert fitted(Sides(2000, 400)) == pytest.approx(true(Sides(2000, 400)), rel=1e-3) and fitted.spread < 1e-3
     assert fitted.least_us == 140.0
-    lucky = Overlapped.fit(t_matmul, t_comm, [0.8 * max(pair) for pair in zip(t_matmul, t_comm, strict=True)])
-    assert lucky(1e6, 1.0) >= 1e6
+    lucky = Overlapped.fit(SIDES, [0.8 * max(sides.t_matmul, sides.t_comm) for sides in SIDES], T_MATMUL)
+    assert lucky(Sides(1e6, 1.0)) >= 1e6
+
+
+def test_the_error_of_a_gain_has_those_of_the_plan_and_of_the_matmul():
+    true, half = Overlapped(10.0, 1.05, 0.2), [0.5 * us for us in T_MATMUL]
+    assert Overlapped.fit(SIDES, list(map(true, SIDES)), half).spread > 0.1
+    scaled = [replace(sides, predicted_us=sides.t_matmul + 20) for sides in SIDES]
+    times_us = [1.1 * sides.predicted_us for sides in scaled]
+    fitted = Overlapped.fit(scaled, times_us, T_MATMUL, scaled=True)
+    assert fitted.scale == pytest.approx(1.1) and fitted.spread < 1e-9
+    assert fitted(Sides(1.0, 2.0, predicted_us=100.0)) == pytest.approx(110.0)
+    times_us[2] *= 1.5
+    assert 0.2 < Overlapped.fit(scaled, times_us, T_MATMUL, scaled=True).spread < 0.6
 
 
 def costs_with(gain: float, spread: float = 0.05) -> LinearCosts:
     """A machine where the matmul and the push take 100 µs each for (1024, 1024, 1024), and overlapping `gain` less."""
     matmul = MatmulTime(0.0, 2 * 1024**3 / 100, 1e9, 0, 2, spread=0.1)
     curves = {name: Curve((2**10, 2**21), (us / 10, us)) for name, us in (("nccl", 130.0), ("maco_push_64", 100.0))}
-    return LinearCosts(("torch.bfloat16",), matmul, curves, {CHUNKED: Overlapped(100 - gain, 1, 0, 50.0, spread)}, {})
+    cost = Overlapped(100 - gain, 1, 0, least_us=50.0, spread=spread)
+    return LinearCosts(2, ("torch.bfloat16",), matmul, curves, {CHUNKED: cost}, {})
 
 
 def test_an_overlapping_plan_is_predicted_only_where_its_gain_exceeds_the_errors():
@@ -164,7 +178,8 @@ def tuned_and_looked_up(rank: int, num_ranks: int) -> None:
         check(rank, num_ranks, num_rows, 96, 64)
     (decision,) = told(256, "predicted")  # of both 300 and 290
     assert decision.n == 96 and decision.k == 32 and decision.t_comp_us > 0 and followed[-3] == decision.chosen
-    assert {GLOO, HALVES} <= set(decision.predicted_us) and math.isnan(decision.error) and not decision.measured_us
+    # Whether the halves are long enough to be predicted is a matter of microseconds here.
+    assert GLOO in decision.predicted_us and math.isnan(decision.error) and not decision.measured_us
     assert set(told(8, "predicted")[0].predicted_us) == {GLOO}  # 8 rows cannot be cut in chunks of tiles
 
     # What is measured decides; the ranks' own clocks are not asked one by one.

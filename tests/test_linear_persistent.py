@@ -82,6 +82,9 @@ def misaligned(rank: int, num_ranks: int) -> None:
     example.weight = example.weight[:, :250].contiguous()
     with pytest.raises(ValueError, match=r"multiples of 8.*\(520, 250\)"):
         example.run()
+    example = Example(rank, 16, 64, 64 + 8 * rank, torch.bfloat16)
+    with pytest.raises(ValueError, match="different shapes"):
+        example.run()
     example = Example(rank, 16, 64, 64, torch.float32)
     with pytest.raises(ValueError, match="float32"):
         example.run()

@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 
 from maco_lib.overlap.costs import Curve
-from maco_lib.overlap.linear_model import MIN_POINTS, LinearCosts, MatmulTime, Overlapped
+from maco_lib.overlap.linear_model import MIN_POINTS, LinearCosts, MatmulTime, Overlapped, without
 from maco_lib.overlap.linear_plan import LinearPlan, candidates
 from maco_lib.overlap.linear_techniques.chunked import cut
 from maco_lib.overlap.linear_techniques.problem import EVERYTHING, Problem
@@ -96,13 +96,22 @@ def measure_linear(device: torch.device, group: dist.ProcessGroup, backends: Seq
             found[plan].append((shape, us))
     num_sms = torch.cuda.get_device_properties(device).multi_processor_count if kind == "cuda" else 0
     matmul = MatmulTime.fit(list(t_matmul), list(t_matmul.values()), num_sms, dtype.itemsize)
-    costs = LinearCosts(tuple(map(str, ALIKE[kind])), matmul, all_reduce, {}, unusable)
+    costs = LinearCosts(group.size(), tuple(map(str, ALIKE[kind])), matmul, all_reduce, {}, unusable)
+    unseen = {}
+    for index, shape in enumerate(t_matmul):
+        others = without(index, list(t_matmul), list(t_matmul.values()))
+        unseen[shape] = MatmulTime.fitted(*others, num_sms, dtype.itemsize)(*shape)
     for plan, points in found.items():
         if len(points) >= MIN_POINTS and str(plan) not in unusable:
-            shapes, times = zip(*points, strict=True)
-            every = [costs.comm_times(m * n * dtype.itemsize) for m, n, _ in shapes]
-            t_comm = [times_us.get(plan.backend, min(times_us.values())) for times_us in every]
-            costs.overlapped[plan] = Overlapped.fit([t_matmul[shape] for shape in shapes], t_comm, list(times))
+            sides = []
+            for m, n, k in (shape for shape, _ in points):
+                t_comm = costs.comm_times(m * n * dtype.itemsize)
+                t_comm_us = t_comm.get(plan.backend, min(t_comm.values()))
+                sides.append(costs.sides(m, n, k, t_matmul[m, n, k], t_comm_us))
+            costs.overlapped[plan] = Overlapped.fit(
+                sides, [us for _, us in points], [unseen[shape] for shape, _ in points],
+                scaled=plan.technique == "persistent",
+            )  # fmt: skip
     return costs
 
 

@@ -4,26 +4,32 @@
     T_comm       = a curve through measured sizes, of each backend: from the product to the result, what a sum costs
     sequential   = T_matmul + T_comm
     overlapping  = fixed + a·max(T_matmul, T_comm) + b·min(T_matmul, T_comm)
+    persistent   = scale·(`persistent_time`)
 
 a: how much slower than alone the longer side is (a kernel that multiplies worse than cuBLAS, SMs taken from the
 matmul); b: the part of the shorter side that is not hidden (1/C of C chunks, at best); fixed: launches, waits, the last
-tile's way. Fitted for each overlapping plan by least squares of relative errors. Without torch.
+tile's way. Fitted for each overlapping plan by least squares of relative errors, and kept with the error of what
+decides: of the predicted gain over the sequential plan, at problems that the fit has not seen. Without torch.
 """
 
 import math
-from collections.abc import Callable, Collection, Iterable, Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
 import scipy.optimize
 
+from maco_lib.kernels.tile_order import CTAS
 from maco_lib.overlap.costs import Curve
 from maco_lib.overlap.linear_plan import LinearPlan
+from maco_lib.overlap.linear_techniques.persistent_time import predicted_us
 from maco_lib.overlap.plan import MARGIN
 
 # Tiles that cuBLAS multiplies in on Hopper, of which it takes those that fill the GPU better; and those of few rows.
-TILES = ((128, 256), (128, 128))
+TILES = (
+    (128, 256), (256, 128), (128, 192), (192, 128), (128, 160), (160, 128), (128, 128), (64, 256), (64, 128),
+)  # fmt: skip
 FEW_ROWS, SMALL_TILES = 64, ((64, 64),)
 MIN_POINTS = 4
 ERROR_QUANTILE = 0.9
@@ -33,11 +39,14 @@ SLACK = 1.3
 MAX_OF_A_KIND = 6
 
 
-def spread(fit: Callable[[np.ndarray], Callable[[int], float]], measured: np.ndarray) -> float:
-    """90 % quantile of |log(predicted / measured)|, every point predicted by `fit(the others' indices)`."""
-    every = np.arange(len(measured))
-    errors = [abs(math.log(fit(np.delete(every, i))(i) / measured[i])) for i in every]
-    return float(np.quantile(errors, ERROR_QUANTILE))
+def spread(predicted: Sequence[float], measured: Sequence[float]) -> float:
+    """90 % quantile of |log(predicted / measured)|."""
+    return float(np.quantile(np.abs(np.log(np.divide(predicted, measured))), ERROR_QUANTILE))
+
+
+def without(index: int, *lists: Sequence) -> tuple[list, ...]:
+    """The lists without their element at `index`."""
+    return tuple([*each[:index], *each[index + 1 :]] for each in lists)
 
 
 def whole_waves(m: int, n: int, k: int, num_sms: int) -> float:
@@ -70,63 +79,98 @@ class MatmulTime:
     def fit(cls, shapes: list[tuple[int, int, int]], times_us: list[float], num_sms: int, itemsize: int):
         """To measured times of matmuls (m, n, k)."""
         measured = np.array(times_us)
+        fits = [cls.fitted(*without(i, shapes, times_us), num_sms, itemsize) for i in range(len(shapes))]
+        error = spread([fit(*shape) for fit, shape in zip(fits, shapes, strict=True)], measured)
+        return replace(cls.fitted(shapes, times_us, num_sms, itemsize), spread=error)
 
-        def fitted(chosen: np.ndarray) -> "MatmulTime":
-            def made(logs: np.ndarray) -> MatmulTime:
-                return cls(*np.exp(logs).tolist(), num_sms, itemsize)
+    @classmethod
+    def fitted(cls, shapes: list[tuple[int, int, int]], times_us: list[float], num_sms: int, itemsize: int):
+        """As `fit`, without its error."""
+        points = list(zip(shapes, times_us, strict=True))
 
-            def residual(logs: np.ndarray) -> list[float]:
-                return [math.log(made(logs)(*shapes[i]) / measured[i]) for i in chosen]
+        def made(logs: np.ndarray) -> MatmulTime:
+            return cls(*np.exp(logs).tolist(), num_sms, itemsize)
 
-            fastest = [max(whole_waves(*shapes[i], num_sms) / measured[i] for i in chosen)]
-            fastest.append(max(itemsize * shapes[i][1] * shapes[i][2] / measured[i] for i in chosen))
-            start = np.log([measured[chosen].min() / 4, *fastest])
-            return made(scipy.optimize.least_squares(residual, start).x)
+        def residual(logs: np.ndarray) -> list[float]:
+            return [math.log(made(logs)(*shape) / us) for shape, us in points]
 
-        whole = fitted(np.arange(len(measured)))
-        error = spread(lambda others: lambda i: fitted(others)(*shapes[i]), measured)
-        return cls(**{**asdict(whole), "spread": error})
+        fastest = [max(whole_waves(*shape, num_sms) / us for shape, us in points)]
+        fastest.append(max(itemsize * shape[1] * shape[2] / us for shape, us in points))
+        start = np.log([min(times_us) / 4, *fastest])
+        return made(scipy.optimize.least_squares(residual, start).x)
+
+
+@dataclass(frozen=True)
+class Sides:
+    """Of a problem, in µs: T_matmul and T_comm, each alone; predicted_us: what `persistent_time` says of both."""
+
+    t_matmul: float
+    t_comm: float
+    predicted_us: float = 0.0
+
+    @property
+    def sequential(self) -> float:
+        return self.t_matmul + self.t_comm
 
 
 @dataclass(frozen=True)
 class Overlapped:
-    """The formula's constants for one plan. least_us: the shortest T_matmul + T_comm that it was fitted to, below
-    which it predicts nothing; spread: see `spread`."""
+    """The formula's constants for one plan: fixed_us, longer (a) and shorter (b), or scale of `persistent_time`.
 
-    fixed_us: float
-    longer: float
-    shorter: float
+    least_us: the shortest T_matmul + T_comm that it was fitted to, below which it predicts nothing. spread: 90 %
+    quantile of |log(predicted / measured)| of its time over the sequential one's, each predicted without the problem.
+    """
+
+    fixed_us: float = 0.0
+    longer: float = 0.0
+    shorter: float = 0.0
+    scale: float = 0.0
     least_us: float = 0.0
     spread: float = 0.0
 
-    def __call__(self, t_matmul: float, t_comm: float) -> float:
-        return self.fixed_us + self.longer * max(t_matmul, t_comm) + self.shorter * min(t_matmul, t_comm)
+    def __call__(self, sides: Sides) -> float:
+        shorter, longer = sorted((sides.t_matmul, sides.t_comm))
+        return self.fixed_us + self.longer * longer + self.shorter * shorter + self.scale * sides.predicted_us
 
     @classmethod
-    def fit(cls, t_matmul: list[float], t_comm: list[float], times_us: list[float]):
-        """To the times of as many problems, at least `MIN_POINTS`."""
-        sides = np.sort(np.array([t_matmul, t_comm]), axis=0)
+    def fit(cls, problems: list[Sides], times_us: list[float], unseen: list[float], scaled: bool = False):
+        """To the times of as many problems, at least `MIN_POINTS`.
+
+        unseen: T_matmul of each, as predicted from the others'. scaled: as a multiple of `persistent_time`.
+        """
+        make = cls.of_scale if scaled else cls.of_sides
+        gains, measured = [], []
+        for i, (problem, t_matmul) in enumerate(zip(problems, unseen, strict=True)):
+            fit, foreseen = make(*without(i, problems, times_us)), replace(problem, t_matmul=t_matmul)
+            gains.append(fit(foreseen) / foreseen.sequential)
+            measured.append(times_us[i] / problem.sequential)
+        least = min(problem.sequential for problem in problems)
+        return replace(make(problems, times_us), least_us=least, spread=spread(gains, measured))
+
+    @classmethod
+    def of_scale(cls, problems: list[Sides], times_us: list[float]):
+        ratios = [us / problem.predicted_us for problem, us in zip(problems, times_us, strict=True)]
+        return cls(scale=float(np.exp(np.mean(np.log(ratios)))))
+
+    @classmethod
+    def of_sides(cls, problems: list[Sides], times_us: list[float]):
         measured = np.array(times_us)
+        sides = np.array([sorted((problem.t_matmul, problem.t_comm)) for problem in problems]).T
         terms = np.stack([np.ones_like(measured), sides[1], sides[0]], axis=1) / measured[:, None]
-
-        def fitted(chosen: np.ndarray) -> "Overlapped":
-            # The longer side takes no less than alone, or long problems would be foretold a time below the ideal.
-            bounds = ([0, 1, 0], np.inf)
-            return cls(*scipy.optimize.lsq_linear(terms[chosen], np.ones(len(chosen)), bounds).x.tolist())
-
-        whole = fitted(np.arange(len(measured)))
-        error = spread(lambda others: lambda i: fitted(others)(*sides[:, i]), measured)
-        return cls(whole.fixed_us, whole.longer, whole.shorter, float(sides.sum(axis=0).min()), error)
+        # The longer side takes no less than alone, or long problems would be foretold a time below the ideal.
+        bounds = ([0, 1, 0], np.inf)
+        return cls(*scipy.optimize.lsq_linear(terms, np.ones(len(measured)), bounds).x.tolist())
 
 
 @dataclass(frozen=True)
 class LinearCosts:
     """The part of a `Calibration` that `linear_all_reduce` is predicted from.
 
-    dtypes: names of the types it holds for. all_reduce[backend]: µs by bytes of the result. overlapped: of every
-    overlapping plan. unusable: str(plan) -> why it was left out.
+    num_ranks: of the group. dtypes: names of the types it holds for. all_reduce[backend]: µs by bytes of the result.
+    overlapped: of every overlapping plan. unusable: str(plan) -> why it was left out.
     """
 
+    num_ranks: int
     dtypes: tuple[str, ...]
     matmul: MatmulTime
     all_reduce: dict[str, Curve]
@@ -142,44 +186,47 @@ class LinearCosts:
             if num_bytes <= curve.sizes[-1] or curve.sizes[-1] == largest
         }
 
-    def predict(self, m: int, n: int, k: int, t_matmul: float | None = None) -> dict[LinearPlan, float]:
-        """µs of each plan for x (m, k) and weight (n, k); `t_matmul`: of the matmul, where it is known."""
-        t_matmul = self.matmul(m, n, k) if t_matmul is None else t_matmul
+    def sides(self, m: int, n: int, k: int, t_matmul: float, t_comm: float) -> Sides:
+        """As the costs of plans see it."""
+        clusters = self.matmul.num_sms // CTAS
+        return Sides(t_matmul, t_comm, predicted_us(m, n, k, self.num_ranks, clusters) if clusters else 0.0)
+
+    def predict(self, m: int, n: int, k: int) -> dict[LinearPlan, float]:
+        """µs of each plan for x (m, k) and weight (n, k)."""
+        t_matmul = self.matmul(m, n, k)
         t_comm = self.comm_times(m * n * self.matmul.itemsize)
         predicted = {LinearPlan(backend=name): t_matmul + us for name, us in t_comm.items()}
         for plan, cost in self.overlapped.items():
             # A plan without a backend sums by itself: it is compared to the best of them.
             comm = t_comm.get(plan.backend) if plan.backend else min(t_comm.values())
             if comm is not None and t_matmul + comm >= cost.least_us:
-                predicted[plan] = cost(t_matmul, comm)
+                predicted[plan] = cost(self.sides(m, n, k, t_matmul, comm))
         return predicted
 
     def choose(self, m: int, n: int, k: int, plans: Collection[LinearPlan], default: LinearPlan) -> LinearPlan:
-        """The plan of `plans` to take unmeasured: an overlapping one only where its gain exceeds the model's errors.
+        """The plan of `plans` to take unmeasured: an overlapping one only where its gain exceeds the error of gains.
 
-        It has to beat the best sequential one even if it is slower than predicted by its `spread`, and the matmul is
-        slower or faster by its own.
+        It has to beat the best sequential one even if the two are apart by its `spread` less than predicted.
         """
         predicted = {plan: us for plan, us in self.predict(m, n, k).items() if plan in plans}
         sequential = [plan for plan in predicted if not plan.overlapped]
         best = min(sequential, key=lambda plan: (predicted[plan], str(plan)), default=default)
         if default in predicted and predicted[best] >= (1 - MARGIN) * predicted[default]:
             best = default
-        candidates = [plan for plan in predicted if plan.overlapped]
-        for factor in (math.exp(-self.matmul.spread), 1.0, math.exp(self.matmul.spread)):
-            if best not in predicted:
-                return best
-            other = self.predict(m, n, k, factor * self.matmul(m, n, k))
-            candidates = [
-                plan
-                for plan in candidates
-                if plan in other and other[plan] * math.exp(self.overlapped[plan].spread) < (1 - MARGIN) * other[best]
-            ]
+        if best not in predicted:
+            return best
+        limit = (1 - MARGIN) * predicted[best]
+        candidates = [
+            plan
+            for plan in predicted
+            if plan.overlapped and predicted[plan] * math.exp(self.overlapped[plan].spread) < limit
+        ]
         return min(candidates, key=lambda plan: (predicted[plan], str(plan)), default=best)
 
     def to_json(self) -> dict[str, Any]:
         """As plain lists and dicts."""
         return {
+            "num_ranks": self.num_ranks,
             "dtypes": list(self.dtypes),
             "matmul": asdict(self.matmul),
             "all_reduce": {name: asdict(curve) for name, curve in self.all_reduce.items()},
@@ -191,6 +238,7 @@ class LinearCosts:
     def from_json(cls, content: dict[str, Any]) -> "LinearCosts":
         """What `to_json` gave; KeyError or TypeError where it is of another form."""
         return cls(
+            content["num_ranks"],
             tuple(content["dtypes"]),
             MatmulTime(**content["matmul"]),
             {name: Curve(tuple(it["sizes"]), tuple(it["times_us"])) for name, it in content["all_reduce"].items()},

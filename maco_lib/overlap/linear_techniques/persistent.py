@@ -19,6 +19,7 @@ from maco_lib.kernels.tile_order import CTAS, ROWS, TileOrder
 from maco_lib.overlap import streams
 from maco_lib.overlap.linear_techniques.persistent_time import TILE_COLUMNS, fastest_columns, order_of
 from maco_lib.overlap.linear_techniques.problem import Problem
+from maco_lib.timing import gather
 
 DTYPES = (torch.bfloat16, torch.float16)
 MULTIPLE = 8  # of N and K: TMA's rows are multiples of 16 bytes
@@ -38,8 +39,11 @@ class Exchange:
     """Where a group's ranks leave tiles and flags for each other. Made at the first call; collective."""
 
     def __init__(self, group: dist.ProcessGroup, device: torch.device):
-        self.device, self.rank, self.num_ranks = device, group.rank(), group.size()
-        self.max_clusters = torch.cuda.get_device_properties(device).multi_processor_count // CTAS
+        self.reference, self.device, self.rank, self.num_ranks = weakref.ref(group), device, group.rank(), group.size()
+        # The ranks compute the same tiles at a time, also on GPUs that differ.
+        num_sms = torch.cuda.get_device_properties(device).multi_processor_count
+        self.max_clusters = min(gather(num_sms, group)) // CTAS
+        self.weights: set[tuple[int, int]] = set()
         self.memory = memory(group, device)
         self.own_flags = symmetric.empty(NUM_FLAGS, dtype=torch.int32, device=device).zero_()
         self.handle = symmetric.rendezvous(self.own_flags, group.group_name)
@@ -50,6 +54,15 @@ class Exchange:
         # Nobody may raise flags that their owner has yet to clear.
         torch.cuda.synchronize(device)
         dist.barrier(group, device_ids=[device.index])
+
+    def agree(self, n: int, k: int) -> None:
+        """Raise ValueError unless all ranks have weights of the same shape; compared once for each. Collective."""
+        if (n, k) not in self.weights:
+            require_preparation("an agreement on the weight")
+            every = gather((n, k), self.reference())
+            if len(set(every)) > 1:
+                raise ValueError(f"technique 'persistent': the ranks' weights have different shapes: {every}")
+            self.weights.add((n, k))
 
     def area(self, name: str, num_bytes: int) -> list[int]:
         """Addresses, by rank, of memory of at least `num_bytes`; collective when it has to grow."""
@@ -122,10 +135,11 @@ def for_tma(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def run(problem: Problem, bn: int = 0, trace: torch.Tensor | None = None) -> None:
-    """Fill `problem.result`. Collective. K is to be the same on every rank.
+    """Fill `problem.result`. Collective.
 
     bn: columns of a tile, of `TILE_COLUMNS`; 0: those predicted to be the fastest. trace: as `kernels.persistent`'s.
-    Copies x or weight where they are not laid out for TMA. Raises ValueError on a problem that the kernel cannot run.
+    Copies x or weight where they are not laid out for TMA. Raises ValueError on a problem that the kernel cannot run,
+    and where K differs between the ranks.
     """
     if why := unavailable(problem):
         raise ValueError(f"technique 'persistent': {why}")
@@ -134,6 +148,7 @@ def run(problem: Problem, bn: int = 0, trace: torch.Tensor | None = None) -> Non
     streams.wait_for_planned(problem.result.device)
     (num_rows, num_columns), k = problem.result.shape, problem.x.shape[1]
     shared = exchange(problem.group, problem.result.device)
+    shared.agree(num_columns, k)
     x, weight = for_tma(problem.x), for_tma(problem.weight)
     bias = None if problem.bias is None else for_tma(problem.bias[None])[0]
     residual = None if problem.residual is None else for_tma(problem.residual.contiguous())

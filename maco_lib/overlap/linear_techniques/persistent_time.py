@@ -22,8 +22,11 @@ TILE_US, FETCHED_BYTES_PER_US, END_US = 0.6, 340e3, 8.0
 
 @dataclass(frozen=True)
 class PersistentTime:
-    """µs. waves: all waves of tiles; first: one of them; last_sums: to fetch what the others sum in the last wave, which
-    nothing hides; fetched: to fetch everything."""
+    """In µs.
+
+    waves: all waves of tiles. first: one of them. last_sums: to fetch what the others sum in the last wave, which
+    nothing hides. fetched: to fetch everything. end: what follows the last fetch.
+    """
 
     waves: float
     first: float

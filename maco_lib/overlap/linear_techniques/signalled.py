@@ -31,8 +31,8 @@ from maco_lib.overlap.linear_techniques.persistent_time import fastest_columns
 from maco_lib.overlap.linear_techniques.problem import EVERYTHING, Block, Problem
 from maco_lib.overlap.streams import highest_priority, side_stream
 
-# With as many an all-reduce nearly fills NVLink (`kernels.sum_shares`).
-NUM_FREE_SMS = 8
+# 8 nearly fill NVLink (`kernels.sum_shares`), but the sums also have to keep up with a copy to the result each.
+NUM_FREE_SMS = 16
 
 
 def bands(num_rows: int, num_bands: int) -> list[slice]:

@@ -104,6 +104,7 @@ def linear_all_reduce(fraction: float = 0.92, ours: float = 1.1) -> pd.DataFrame
                 rows += [
                     {
                         "layer": layer, "m": m, "n": n, "k": k, "tp": 2, "operation": operation, "method": method,
+                        "technique": "persistent" if method == "persistent" else "sequential",
                         "is_peer": method.startswith("sequential") or method == "async_tp",
                         "plan": "persistent" if method == "auto" else "", "predicted_us": time * 1.1,
                         "time_us": time, "time_lo_us": time * 0.99, "time_hi_us": time * 1.01, "t_matmul_us": matmul,

@@ -158,7 +158,12 @@ def with_rows(machine, method, **values):
 
 def test_findings_follow_the_data(tmp_path, fresh):
     machine, _ = evidence.load(stored.study(tmp_path), "h200-x2")
-    ideal, engine, last = findings.take_home(machine, tmp_path)
+    ideal, linear, engine, last = findings.take_home(machine, tmp_path)
+    assert linear.sentence == (
+        "One kernel that multiplies and sums reaches 92% of the ideal at M ≥ 2048, 1.30–1.68× over sequential "
+        "NCCL and 1.21–1.40× over the fastest peer; by the intervals it is ahead of every peer at 4 of 4 points"
+    )
+    assert linear.lines[-1].startswith("decoding, M ≤ 16, with residual and RMSNorm: ")
     assert (last.figure, last.decided) == ("overlap_synchronisation", False)  # 1.01× [1.00, 1.02]
     assert engine.sentence.startswith("vLLM's 16.13× (published 5.87×) is for 67% compilation and CUDA graphs")
     assert ideal.figure == "overlap_techniques"
@@ -176,7 +181,7 @@ def test_findings_follow_the_data(tmp_path, fresh):
 
     slow = {"speedup": 1.0, "speedup_lo": 0.99, "speedup_hi": 1.01}
     slower = with_rows(machine, "two_stream_matmul_first", **slow)
-    assert "intervals part in 4 of 4 configurations" in findings.take_home(slower, tmp_path)[1].sentence
+    assert "intervals part in 4 of 4 configurations" in findings.take_home(slower, tmp_path)[2].sentence
     same = with_rows(machine, "two_stream_matmul_first")
     found = findings.launch_order(same, tmp_path)
     assert not found.decided and "makes no difference" in found.sentence

@@ -6,41 +6,17 @@ be told there. The first NUM_FINDINGS of them that the intervals decide are the 
 
 import math
 import pathlib
-from collections.abc import Callable
-from dataclasses import dataclass
 
 import pandas as pd
 
-from maco_lib.study import published, techniques
+from maco_lib.study import linear_findings, published, techniques
 from maco_lib.study.claims_measured import inference_ratio, overlap_ratio
 from maco_lib.study.criteria import Ratio, milliseconds
 from maco_lib.study.evidence import Evidence, Missing
 from maco_lib.study.figures.style import look
+from maco_lib.study.found import Candidate, Found, span, speedup
 
-NUM_FINDINGS = 4
-
-
-@dataclass(frozen=True)
-class Found:
-    """One finding: a sentence, the figure that shows it, whether intervals decide it, and the numbers behind it."""
-
-    sentence: str
-    figure: str
-    decided: bool
-    lines: list[str]
-
-
-Candidate = Callable[[Evidence, pathlib.Path], Found]
-
-
-def speedup(before_us: float, after_us: float) -> str:
-    return f"{before_us / after_us:.2f}× ({milliseconds(before_us / 1e3)} → {milliseconds(after_us / 1e3)})"
-
-
-def span(values) -> str:
-    """ "1.05×" or "0.97–1.05×"."""
-    low, high = f"{min(values):.2f}", f"{max(values):.2f}"
-    return f"{low}×" if low == high else f"{low}–{high}×"
+NUM_FINDINGS = 5
 
 
 def methods(evidence: Evidence, root: pathlib.Path, protocol: str) -> pd.DataFrame:
@@ -263,7 +239,14 @@ def near_ideal(evidence: Evidence, root: pathlib.Path) -> Found:
     return Found(sentence, "overlap_techniques", True, lines)
 
 
-CANDIDATES: tuple[Candidate, ...] = (near_ideal, launch_order, leaner_collective, inference, removed_wait)
+CANDIDATES: tuple[Candidate, ...] = (
+    near_ideal,
+    linear_findings.one_kernel,
+    launch_order,
+    leaner_collective,
+    inference,
+    removed_wait,
+)
 
 
 def take_home(evidence: Evidence, root: pathlib.Path) -> list[Found]:

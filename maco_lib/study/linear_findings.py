@@ -1,0 +1,61 @@
+"""The summary's finding about a matmul and its all-reduce as one operation."""
+
+import pathlib
+
+from maco_lib.experiments.linear_all_reduce_methods import CHAIN, MATMUL
+from maco_lib.study import linear_persistent
+from maco_lib.study.criteria import LINEAR_MANY_ROWS, LINEAR_TARGETS
+from maco_lib.study.evidence import Evidence, Missing
+from maco_lib.study.found import Found, span
+from maco_lib.study.linear import Cell, cells
+
+# A batch that decodes.
+DECODE_ROWS = 16
+
+
+def one_kernel(evidence: Evidence, root: pathlib.Path) -> Found:
+    """The persistent kernel at many rows against the ideal, sequential code and the fastest peer; the chain at few."""
+    found = [
+        (cell, cell.rows.loc[linear_persistent.TECHNIQUE])
+        for cell in cells(evidence, MATMUL)
+        if cell.m >= LINEAR_MANY_ROWS and linear_persistent.TECHNIQUE in cell.rows.index
+    ]
+    found = [(cell, row) for cell, row in found if cell.base is not None and cell.peer is not None]
+    if not found:
+        raise Missing(f"the persistent kernel and a peer finished no point of {LINEAR_MANY_ROWS} rows or more")
+    parts = [row["fraction_of_ideal"] for _, row in found]
+    over_base = [cell.base["time_us"] / row["time_us"] for cell, row in found]
+    over_peer = [cell.peer["time_us"] / row["time_us"] for cell, row in found]
+    apart = sum(row["time_hi_us"] < cell.rows.loc[cell.rows["is_peer"], "time_lo_us"].min() for cell, row in found)
+    ends = dict.fromkeys(f"{value:.0%}" for value in (min(parts), max(parts)))
+    sentence = (
+        f"One kernel that multiplies and sums reaches {' to '.join(ends)} of the ideal at "
+        f"M ≥ {LINEAR_MANY_ROWS}, {span(over_base)} over sequential NCCL and {span(over_peer)} over the fastest peer; "
+        f"by the intervals it is ahead of every peer at {apart} of {len(found)} points"
+    )
+    lines = []
+    wanted = LINEAR_TARGETS.get(int(found[0][1]["tp"]))
+    if wanted:
+        reached = sum(part >= wanted for part in parts)
+        lines.append(f"{wanted:.0%} of the ideal or more at {reached} of {len(found)} points")
+    # Without the first line: how far its model is off is told in section 5.
+    lines += [*linear_persistent.told(evidence)[1:], *decoding(evidence)]
+    return Found(sentence, "linear_fraction", apart > 0, lines)
+
+
+def decoding(evidence: Evidence) -> list[str]:
+    """The chain at so few rows as a decoding batch has."""
+    try:
+        found = [cell for cell in cells(evidence, CHAIN) if cell.m <= DECODE_ROWS and complete(cell)]
+    except Missing:
+        return []
+    if not found:
+        return []
+    over_base, over_peer = ([getattr(cell, before)["time_us"] / cell.best["time_us"] for cell in found]
+                            for before in ("base", "peer"))  # fmt: skip
+    return [f"decoding, M ≤ {DECODE_ROWS}, with residual and RMSNorm: {span(over_base)} over sequential NCCL and "
+            f"{span(over_peer)} over the fastest peer, at {len(found)} points"]  # fmt: skip
+
+
+def complete(cell: Cell) -> bool:
+    return all(row is not None for row in (cell.base, cell.peer, cell.best))

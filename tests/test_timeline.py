@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 from ranks import run_ranks
 
+from maco_lib.study.figures.timeline import linear as linear_timeline
 from maco_lib.study.figures.timeline import overlap as timeline
 from maco_lib.study.sections import overlap
 from maco_lib.study.spec import check_rows
@@ -68,3 +69,11 @@ def test_what_overlaps_in_one_lane_is_drawn_apart():
     assert len(spans) == 4 and overlapped[0][0] != overlapped[1][0] and overlapped[0][1] != overlapped[1][1]
     assert axis.get_title().endswith("graph replay") and set(numbers["timing"]) == {"graph"}
     assert len(before.axes[0].get_yticks()) == 4
+
+
+def test_waiting_for_tiles_is_no_communication():
+    table = stored.linear_timeline().assign(correct=True)
+    table.loc[table["category"] == "comm", "name"] = "wait_tiles_kernel"
+    figure, numbers = linear_timeline({"linear_timeline": table}, "h200-x2")
+    assert numbers["category"].tolist() == ["compute", "wait", "fused"]
+    assert "waiting for tiles" in [text.get_text() for text in figure.legends[0].get_texts()]

@@ -12,7 +12,10 @@ CATEGORIES = {
     "comm": (style.ORANGE, "all-reduce"),
     "compute": (style.BLUE, "matmul"),
     "fused": (style.PURPLE, "matmul and all-reduce in one kernel"),
+    "wait": (style.LIGHT, "waiting for tiles"),
 }
+# Kernels that only wait; a profiler takes them for part of the all-reduce.
+WAITING = "wait_tiles"
 TIMINGS = {"graph": ", graph replay", "eager": ", launched by the host"}
 # Clocks of the profiler: what ends this little after the next begins follows it.
 TOLERANCE_US = 0.05
@@ -29,6 +32,7 @@ def overlap(tables: Mapping[str, pd.DataFrame], machine_name: str) -> tuple[Figu
 def linear(tables: Mapping[str, pd.DataFrame], machine_name: str) -> tuple[Figure, pd.DataFrame]:
     """Section 5, a panel per layer."""
     table = tables["linear_timeline"]
+    table = table.assign(category=table["category"].mask(table["name"].str.startswith(WAITING), "wait"))
     return lanes_of(table[table["correct"]], "layer", lambda row: f"M = {row['m']}, N = {row['n']}, K = {row['k']}")
 
 

@@ -1,5 +1,5 @@
-// Hopper's instructions as functions: barriers in shared memory, bulk copies (TMA), what wgmma reads. Addresses in shared
-// memory are 32 bits wide. PTX ISA 8.x has what each does.
+// Hopper's instructions as functions: barriers in shared memory, bulk copies (TMA), what wgmma reads. Addresses in
+// shared memory are 32 bits wide. Each is described in the PTX ISA.
 
 typedef unsigned int u32;
 typedef unsigned long long u64;

@@ -1,19 +1,22 @@
 // One launch that multiplies and sums over the ranks: result = sum over ranks of x @ w.T. See persistent.py.
 // A cluster of two CTAs computes 2 x 128 rows by BN columns at a time; in each CTA, by warp:
-//   0 loads operands, 1 loads partials to be added and stores finished tiles, 2 fetches tiles from the peers, 3 stores
-//   those, 4 to 11 multiply (two warpgroups, 64 rows each).
-// Of one rank (RANKS = 1) it is a matmul: a tile goes to the result, then flag slot * CTAS + CTA goes up (wait_tiles.py).
-// hopper.cuh comes before this file. Defined at compile time: BN, STAGES, RANKS, RANK, SUM_COPIES, BF16, HAS_BIAS, HAS_RESIDUAL, WGMMA_ASM,
-// TRACE, TRACE_TILES.
+//   0          loads operands
+//   1          loads partials to be added, stores finished tiles
+//   2          fetches tiles from the peers
+//   3          stores those: partials to the inbox, sums to the result
+//   4 to 11    multiply: two warpgroups, 64 rows each
+// Of one rank (RANKS = 1) it is a matmul: a tile goes to the result, then flag slot * CTAS + CTA up (wait_tiles.py).
+// hopper.cuh comes before this file. Defined at compile time: BN, STAGES, FETCH_BUFFERS, RANKS, RANK, BF16, HAS_BIAS,
+// HAS_RESIDUAL, WGMMA_ASM, TRACE, TRACE_TILES.
 
 // In units of a cluster's tile; owner: the rank that sums it; slot: counts the owner's tiles.
 struct alignas(16) Tile { int m, n, owner, slot; };
-// A tile to be fetched from a peer: one that it has summed, or (is_partial) its partial of one of ours. In `peer`.
+// A tile to be fetched from a peer: one that it has summed, or (is_partial) its partial of one of ours.
 struct alignas(16) Fetch { int m, n, peer_and_kind, slot; };
 struct Addresses {
     u64 partials[RANKS], sums[RANKS], flags[RANKS];  // of each rank, as this one sees them
-    u64 inbox;                                       // where this rank keeps the partials it has fetched
-    u64 area_bytes;                                  // from owner to owner in `partials`, from source to source in `inbox`
+    u64 inbox;                                       // where this rank keeps the partials that it has fetched
+    u64 area_bytes;  // in `partials` from owner to owner, in `inbox` from source to source
 };
 
 enum Event { MULTIPLY, MULTIPLIED, ADDED, STORED, FETCH, FETCHED, TRACE_EVENTS };
@@ -33,20 +36,20 @@ __device__ __forceinline__ u64 now() {
 
 constexpr int BM = 128, BK = 64, CTAS = 2;
 constexpr u32 A_BYTES = BM * BK * 2, B_BYTES = BN * BK * 2, TILE_BYTES = BM * BN * 2, HALF_BYTES = TILE_BYTES / 2;
-constexpr u32 BOX_COLUMNS = 32, BOX_BYTES = 64 * BOX_COLUMNS * 2, HALF_BOXES = BN / BOX_COLUMNS, NUM_BOXES = 2 * HALF_BOXES;
+constexpr u32 BOX_COLUMNS = 32, BOX_BYTES = 64 * BOX_COLUMNS * 2;
+constexpr u32 HALF_ROWS = 8 * BOX_COLUMNS * 2;  // bytes from a thread's upper row to its lower one
+constexpr u32 HALF_BOXES = BN / BOX_COLUMNS, NUM_BOXES = 2 * HALF_BOXES;
 constexpr u32 STORES_IN_FLIGHT = 2;
 enum { PARTIAL_READY, SUM_READY, PARTIAL_FETCHED, NUM_KINDS };  // flags
 constexpr int NUM_CONSUMERS = 256;
 
 // A flag, at its reader, goes up when a tile may be read and down when the reader has seen that. All are down between
-// launches: a rank ends when it has every sum, so that every partial of its was read; and nobody sums anew before it has
-// this rank's next partials.
+// launches: a rank ends when it has every sum, so every partial of its was read; and nobody sums anew before it has
+// this rank's next partials. Whoever raises one has waited for the tile's bulk stores, so they are in this GPU's L2
+// cache, which serves the reads of all. A release would be a fence that also waits for what this SM is fetching: 15 us.
 __device__ __forceinline__ u32 flag_index(u32 kind, u32 place, u32 peer) {
     return (place * RANKS + peer) * NUM_KINDS + kind;
 }
-//
-// Whoever raises one has waited for the bulk stores of the tile, so they are in this GPU's L2 cache, which serves the
-// reads of all. A release here would be a fence that also waits for whatever this SM is fetching: 15 us, as measured.
 __device__ __forceinline__ void raise(u64 flags, u32 index) {
     asm volatile("st.relaxed.sys.global.u32 [%0], %1;" ::"l"(flags + 4ull * index), "r"(1) : "memory");
 }
@@ -86,15 +89,16 @@ __device__ __forceinline__ void add_pair(float& low, float& high, u32 both) {
 extern "C" __global__ void __cluster_dims__(CTAS, 1, 1) __launch_bounds__(384, 1) persistent_kernel(
     const __grid_constant__ TensorMap x_map, const __grid_constant__ TensorMap weight_map,
     const __grid_constant__ TensorMap result_map, const __grid_constant__ Addresses at,
-    const Tile* __restrict__ own_schedule, const int* __restrict__ fetch_begin, const Fetch* __restrict__ fetches, int num_tiles, int num_steps, int num_rows, int num_columns,
-    const u32* __restrict__ bias, const u32* __restrict__ residual TRACE_PARAMETER) {
+    const Tile* __restrict__ own_schedule, const int* __restrict__ fetch_begin, const Fetch* __restrict__ fetches,
+    int num_tiles, int num_steps, int num_rows, int num_columns, const u32* __restrict__ bias,
+    const u32* __restrict__ residual TRACE_PARAMETER) {
     extern __shared__ unsigned char storage[];
     const u32 base = (shared_address(storage) + 1023) & ~1023u;
     const u32 a_tiles = base, b_tiles = a_tiles + STAGES * A_BYTES, out_tile = b_tiles + STAGES * B_BYTES;
     const u32 fetched = out_tile + TILE_BYTES, barriers = fetched + FETCH_BUFFERS * BOX_BYTES;
     const u32 full = barriers, empty = full + 8 * STAGES, fetched_full = empty + 8 * STAGES;
-    const u32 fetched_empty = fetched_full + 8 * FETCH_BUFFERS, partial_full = fetched_empty + 8 * FETCH_BUFFERS,
-               partial_added = partial_full + 8;
+    const u32 fetched_empty = fetched_full + 8 * FETCH_BUFFERS, partial_full = fetched_empty + 8 * FETCH_BUFFERS;
+    const u32 partial_added = partial_full + 8;
     const u32 out_ready = partial_added + 8, out_sent = out_ready + 8;
 
     u32 cta;
@@ -250,7 +254,8 @@ extern "C" __global__ void __cluster_dims__(CTAS, 1, 1) __launch_bounds__(384, 1
             if (thread < CTAS) arrive_at(empty + 8 * ((count - 1) % STAGES), thread);
             if (threadIdx.x == 128) { NOTE(num_done, MULTIPLIED); }
             if (tile.owner == RANK) {
-                const int row = (tile.m * CTAS + cta) * BM + group * 64 + inner_row, column = tile.n * BN + lane % 4 * 2;
+                const int row = (tile.m * CTAS + cta) * BM + group * 64 + inner_row;
+                const int column = tile.n * BN + lane % 4 * 2;
 #pragma unroll 1
                 for (int other = 1; other < RANKS; other++, num_partials++) {
                     wait(partial_full, num_partials & 1);
@@ -259,7 +264,7 @@ extern "C" __global__ void __cluster_dims__(CTAS, 1, 1) __launch_bounds__(384, 1
                         const u32 from = out + j / 4 * BOX_BYTES + ((j % 4) ^ swizzle) * 16;
                         u32 upper, lower;
                         asm volatile("ld.shared.u32 %0, [%1];" : "=r"(upper) : "r"(from) : "memory");
-                        asm volatile("ld.shared.u32 %0, [%1];" : "=r"(lower) : "r"(from + 8 * BOX_COLUMNS * 2) : "memory");
+                        asm volatile("ld.shared.u32 %0, [%1];" : "=r"(lower) : "r"(from + HALF_ROWS) : "memory");
                         add_pair(sum[4 * j], sum[4 * j + 1], upper);
                         add_pair(sum[4 * j + 2], sum[4 * j + 3], lower);
                     }
@@ -292,7 +297,7 @@ extern "C" __global__ void __cluster_dims__(CTAS, 1, 1) __launch_bounds__(384, 1
             for (int j = 0; j < BN / 8; j++) {
                 const u32 to = out + j / 4 * BOX_BYTES + ((j % 4) ^ swizzle) * 16;
                 asm volatile("st.shared.u32 [%0], %1;" ::"r"(to), "r"(pack(sum[4 * j], sum[4 * j + 1])) : "memory");
-                asm volatile("st.shared.u32 [%0], %1;" ::"r"(to + 8 * BOX_COLUMNS * 2),
+                asm volatile("st.shared.u32 [%0], %1;" ::"r"(to + HALF_ROWS),
                              "r"(pack(sum[4 * j + 2], sum[4 * j + 3])) : "memory");
             }
             fence_async_shared();

@@ -9,7 +9,6 @@ shapes; buffers are made then, by all ranks together, and "auto" captures only w
 """
 
 from collections.abc import Callable
-from dataclasses import astuple
 from typing import Literal
 
 import torch
@@ -73,7 +72,7 @@ def linear_all_reduce(
         plan = LinearPlan()
     if plan != AUTO and not isinstance(plan, LinearPlan):
         raise ValueError(f"plan = {plan!r} is not a LinearPlan, 'auto' or None")
-    parts = (AUTO, *astuple(LinearPlan())[1:]) if plan == AUTO else astuple(plan)
+    parts = (AUTO, *LinearPlan().parts[1:]) if plan == AUTO else plan.parts
     num_ranks = dist.get_world_size(group) if dist.is_initialized() else 1
     if num_ranks < 1:
         raise ValueError(f"rank {dist.get_rank()} is not in the group given to linear_all_reduce")

@@ -6,7 +6,6 @@ cache does not hold them all. Copies make no difference where one sample is one 
 
 import itertools
 from collections.abc import Sequence
-from dataclasses import astuple
 
 import torch
 import torch.distributed as dist
@@ -45,7 +44,7 @@ class Shape:
         from maco_lib.overlap.linear import operator  # which asks the planner, which asks this
 
         weight = next(self.weights) if weight is None else weight
-        return operator(self.x, weight, None, None, self.group.group_name, *astuple(plan))
+        return operator(self.x, weight, None, None, self.group.group_name, *plan.parts)
 
     def fault(self, plan: LinearPlan) -> str:
         """Why the plan cannot be followed here or is wrong on some rank, or ""; its buffers are then made. Collective.

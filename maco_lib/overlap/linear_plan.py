@@ -55,6 +55,11 @@ class LinearPlan:
         return ", ".join(words)
 
     @property
+    def parts(self) -> tuple[str, str, int, str]:
+        """What a custom operator can be called with: `LinearPlan(*parts)` is the plan."""
+        return self.technique, self.backend, self.num_chunks, self.dim
+
+    @property
     def overlapped(self) -> bool:
         """Whether it communicates while it multiplies."""
         return self.technique != "sequential"

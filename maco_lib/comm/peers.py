@@ -58,10 +58,7 @@ class Peers:
 
     def inboxes(self, num_bytes: int) -> Region:
         """Where peers leave data for this rank, at least `num_bytes`; collective when it has to grow."""
-        if self.inbox is None or self.inbox.base.nbytes < num_bytes:
-            if self.inbox is not None:
-                self.memory.regions.append(self.inbox)  # graphs that were captured with it go on using it
-            self.inbox = self.memory.allocate(1 << (num_bytes - 1).bit_length())
+        self.inbox = self.memory.grown(self.inbox, num_bytes)
         return self.inbox
 
     def sum(

@@ -55,12 +55,20 @@ class Memory:
         base = symmetric.empty(num_bytes, dtype=torch.uint8, device=self.device)
         return Region(base, symmetric.rendezvous(base, self.group_name))
 
+    def grown(self, region: Region | None, num_bytes: int, least: int = 1) -> Region:
+        """`region` if it has `num_bytes`, else a new one of a power of two. Collective when one has to be made.
+
+        One that was outgrown is kept: graphs that were captured with it go on using it.
+        """
+        if region is not None and region.base.nbytes >= num_bytes:
+            return region
+        if region is not None:
+            self.regions.append(region)
+        return self.allocate(max(least, 1 << (num_bytes - 1).bit_length()))
+
     def staging(self, num_bytes: int) -> Region:
         """The workspace, of at least `num_bytes`. Collective when it has to grow."""
-        if self.workspace is None or self.workspace.base.nbytes < num_bytes:
-            if self.workspace is not None:
-                self.regions.append(self.workspace)  # graphs that were captured with it go on using it
-            self.workspace = self.allocate(max(MIN_WORKSPACE, 1 << (num_bytes - 1).bit_length()))
+        self.workspace = self.grown(self.workspace, num_bytes, MIN_WORKSPACE)
         return self.workspace
 
     def find(self, tensor: torch.Tensor) -> Region | None:

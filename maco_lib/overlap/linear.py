@@ -21,7 +21,7 @@ from maco_lib.overlap.linear_plan import AUTO, TECHNIQUES, LinearPlan
 from maco_lib.overlap.linear_techniques import chunked, persistent, sequential, signalled
 from maco_lib.overlap.linear_techniques.problem import Problem, flattened
 from maco_lib.overlap.plan import DEFAULT_BACKEND
-from maco_lib.overlap.validation import check_agreement, device_kinds, unavailable
+from maco_lib.overlap.validation import check_agreement, device_kinds, group_name, require_operands, unavailable
 
 RUN: dict[str, Callable[[Problem, LinearPlan], None]] = {
     "sequential": lambda problem, plan: sequential.run(problem),
@@ -63,27 +63,18 @@ def linear_all_reduce(
     gradients, on a plan that cannot be followed here, and with `check` on every rank when the ranks disagree.
     """
     operands = {"x": x, "weight": weight, "bias": bias, "residual": residual}
-    for name, tensor in operands.items():
-        if not isinstance(tensor, torch.Tensor) and (tensor is not None or name in ("x", "weight")):
-            raise ValueError(f"{name} is a torch.Tensor, not {type(tensor).__name__}")
-        if tensor is not None and tensor.requires_grad and torch.is_grad_enabled():
-            raise ValueError(f"{name} requires a gradient and linear_all_reduce has no backward: use torch.no_grad()")
+    require_operands(operands, ("bias", "residual"), "linear_all_reduce")
     if plan is None:
         plan = LinearPlan()
     if plan != AUTO and not isinstance(plan, LinearPlan):
         raise ValueError(f"plan = {plan!r} is not a LinearPlan, 'auto' or None")
     parts = (AUTO, *LinearPlan().parts[1:]) if plan == AUTO else plan.parts
-    num_ranks = dist.get_world_size(group) if dist.is_initialized() else 1
-    if num_ranks < 1:
-        raise ValueError(f"rank {dist.get_rank()} is not in the group given to linear_all_reduce")
-    group_name = ""
-    if num_ranks > 1:
-        group_name = (dist.group.WORLD if group is None else group).group_name
-        if check:
-            given = ", ".join(name for name, tensor in operands.items() if tensor is not None)
-            result = torch.empty((*x.shape[:-1], *weight.shape[:1]), dtype=x.dtype, device="meta")
-            check_agreement(result, f"linear_all_reduce({given}; {plan})", group)
-    return torch.ops.maco.linear_all_reduce(x, weight, bias, residual, group_name, *parts)
+    of_group = group_name(group, "linear_all_reduce")
+    if of_group and check:
+        given = ", ".join(operand for operand, tensor in operands.items() if tensor is not None)
+        result = torch.empty((*x.shape[:-1], *weight.shape[:1]), dtype=x.dtype, device="meta")
+        check_agreement(result, f"linear_all_reduce({given}; {plan})", group)
+    return torch.ops.maco.linear_all_reduce(x, weight, bias, residual, of_group, *parts)
 
 
 @torch.library.custom_op("maco::linear_all_reduce", mutates_args=())

@@ -59,6 +59,23 @@ def check_agreement(tensor: torch.Tensor, name: str, group: dist.ProcessGroup | 
             raise ValueError(f"the ranks disagree: rank 0 calls {described[0]}, rank {rank} calls {theirs}")
 
 
+def require_operands(operands: dict[str, torch.Tensor | None], optional: tuple[str, ...], name: str) -> None:
+    """Raise ValueError on an operand that is no tensor (or None, if `optional`), or that requires a gradient now."""
+    for operand, tensor in operands.items():
+        if not isinstance(tensor, torch.Tensor) and (tensor is not None or operand not in optional):
+            raise ValueError(f"{operand} is a torch.Tensor, not {type(tensor).__name__}")
+        if tensor is not None and tensor.requires_grad and torch.is_grad_enabled():
+            raise ValueError(f"{operand} requires a gradient and {name} has no backward: use torch.no_grad()")
+
+
+def group_name(group: dist.ProcessGroup | None, name: str) -> str:
+    """What a custom operator finds the group by, "" for one of one rank; ValueError where this rank is not in it."""
+    num_ranks = dist.get_world_size(group) if dist.is_initialized() else 1
+    if num_ranks < 1:
+        raise ValueError(f"rank {dist.get_rank()} is not in the group given to {name}")
+    return (group or dist.group.WORLD).group_name if num_ranks > 1 else ""
+
+
 def require_plan(
     plan: Plan | str,
     tensor: torch.Tensor,

@@ -66,11 +66,10 @@ class Exchange:
 
     def area(self, name: str, num_bytes: int) -> list[int]:
         """Addresses, by rank, of memory of at least `num_bytes`; collective when it has to grow."""
-        if name not in self.areas or self.areas[name].base.nbytes < num_bytes:
+        area = self.areas.get(name)
+        if area is None or area.base.nbytes < num_bytes:
             require_preparation(f"{num_bytes} bytes for {name}")
-            if name in self.areas:
-                self.memory.regions.append(self.areas[name])  # graphs that were captured with it go on using it
-            self.areas[name] = self.memory.allocate(1 << (num_bytes - 1).bit_length())
+            self.areas[name] = self.memory.grown(area, num_bytes)
         return self.areas[name].addresses
 
     def inbox(self, num_bytes: int) -> int:

@@ -36,6 +36,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def main(options: argparse.Namespace) -> int:
     """Print the advice; returns the exit status. Raises ValueError naming a wrong value and the valid ones."""
+    from maco_lib.study import advise_linear
     from maco_lib.study.store import Store
 
     check(options)
@@ -45,9 +46,11 @@ def main(options: argparse.Namespace) -> int:
     if options.model:
         rows = advise(tables, options.tp, options.dtype, model_name=options.model, tokens=options.tokens)
         what = f"one layer of {options.model}, {options.tokens} tokens"
+        shapes = advise_linear.row_parallel(options.model, options.tokens)
     else:
         rows = advise(tables, options.tp, options.dtype, shape=(options.m, options.n, options.k))
         what = f"({options.m}, {options.k}) @ ({options.k}, {options.n}) and its all-reduce"
+        shapes = {"": (options.m, options.n, options.k)}
     print(f"{what}, tp {options.tp}, {options.dtype}, by the measurements of {folder}\n")
     print(as_text(rows))
     left_out = sorted(set(tables["when_to_overlap"]["method"]) - set(rows["method"]))
@@ -57,6 +60,9 @@ def main(options: argparse.Namespace) -> int:
     print(f"\n{usage(rows)}")
     if rows["extrapolated"].any():
         print(f"Extrapolated: {folder} measured neither that many ranks nor that many bytes, or only one of them.")
+    measured = (store.data / folder / f"{advise_linear.TABLE}.csv").exists()
+    linear = store.read(folder, advise_linear.TABLE) if measured else None
+    print(f"\n{advise_linear.advice(linear, shapes, options.tp, folder)}")
     return 0
 
 

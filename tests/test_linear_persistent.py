@@ -5,6 +5,7 @@ import torch
 import torch.distributed as dist
 from ranks import run_ranks
 
+from maco_lib.kernels.tile_order import TileOrder
 from maco_lib.overlap import LinearPlan, linear_all_reduce
 from maco_lib.overlap.linear_techniques import persistent
 from maco_lib.overlap.linear_techniques.persistent_time import (
@@ -12,6 +13,7 @@ from maco_lib.overlap.linear_techniques.persistent_time import (
     fastest_columns,
     order_of,
     persistent_time,
+    time_of,
 )
 
 PERSISTENT = LinearPlan("persistent")
@@ -150,8 +152,16 @@ def test_tiles_are_chosen_by_the_waves_and_what_is_left_to_fetch(num_ranks):
         assert fastest_columns(m, n, k, num_ranks, 66) == min(times, key=times.get)
         assert all(persistent_time(m, n, 2 * k, bn, num_ranks, 66).total > us for bn, us in times.items())
     # 4096 x 4096 in tiles of 256 x 256 is 256 of them, four waves of 66 clusters; one row more is a band more.
-    assert order_of(4096, 4096, 256, num_ranks, 66).num_waves == 4
-    assert order_of(4097, 4096, 256, num_ranks, 66).num_waves == 5
+    assert order_of(4096, 4096, 4096, 256, num_ranks, 66).num_waves == 4
+    assert order_of(4097, 4096, 4096, 256, num_ranks, 66).num_waves == 5
+
+
+def test_many_groups_where_the_last_sums_would_count_and_one_where_the_transfers_do():
+    shape = (4096, 4096)
+    assert order_of(*shape, 512, 128, 4, 66).num_groups == order_of(*shape, 8192, 128, 2, 66).num_groups == 1
+    grouped = order_of(*shape, 8192, 128, 4, 66)
+    one = TileOrder(grouped.num_m, grouped.num_n, 4, 66)
+    assert grouped.num_groups > 1 and time_of(grouped, 8192, 128).last_sums < time_of(one, 8192, 128).last_sums
 
 
 def test_a_short_k_leaves_it_waiting_for_the_transfers_and_a_long_one_for_the_matmul():

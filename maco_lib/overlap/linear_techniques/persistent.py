@@ -157,7 +157,7 @@ def run(problem: Problem, bn: int = 0, trace: torch.Tensor | None = None) -> Non
         rows = slice(first, min(first + step, num_rows))
         size = rows.stop - first
         columns = bn or fastest_columns(size, num_columns, k, shared.num_ranks, shared.max_clusters)
-        order = order_of(size, num_columns, columns, shared.num_ranks, shared.max_clusters)
+        order = order_of(size, num_columns, k, columns, shared.num_ranks, shared.max_clusters)
         persistent(
             x[rows], weight, bias, None if residual is None else residual[rows], problem.result[rows], columns, order,
             shared.schedule(order), shared.addresses(order, columns), shared.rank, trace,

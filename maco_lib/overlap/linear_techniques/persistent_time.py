@@ -18,6 +18,7 @@ ITEMSIZE = 2
 # what follows the last fetch.
 STEP_US = {128: 0.376, 160: 0.4625, 192: 0.549, 256: 0.75}
 TILE_US, FETCHED_BYTES_PER_US, END_US = 0.6, 340e3, 8.0
+GROUPS_PER_RANK = 2
 
 
 @dataclass(frozen=True)
@@ -44,24 +45,33 @@ class PersistentTime:
         return "matmul" if self.waves + self.last_sums >= self.first + self.fetched else "transfers"
 
 
-def order_of(num_rows: int, num_columns: int, bn: int, num_ranks: int, max_clusters: int) -> TileOrder:
-    """The tiles of a result. More groups of them where a rank's own come in few waves, that is with more ranks."""
-    num_groups = 1 if num_ranks == 2 else num_ranks
-    return TileOrder(-(-num_rows // ROWS), -(-num_columns // bn), num_ranks, max_clusters, num_groups)
+def order_of(num_rows: int, num_columns: int, k: int, bn: int, num_ranks: int, max_clusters: int) -> TileOrder:
+    """The order of a result's tiles of `bn` columns.
+
+    In one group where the transfers take the longest, or only two ranks share: the least waiting for partials. Else in
+    many: a rank's own tiles of the last group are few, and so are the sums to be fetched after the last wave.
+    """
+    shape = (-(-num_rows // ROWS), -(-num_columns // bn), num_ranks, max_clusters)
+    one, many = TileOrder(*shape), TileOrder(*shape, num_groups=GROUPS_PER_RANK * num_ranks)
+    return one if num_ranks == 2 or time_of(many, k, bn).limit == "transfers" else many
+
+
+def time_of(order: TileOrder, k: int, bn: int) -> PersistentTime:
+    """For tiles of `bn` columns in this order, and `k` of each rank."""
+    wave = -(-k // STEP) * STEP_US[bn] + TILE_US
+    tile_us = ROWS * bn * ITEMSIZE / FETCHED_BYTES_PER_US
+    last = order.num_tiles - (order.num_waves - 1) * order.max_clusters
+    own = order.num_tiles / order.num_ranks / order.whole_groups
+    others = order.num_ranks - 1
+    fetched = 2 * others / order.num_ranks * order.num_tiles * tile_us
+    return PersistentTime(order.num_waves * wave, wave, min(last, own) * others * tile_us, fetched)
 
 
 def persistent_time(
     num_rows: int, num_columns: int, k: int, bn: int, num_ranks: int, max_clusters: int
 ) -> PersistentTime:
     """For x (num_rows, k) and weight (num_columns, k) on each rank, with tiles of `bn` columns."""
-    order = order_of(num_rows, num_columns, bn, num_ranks, max_clusters)
-    wave = -(-k // STEP) * STEP_US[bn] + TILE_US
-    tile_us = ROWS * bn * ITEMSIZE / FETCHED_BYTES_PER_US
-    last = order.num_tiles - (order.num_waves - 1) * max_clusters
-    own = order.num_tiles / num_ranks / order.whole_groups
-    last_sums = min(last, own) * (num_ranks - 1) * tile_us
-    fetched = 2 * (num_ranks - 1) / num_ranks * order.num_tiles * tile_us
-    return PersistentTime(order.num_waves * wave, wave, last_sums, fetched)
+    return time_of(order_of(num_rows, num_columns, k, bn, num_ranks, max_clusters), k, bn)
 
 
 @functools.lru_cache(maxsize=4096)

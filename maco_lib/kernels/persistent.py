@@ -3,9 +3,9 @@
 A persistent CUDA kernel (`persistent.cu`) for Hopper: TMA loads shared by clusters of two CTAs, wgmma, and warps of
 their own for loading, storing and fetching. Each rank computes first the tiles that others own, whose partials these
 fetch; then its own, to which it adds the partials fetched from the others, and whose sums the others fetch. All
-transfers are bulk reads, a box at a time: they take no SM, and the loads of the matmul go on beside them. (Bulk stores
-to a peer held them up: a wave of 64 x 256 tiles cost the whole time of its transfer.) What is left after the last
-multiplication is to fetch the sums of the last tiles.
+transfers are bulk reads, a box at a time: they take no SM, and the loads of the matmul go on beside them. (They did not
+beside bulk stores to a peer, which held them up for as long as they took.) What is left after the last multiplication
+is to fetch the sums of the last tiles.
 
 CUDA and not Triton: Triton 3.6 neither shares loads within a cluster nor specialises warps on Hopper, and its bulk
 stores cannot be waited for, which flags between ranks need. Compiled by NVRTC, which torch brings along, at the first
@@ -29,7 +29,6 @@ NUM_THREADS = 384
 BOX_ROWS, BOX_COLUMNS = 64, 32
 BOX_BYTES = BOX_ROWS * BOX_COLUMNS * 2
 MIN_FETCH_BUFFERS, MAX_FETCH_BUFFERS = 4, 16
-TILE_COLUMNS = (128, 160, 192, 256)
 SHARED_BYTES = 227 * 1024
 # What a trace tells of each CTA's n-th tile, and (the last two) of the n-th tile that it fetches.
 EVENTS = ("multiply", "multiplied", "added", "stored", "fetch", "fetched")
@@ -51,7 +50,7 @@ def checked(answer: tuple) -> object:
 
 @dataclass(frozen=True)
 class Constants:
-    """What the kernel is compiled for. bn: columns of a tile."""
+    """What the kernel is compiled for. bn: columns of a tile, a multiple of 32 up to 256."""
 
     bn: int
     rank: int
@@ -167,11 +166,17 @@ class Addresses:
 
 @dataclass(frozen=True)
 class Schedule:
-    """`TileOrder.tiles` and `TileOrder.fetches` of a rank on its GPU."""
+    """A rank's part of `TileOrder.table`, and `TileOrder.fetches`, on its GPU."""
 
     tiles: torch.Tensor
     fetch_begin: torch.Tensor
     fetches: torch.Tensor
+
+    @classmethod
+    def of(cls, order: TileOrder, rank: int, device: torch.device) -> "Schedule":
+        """Made on the host and copied: not while a graph is captured."""
+        parts = (order.table()[rank], *order.fetches(rank))
+        return cls(*(torch.tensor(part, device=device) for part in parts))
 
 
 def persistent(
@@ -190,8 +195,8 @@ def persistent(
     """Fill `result` on the current stream. Collective.
 
     x: (M, K), weight: (N, K), bf16 or fp16, rows contiguous, addresses and pitches multiples of 16 bytes; bias: (N,),
-    residual, result: (M, N), contiguous. bn: columns of a tile, of TILE_COLUMNS. order: of the
-    result's tiles; schedule: its part for this rank. trace: None, or int64 (CTAs, TRACE_TILES, len(EVENTS)), zeroed,
+    residual, result: (M, N), contiguous. bn: columns of a tile, a multiple of 32 up to 256. order: of the result's
+    tiles; schedule: its part for this rank. trace: None, or int64 (CTAs, TRACE_TILES, len(EVENTS)), zeroed,
     where the kernel leaves the time in ns of `EVENTS` for each CTA's n-th tile or fetch.
     """
     constants = Constants(

@@ -86,8 +86,7 @@ class Exchange:
 
         if order not in self.schedules:
             require_preparation("the table of tiles")
-            parts = (order.table()[self.rank], *order.fetches(self.rank))
-            self.schedules[order] = Schedule(*(torch.tensor(part, device=self.device) for part in parts))
+            self.schedules[order] = Schedule.of(order, self.rank, self.device)
         return self.schedules[order]
 
     def addresses(self, order: TileOrder, bn: int) -> object:

@@ -69,8 +69,7 @@ class Signals:
 
         if order not in self.schedules:
             require_preparation("the table of tiles")
-            parts = (order.table()[0], *order.fetches(0))
-            self.schedules[order] = Schedule(*(torch.tensor(part, device=self.device) for part in parts))
+            self.schedules[order] = Schedule.of(order, 0, self.device)
         return self.schedules[order]
 
 

@@ -5,7 +5,7 @@ an arm's `prepare` does (restoring data that a run changes) and the barrier befo
 region. How a sample is taken (`Timing.timing`):
 
     graph      GPU, protocol "device": CUDA events around the replay of a CUDA graph of `repeats` runs of the arm
-    backlog    the same around the runs issued eagerly, where the arm cannot be captured
+    backlog    the same around the runs issued eagerly, where the arm cannot be captured or is not to be
     host       CPU: the host's clock around one run. Protocol "published": the same on a GPU, with a synchronisation of
                the host before and after, as the published study did; the first run of each block warms up
 
@@ -27,7 +27,7 @@ PROTOCOLS = ("device", "published")
 # A replay much shorter than the launch of a graph (several µs) would measure the launch: fill it with more runs.
 MIN_REPLAY_US = 200.0
 MAX_REPEATS = 16
-# Samples issued behind one backlog: their launches must fit in the GPU's queue of about a thousand.
+# Samples (runs, where they are eager) behind one backlog: their launches must fit in the GPU's queue of about a thousand.
 MAX_BURST = 40
 SLEEP_CYCLES_PER_US = 2000
 
@@ -96,12 +96,14 @@ def interleave(
     max_iterations: int = 200,
     num_blocks: int = 10,
     warmup: int = 2,
+    captured: bool = True,
 ) -> dict[str, Timing]:
     """Time `arms` interleaved; every rank of `group` (None: this process alone) calls it with the same arguments.
 
     iterations: samples of each arm, rounded up to whole blocks; None: as many as fit into `budget_s` seconds, between
-    `min_iterations` and `max_iterations`. Rank 0 decides it and the order of the arms in each block. Returns, on every
-    rank, arm name -> `Timing`. Raises ValueError on an unknown protocol, repeated names or counts below 1.
+    `min_iterations` and `max_iterations`. Rank 0 decides it and the order of the arms in each block. captured: a GPU
+    replays CUDA graphs of the arms where it can; False: it never does, the runs are issued as eager code does. Returns,
+    on every rank, arm name -> `Timing`. Raises ValueError on an unknown protocol, repeated names or counts below 1.
     """
     check_request(arms, protocol, iterations, min_iterations, max_iterations, num_blocks, warmup)
     on_device = protocol == "device" and device.type == "cuda"
@@ -111,7 +113,7 @@ def interleave(
     samplers = {}
     for arm in arms:
         if on_device:
-            samplers[arm.name] = DeviceSampler(arm, estimates_us[arm.name], group, device)
+            samplers[arm.name] = DeviceSampler(arm, estimates_us[arm.name], group, device, captured)
         else:
             samplers[arm.name] = HostSampler(arm, group, device, num_discarded)
     if iterations is None:
@@ -206,15 +208,18 @@ class HostSampler:
 class DeviceSampler:
     """CUDA events around graph replays (or eager runs) that wait behind a backlog."""
 
-    def __init__(self, arm: Arm, about_us: float, group: dist.ProcessGroup | None, device: torch.device):
+    def __init__(
+        self, arm: Arm, about_us: float, group: dist.ProcessGroup | None, device: torch.device, captured: bool
+    ):
         self.arm = arm
         self.device = device
         self.barrier = Barrier(group, device)
         self.repeats = min(MAX_REPEATS, max(1, round(MIN_REPLAY_US / about_us)))
-        self.graph, why = capture(arm.run, self.repeats)
+        self.graph, why = capture(arm.run, self.repeats) if captured else (None, "")
         if first_error(why, group):
             self.graph = None
         self.timing = "backlog" if self.graph is None else "graph"
+        self.max_burst = max(1, MAX_BURST // self.repeats) if self.graph is None else MAX_BURST
         self.num_late = 0
         self.backlog_us = self.issue_us = 0.0
         # Two bursts without backlog warm the replay up; the second shows how long the host takes to issue a sample.
@@ -226,7 +231,7 @@ class DeviceSampler:
     def sample(self, count: int) -> list[float]:
         values = []
         while len(values) < count:
-            values += self.burst(min(MAX_BURST, count - len(values)))
+            values += self.burst(min(self.max_burst, count - len(values)))
         return values
 
     def burst(self, count: int) -> list[float]:

@@ -27,7 +27,7 @@ PROTOCOLS = ("device", "published")
 # A replay much shorter than the launch of a graph (several µs) would measure the launch: fill it with more runs.
 MIN_REPLAY_US = 200.0
 MAX_REPEATS = 16
-# Samples (runs, where they are eager) behind one backlog: their launches must fit in the GPU's queue of about a thousand.
+# Replays, or eager runs, issued behind one backlog: their launches must fit in the GPU's queue of about a thousand.
 MAX_BURST = 40
 SLEEP_CYCLES_PER_US = 2000
 

@@ -10,18 +10,21 @@ region. How a sample is taken (`Timing.timing`):
                the host before and after, as the published study did; the first run of each block warms up
 
 The first two are issued behind a kernel that keeps the GPU busy until the host has issued the whole block, so no host
-is in the loop. Caches are as `prepare` and the previous sample left them (warm).
+is in the loop, and the SMs' clock is read around each sample, before its barrier and after its end. Caches are as
+`prepare` and the previous sample left them (warm).
 """
 
 import random
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import torch
 import torch.distributed as dist
+
+from maco_lib.clock import ClockReadings, lowest_mhz
 
 PROTOCOLS = ("device", "published")
 # A replay much shorter than the launch of a graph (several µs) would measure the launch: fill it with more runs.
@@ -46,6 +49,7 @@ class Timing:
     """Samples of one arm. `values[rank][iteration]` in µs of one run; `blocks[iteration]` is the block of the sample.
 
     `repeats`: runs in each sample, whose mean it is. `num_late`: samples that the host issued late (backlog ran out).
+    `clocks[rank][iteration]`: the mean SM clock of each sample in MHz; no iterations where the host's clock timed them.
     """
 
     values: list[list[float]]
@@ -53,6 +57,12 @@ class Timing:
     timing: str
     repeats: int = 1
     num_late: int = 0
+    clocks: list[list[float]] = field(default_factory=list)
+
+    @property
+    def clock_mhz(self) -> float:
+        """Median over the iterations of the lowest clock of any rank, for which the group waits; NaN: none was read."""
+        return lowest_mhz(self.clocks)
 
     @property
     def slowest(self) -> np.ndarray:
@@ -128,11 +138,10 @@ def interleave(
             mine[arm.name] += samplers[arm.name].sample(per_block)
     blocks = np.repeat(np.arange(num_blocks), per_block).tolist()
     results = {}
-    every_rank = gather((mine, {name: sampler.num_late for name, sampler in samplers.items()}), group)
+    every_rank = gather({name: (mine[name], one.num_late, one.clocks) for name, one in samplers.items()}, group)
     for name, sampler in samplers.items():
-        values = [samples[name] for samples, _ in every_rank]
-        num_late = max(late[name] for _, late in every_rank)
-        results[name] = Timing(values, blocks, sampler.timing, sampler.repeats, num_late)
+        values, num_late, clocks = zip(*(of_rank[name] for of_rank in every_rank), strict=True)
+        results[name] = Timing([*values], blocks, sampler.timing, sampler.repeats, max(num_late), [*clocks])
         sampler.close()
     return results
 
@@ -186,6 +195,7 @@ class HostSampler:
         self.arm = arm
         self.device = device
         self.num_discarded = num_discarded
+        self.clocks: list[float] = []
         self.barrier = Barrier(group, device)
 
     def sample(self, count: int) -> list[float]:
@@ -222,11 +232,13 @@ class DeviceSampler:
         self.max_burst = max(1, MAX_BURST // self.repeats) if self.graph is None else MAX_BURST
         self.num_late = 0
         self.backlog_us = self.issue_us = 0.0
+        self.clocks: list[float] = []
         # Two bursts without backlog warm the replay up; the second shows how long the host takes to issue a sample.
         self.burst(2)
         self.burst(4)
         self.backlog_us = 2 * max(gather(self.issue_us, group))
         self.num_late = 0
+        self.clocks.clear()
 
     def sample(self, count: int) -> list[float]:
         values = []
@@ -237,11 +249,14 @@ class DeviceSampler:
     def burst(self, count: int) -> list[float]:
         begins = [torch.cuda.Event(enable_timing=True) for _ in range(count)]
         ends = [torch.cuda.Event(enable_timing=True) for _ in range(count)]
+        readings = ClockReadings(count, self.device)
         torch.cuda._sleep(int(self.backlog_us * count * SLEEP_CYCLES_PER_US))
         issued = time.perf_counter()
-        for begin, end in zip(begins, ends, strict=True):
+        for number, (begin, end) in enumerate(zip(begins, ends, strict=True)):
             if self.arm.prepare:
                 self.arm.prepare()
+            self.barrier()  # so that no wait for another rank is between the readings of the clock
+            readings.before(number)
             self.barrier()
             begin.record()
             if self.graph is not None:
@@ -250,9 +265,11 @@ class DeviceSampler:
                 for _ in range(self.repeats):
                     self.arm.run()
             end.record()
+            readings.after(number)
         self.issue_us = (time.perf_counter() - issued) * 1e6 / count
         self.num_late += sum(begin.query() for begin in begins)
         torch.cuda.synchronize(self.device)
+        self.clocks += readings.mhz()
         return [begin.elapsed_time(end) * 1e3 / self.repeats for begin, end in zip(begins, ends, strict=True)]
 
     def close(self) -> None:

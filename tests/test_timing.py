@@ -1,13 +1,16 @@
 """The timing primitives, on this process alone and on two ranks."""
 
+import math
 import time
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
 from ranks import run_ranks
 
-from maco_lib.timing import Arm, interleave
+from maco_lib.clock import lowest_mhz, mean_clock_mhz
+from maco_lib.timing import Arm, Timing, interleave
 
 CPU = torch.device("cpu")
 
@@ -26,6 +29,7 @@ def test_samples_are_times_of_run_alone_in_microseconds():
     assert min(timings["slow"].slowest) == pytest.approx(4000, rel=0.1)
     assert min(timings["fast"].slowest) == pytest.approx(1000, rel=0.1)
     assert timings["slow"].timing == "host"
+    assert timings["slow"].clocks == [[]] and math.isnan(timings["slow"].clock_mhz)
 
 
 def test_arms_are_interleaved_and_prepared_before_every_sample():
@@ -91,6 +95,21 @@ def test_bad_requests_are_named(request_, message):
         interleave([Arm("twin", lambda: None)] * 2, group=None, device=CPU)
 
 
+def test_the_clock_is_that_of_the_sms_seen_both_times():
+    # SMs 0 and 3 at 1500 MHz, SM 1 at 1400, SM 2 only before, SM 4 only after, SM 5 never; counters begin anywhere.
+    before = np.array([[7, 10_000], [2**40, 10_032], [9, 10_000], [5, 10_000], [0, 0], [0, 0]])
+    after = np.array([[300_007, 210_000], [2**40 + 280_000, 210_032], [0, 0], [300_005, 210_000], [8, 210_000], [0, 0]])
+    assert mean_clock_mhz(before, after) == 1500
+    assert mean_clock_mhz(before[1:3], after[1:3]) == 1400
+    assert math.isnan(mean_clock_mhz(before[4:], after[4:]))
+
+
+def test_a_timing_has_the_clock_of_the_rank_that_the_others_wait_for():
+    clocks = [[1500.0, 1400.0, 1600.0, math.nan], [1450.0, 1700.0, 1650.0, 1200.0]]
+    assert Timing([[1.0] * 4] * 2, [0, 1, 2, 3], "graph", clocks=clocks).clock_mhz == 1450
+    assert math.isnan(lowest_mhz([[math.nan], [1500.0]]))
+
+
 @pytest.mark.gpu(num_gpus=1)
 def test_a_gpu_arm_is_timed_by_graph_replays_and_agrees_with_the_host_clock():
     device = torch.device("cuda", 0)
@@ -102,3 +121,25 @@ def test_a_gpu_arm_is_timed_by_graph_replays_and_agrees_with_the_host_clock():
     assert (graph.timing, host.timing) == ("graph", "host")
     assert graph.num_late == 0
     assert 0.5 < min(graph.slowest) / min(host.slowest) < 1.05
+    assert len(graph.clocks[0]) == len(graph.values[0]) and host.clocks == [[]]
+    assert 200 < min(graph.clocks[0]) <= max(graph.clocks[0]) < 3000
+
+
+@pytest.mark.gpu(num_gpus=1)
+def test_the_clock_of_a_spin_is_read_on_every_sm():
+    from maco_lib.clock import ClockReadings
+
+    device = torch.device("cuda", 0)
+    readings, cycles = ClockReadings(2, device), 4_000_000
+    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    for sample in range(2):
+        readings.before(sample)
+        begin.record()
+        torch.cuda._sleep(cycles)
+        end.record()
+        readings.after(sample)
+    clock = readings.mhz()[1]
+    assert 200 < clock < 3000
+    assert clock == pytest.approx(cycles / begin.elapsed_time(end) / 1e3, rel=0.05)
+    num_sms = torch.cuda.get_device_properties(device).multi_processor_count
+    assert (readings.readings[..., 1] > 0).sum(-1).tolist() == [[num_sms] * 2] * 2

@@ -124,6 +124,9 @@ def row(
     def time(arm: str) -> tuple[float, float, float]:
         return stats.median_interval(timings[arm].slowest) if arm in timings else (math.nan,) * 3
 
+    def clock(arm: str) -> float:
+        return timings[arm].clock_mhz if arm in timings else math.nan
+
     def interval(column: str, arm: str) -> dict[str, float]:
         return {f"{column}{end}_us": value for end, value in zip(("", "_lo", "_hi"), time(arm), strict=True)}
 
@@ -156,6 +159,8 @@ def row(
         "num_runs": problem.num_runs,
         **interval("time", arm),
         **interval("t_matmul", "matmul"),
+        "clock_mhz": clock(arm),
+        "matmul_clock_mhz": clock("matmul"),
         "t_matmul_chunked_us": time(f"matmul:{method.num_chunks}")[0],
         "t_comm_us": best,
         "t_comm_backend": fastest,

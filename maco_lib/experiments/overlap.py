@@ -99,6 +99,9 @@ def row(
     def time(arm: str) -> tuple[float, float, float]:
         return summarise(timings[arm].slowest) if arm in timings else (math.nan,) * 3
 
+    def clock(arm: str) -> float:
+        return timings[arm].clock_mhz if arm in timings else math.nan
+
     times = {"t_comm": f"comm:{backend}", "t_comp": "compute", "t_seq": "sequential", "t_overlap": name}
     columns: dict[str, Any] = {}
     for column, arm in times.items():
@@ -127,6 +130,8 @@ def row(
         "published_size": PUBLISHED.get(point["configuration"]) == (point["comm_bytes"], point["matmul_n"]),
         "timing": timings[name].timing if name in timings else "",
         **columns,
+        "clock_mhz": clock(name),
+        "compute_clock_mhz": clock("compute"),
         "t_comm_best_us": best,
         "t_seq_backend_us": own,
         "ideal_us": ideal,

@@ -46,15 +46,15 @@ class Result:
 
 
 def samples_of(timings: Mapping[str, Timing]) -> list[Samples]:
-    """The raw samples of interleaved arms in µs, with how each was taken."""
-    return [
-        Samples(
-            "time_us",
-            [[round(value, 3) for value in rank] for rank in timing.values],
-            {"arm": arm, "timing": timing.timing, "repeats": timing.repeats, "num_late": timing.num_late},
-        )
-        for arm, timing in timings.items()
-    ]
+    """The raw samples of interleaved arms in µs, with how each was taken; where it was read, the SM clock in MHz."""
+    samples = []
+    for arm, timing in timings.items():
+        how = {"arm": arm, "timing": timing.timing, "repeats": timing.repeats, "num_late": timing.num_late}
+        samples.append(Samples("time_us", [[round(value, 3) for value in rank] for rank in timing.values], how))
+        if any(timing.clocks):
+            clocks = [[round(value, 1) for value in rank] for rank in timing.clocks]
+            samples.append(Samples("clock_mhz", clocks, how))
+    return samples
 
 
 @dataclass

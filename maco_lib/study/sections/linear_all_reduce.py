@@ -136,6 +136,9 @@ SCHEMA = pa.DataFrameSchema(
         "predicted_us": TIME,
         "timing": pa.Column(str, pa.Check.isin(["graph", "backlog", "host", ""])),
         **{f"{name}{bound}_us": TIME for name in ("time", "t_matmul") for bound in ("", "_lo", "_hi")},
+        # Mean SM clocks: none on CPUs and in tables of earlier runs.
+        "clock_mhz": pa.Column(float, pa.Check.gt(0), nullable=True, required=False),
+        "matmul_clock_mhz": pa.Column(float, pa.Check.gt(0), nullable=True, required=False),
         "t_matmul_chunked_us": TIME,
         "t_comm_us": TIME,
         "t_comm_backend": pa.Column(str),

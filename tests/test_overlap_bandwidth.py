@@ -47,6 +47,16 @@ def test_what_was_measured_before_the_planner_is_still_what_its_parameters_ask_f
     assert all("auto" in point["methods"] for point in points(overlap, "full", GPUS) if point["protocol"] == "device")
 
 
+def test_eager_code_is_asked_for_in_both_launch_modes_and_by_machines_of_before_not_at_all():
+    asked = overlap.OVERLAP_EAGER.points(overlap.SECTION.resolve("full", GPUS, {}), GPUS)
+    assert [point["configuration"] for point in asked] == list(overlap.PUBLISHED)
+    assert {(point["launched"], point["budget_s"]) for point in asked} == {("graph,eager", 0.5)}
+    assert {"sequential", "two_stream", "auto"} < set(asked[0]["methods"].split(","))
+    (here,) = overlap.OVERLAP_EAGER.points(overlap.SECTION.resolve("smoke", CPU, {}), CPU)
+    assert here["launched"] == "eager" and here["comm_bytes"] == 2**15
+    assert overlap.OVERLAP_EAGER.points(overlap.OverlapParameters(), GPUS) == []
+
+
 def test_bandwidth_sizes_double_and_the_published_ones_are_always_there():
     asked = points(bandwidth, "standard", CPU)
     gathers = [p["bytes"] for p in asked if p["collective"] == "all_gather"]
@@ -128,6 +138,34 @@ def measure_with_a_wrong_arm(rank: int, num_ranks: int) -> None:
 def test_a_wrong_arm_is_reported_and_never_timed(tmp_path, monkeypatch):
     monkeypatch.setenv("MACO_CACHE", str(tmp_path))
     run_ranks(measure_with_a_wrong_arm)
+
+
+def measure_in_eager_code(rank: int, num_ranks: int) -> None:
+    from maco_lib.experiments import overlap_eager as program
+    from maco_lib.experiments.worker import Context
+
+    events = pathlib.Path(os.environ["MACO_CACHE"], "events.jsonl")
+    context = Context(rank, num_ranks, torch.device("cpu"), dist.group.WORLD, events)
+    point = {
+        "configuration": "sweep", "comm_bytes": 4096, "matmul_n": 64, "dtype": "bf16", "launched": "eager",
+        "methods": "sequential,two_stream,maco_staged_8_stream,auto", "budget_s": 0.01, "min_iterations": 5,
+    }  # fmt: skip
+    result = program.measure(point, context)
+    check_rows(overlap.OVERLAP_EAGER, pd.DataFrame(result.rows).assign(point_key="k", num_launches=1), "test")
+    sequential, two_stream, staged, auto = result.rows
+    assert sequential["speedup"] == 1.0 and sequential["t_overlap_us"] == sequential["t_seq_us"]
+    assert two_stream["speedup"] == pytest.approx(two_stream["t_seq_us"] / two_stream["t_overlap_us"])
+    assert (two_stream["plan"], two_stream["timing"], two_stream["leads"]) == ("gloo, overlapped", "host", False)
+    assert not staged["correct"] and "GPUs" in staged["error"] and np.isnan(staged["t_overlap_us"])
+    assert auto["correct"] and auto["plan"] in (sequential["plan"], two_stream["plan"])
+    assert {(one.labels["arm"], one.labels["launched"]) for one in result.samples} == {
+        (name, "eager") for name in ("sequential", "two_stream", "auto")
+    }
+
+
+def test_eager_code_is_measured_on_cpu_ranks_and_what_cannot_run_says_why(tmp_path, monkeypatch):
+    monkeypatch.setenv("MACO_CACHE", str(tmp_path))
+    run_ranks(measure_in_eager_code)
 
 
 def bandwidth_table(latency_us: float, gb_per_s: float, noise: float = 0.0) -> pd.DataFrame:

@@ -118,8 +118,11 @@ def test_a_gpu_arm_is_timed_by_graph_replays_and_agrees_with_the_host_clock():
     arms = [Arm("matmul", lambda: torch.mm(a, a, out=out))]
     graph = interleave(arms, group=None, device=device, budget_s=0.2)["matmul"]
     host = interleave(arms, group=None, device=device, budget_s=0.2, protocol="published")["matmul"]
+    eager = interleave(arms, group=None, device=device, budget_s=0.2, captured=False)["matmul"]
     assert (graph.timing, host.timing) == ("graph", "host")
     assert graph.num_late == 0
+    assert eager.timing == "backlog" and eager.repeats == graph.repeats
+    assert 0.9 < min(eager.slowest) / min(graph.slowest) < 1.1
     assert 0.5 < min(graph.slowest) / min(host.slowest) < 1.05
     assert len(graph.clocks[0]) == len(graph.values[0]) and host.clocks == [[]]
     assert 200 < min(graph.clocks[0]) <= max(graph.clocks[0]) < 3000

@@ -71,8 +71,15 @@ SWEEP_IDEAL_BACKENDS = {
     "cpu": ["gloo"],
     "cuda": ["nccl", "nccl_symmetric", "symm_mem_one_shot", "symm_mem_two_shot", "maco_push_64", "maco_push_128"],
 }
+# What is also timed as eager code issues it: the published technique and two that take few SMs, and how each kind of
+# device launches them. On a CPU there is nothing but the host.
+EAGER_METHODS = {
+    "cpu": ["sequential", "two_stream", "auto"],
+    "cuda": ["sequential", "two_stream", "maco_push_64_stream", "maco_staged_8_stream", "auto"],
+}
+LAUNCHED = {"cpu": ["eager"], "cuda": ["graph", "eager"]}
 
 __all__ = [
-    "DEFAULT_BACKEND", "DEVICE_METHODS", "FIRST_METHODS", "FIRST_SWEEP_METHODS", "HOST_WAITS", "IDEAL_BACKENDS",
-    "METHODS", "PUBLISHED", "SWEEP", "SWEEP_IDEAL_BACKENDS", "SWEEP_METHODS",
+    "DEFAULT_BACKEND", "DEVICE_METHODS", "EAGER_METHODS", "FIRST_METHODS", "FIRST_SWEEP_METHODS", "HOST_WAITS",
+    "IDEAL_BACKENDS", "LAUNCHED", "METHODS", "PUBLISHED", "SWEEP", "SWEEP_IDEAL_BACKENDS", "SWEEP_METHODS",
 ]  # fmt: skip

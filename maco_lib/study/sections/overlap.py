@@ -18,11 +18,14 @@ from maco_lib.experiments.overlap_methods import (
     SWEEP_METHODS,
 )
 from maco_lib.machine import Machine
-from maco_lib.study.sections.memory import BYTES_PER_ELEMENT, require, resolve_ranks, too_few_ranks
+from maco_lib.study.sections.memory import resolve_ranks, too_few_ranks
+from maco_lib.study.sections.overlap_eager import OVERLAP_EAGER
+from maco_lib.study.sections.overlap_shared import COMMON, RATIO, TIME, check_methods, check_sizes, sizes
 from maco_lib.study.sections.sm_sharing import SM_SHARING
 from maco_lib.study.spec import Dataset, Parameters, Point, Section
 
 KIB, MIB = 2**10, 2**20
+SMALLEST = next(iter(PUBLISHED))
 TIMELINE_METHODS = {
     "cpu": ["sequential", "two_stream"],
     "cuda": ["sequential", "two_stream", "maco_push_64_stream", "maco_staged_8_stream"],
@@ -47,39 +50,9 @@ class OverlapParameters(Parameters):
     sweep_matmul_n: list[int] = Field([], description="n of the n×n matmul in the sweep")
     sweep_budget_s: float = Field(0.2, gt=0, description="seconds of samples per point of the sweep")
     sm_sharing_n: list[int] = Field([], description="n of the n×n matmuls that SMs are taken from")
+    eager_configurations: list[str] = Field([], description="configurations also timed in eager code, without a graph")
     timeline_methods: list[str] = Field([], description="techniques profiled; []: those of before the planner")
     timeline_configurations: list[str] = Field(["Large compute, large comm"], description="profiled configurations")
-
-
-def sizes(parameters: OverlapParameters, name: str) -> tuple[int, int]:
-    """(comm_bytes, matmul_n) of a published configuration; raises ValueError with the valid names."""
-    if name not in PUBLISHED:
-        raise ValueError(f"unknown configuration {name!r}; the published ones are {'; '.join(PUBLISHED)}")
-    comm_bytes, matmul_n = PUBLISHED[name]
-    return comm_bytes // parameters.shrink**2, matmul_n // parameters.shrink
-
-
-def check_sizes(parameters: OverlapParameters, machine: Machine, comm_bytes: int, matmul_n: int) -> None:
-    """Raise ValueError on sizes that mean nothing or do not fit into memory."""
-    itemsize = BYTES_PER_ELEMENT[parameters.dtype]
-    if comm_bytes < 16 or comm_bytes % 16:
-        raise ValueError(f"comm_bytes = {comm_bytes} is not a positive multiple of 16 bytes")
-    if matmul_n < 1:
-        raise ValueError(f"matmul_n = {matmul_n} is below 1")
-    # Buffers of all backends and the reference in wider types; three matrices and one of them in float64.
-    needed = comm_bytes * (16 + 20 / itemsize) + matmul_n**2 * (3 * itemsize + 8)
-    ranks = resolve_ranks(parameters.num_ranks, machine)
-    require(f"comm_bytes = {comm_bytes} with matmul_n = {matmul_n}", needed, machine, ranks)
-
-
-def check_methods(asked: list[str]) -> str:
-    """The methods of a point as it names them; raises ValueError with the valid ones."""
-    for name in asked:
-        if name not in METHODS["device"]:
-            raise ValueError(f"unknown method {name!r}; the methods are {', '.join(METHODS['device'])}")
-    if "sequential" not in asked or len(set(asked)) < len(asked):
-        raise ValueError(f"methods = {asked}: each is named once, 'sequential' among them to judge the others against")
-    return ",".join(asked)
 
 
 def points(parameters: OverlapParameters, machine: Machine) -> list[Point]:
@@ -119,18 +92,6 @@ def timeline_points(parameters: OverlapParameters, machine: Machine) -> list[Poi
     return asked
 
 
-TIME = pa.Column(float, pa.Check.gt(0), nullable=True)
-RATIO = pa.Column(float, nullable=True)
-COMMON = {
-    "point_key": pa.Column(str),
-    "configuration": pa.Column(str, pa.Check.isin([*PUBLISHED, SWEEP])),
-    "comm_bytes": pa.Column(int, pa.Check.gt(0)),
-    "matmul_n": pa.Column(int, pa.Check.gt(0)),
-    "dtype": pa.Column(str, pa.Check.isin(list(BYTES_PER_ELEMENT))),
-    "num_ranks": pa.Column(int, pa.Check.ge(2)),
-    "num_launches": pa.Column(int, pa.Check.ge(1)),
-    "error": pa.Column(str),
-}
 TIMES = ("t_comm", "t_comp", "t_seq", "t_overlap")
 OVERLAP_SCHEMA = pa.DataFrameSchema(
     {
@@ -142,6 +103,9 @@ OVERLAP_SCHEMA = pa.DataFrameSchema(
         "published_size": pa.Column(bool),
         "timing": pa.Column(str, pa.Check.isin(["graph", "backlog", "host", ""])),
         **{f"{name}{bound}_us": TIME for name in TIMES for bound in ("", "_lo", "_hi")},
+        # Mean SM clocks: none on CPUs, in the published protocol and in tables of earlier runs.
+        "clock_mhz": pa.Column(float, pa.Check.gt(0), nullable=True, required=False),
+        "compute_clock_mhz": pa.Column(float, pa.Check.gt(0), nullable=True, required=False),
         "t_comm_best_us": TIME,
         "t_seq_backend_us": TIME,
         "ideal_us": TIME,
@@ -253,13 +217,13 @@ SECTION = Section(
                 **EVERY["cpu"],
                 "shrink": 16, "budget_s": 0.05, "min_iterations": 5, "published_iterations": 5,
                 "sweep_comm_bytes": [64 * KIB, MIB], "sweep_matmul_n": [64, 256], "sweep_budget_s": 0.03,
-                "sm_sharing_n": [256],
+                "sm_sharing_n": [256], "eager_configurations": [SMALLEST],
             },
             "cuda": {
                 **EVERY["cuda"],
                 "budget_s": 0.2, "published_iterations": 10, "sweep_budget_s": 0.05,
                 "sweep_comm_bytes": [MIB, 16 * MIB], "sweep_matmul_n": [1024, 4096],
-                "sm_sharing_n": [4096],
+                "sm_sharing_n": [4096], "eager_configurations": ["Large compute, large comm"],
             },
         },
         "standard": {
@@ -268,13 +232,13 @@ SECTION = Section(
                 "budget_s": 2.5, "min_iterations": 5, "published_iterations": 4, "sweep_budget_s": 0.4,
                 "sweep_comm_bytes": [64 * KIB, 256 * KIB, MIB, 4 * MIB, 16 * MIB],
                 "sweep_matmul_n": [256, 512, 1024, 1536],
-                "sm_sharing_n": [1024],
+                "sm_sharing_n": [1024], "eager_configurations": [SMALLEST],
             },
             "cuda": {
                 **EVERY["cuda"],
                 "sweep_comm_bytes": [256 * KIB, MIB, 4 * MIB, 16 * MIB, 64 * MIB],
                 "sweep_matmul_n": [1024, 2048, 4096, 8192], "timeline_configurations": list(PUBLISHED),
-                "sm_sharing_n": [2048, 4096, 8192],
+                "sm_sharing_n": [2048, 4096, 8192], "eager_configurations": list(PUBLISHED),
             },
         },
         "full": {
@@ -283,18 +247,18 @@ SECTION = Section(
                 "budget_s": 20.0, "num_launches": 3, "sweep_budget_s": 1.0,
                 "sweep_comm_bytes": [64 * KIB, 256 * KIB, MIB, 4 * MIB, 8 * MIB, 16 * MIB],
                 "sweep_matmul_n": [256, 512, 768, 1024, 1536, 2048], "timeline_configurations": list(PUBLISHED),
-                "sm_sharing_n": [1024],
+                "sm_sharing_n": [1024], "eager_configurations": [SMALLEST],
             },
             "cuda": {
                 **EVERY["cuda"],
                 "num_launches": 3, "sweep_budget_s": 0.1,
                 "sweep_comm_bytes": [256 * KIB, MIB, 4 * MIB, 8 * MIB, 16 * MIB, 32 * MIB, 64 * MIB, 128 * MIB],
                 "sweep_matmul_n": [1024, 2048, 3072, 4096, 6144, 8192], "timeline_configurations": list(PUBLISHED),
-                "sm_sharing_n": [1024, 2048, 4096, 8192],
+                "sm_sharing_n": [1024, 2048, 4096, 8192], "eager_configurations": list(PUBLISHED),
             },
         },
     },
-    datasets=(OVERLAP, TIMELINE, SM_SHARING),
+    datasets=(OVERLAP, TIMELINE, SM_SHARING, OVERLAP_EAGER),
     figures=(
         "overlap_published", "overlap_techniques", "overlap_synchronisation", "overlap_heatmap", "overlap_sm_sharing",
         "overlap_timeline",

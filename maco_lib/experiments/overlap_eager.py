@@ -1,0 +1,101 @@
+"""Measure what launching does to overlap: each way replayed from a CUDA graph and issued eagerly, behind queued work.
+
+Eagerly a side stream begins some µs after the stream that it waits for, and what comes first gets the SMs. So each
+technique is measured in both roles: the all-reduce on the side stream, and leading (`Plan.leads`), the matmul there.
+"""
+
+import math
+from dataclasses import replace
+from typing import Any
+
+from maco_lib import stats
+from maco_lib.experiments import worker
+from maco_lib.experiments.overlap import planned
+from maco_lib.experiments.overlap_problem import Problem
+from maco_lib.experiments.worker import Context, Result, samples_of
+from maco_lib.overlap.plan import Plan
+from maco_lib.timing import Timing, interleave
+
+AUTO = "auto"
+
+
+def measure(point: dict[str, Any], context: Context) -> Result:
+    """A row for each launch mode and way: the point's methods, the overlapping ones leading as well on GPUs."""
+    problem, on_gpu = Problem(point, context), context.device.type == "cuda"
+    errors: dict[str, str] = {}
+    ways: dict[str, tuple[str, Plan | None]] = {}
+    for method in point["methods"].split(","):
+        ways[method] = method, planned(problem, method, errors)
+        plan = ways[method][1]
+        if on_gpu and plan and plan.overlapped and method != AUTO:
+            ways[f"{method}, leading"] = method, replace(plan, urgent=False, leads=True)
+    arms = []
+    for name, (method, plan) in ways.items():
+        operation = AUTO if method == AUTO else plan.backend if plan else ""
+        errors[name] = errors.get(name, "") or problem.use(operation)
+        if not errors[name]:
+            arm = problem.planned(name, plan, operation)
+            errors[name] = problem.error(arm, operation, True)
+            arms += [] if errors[name] else [arm]
+    rows, samples = [], []
+    for launched in point["launched"].split(","):
+        timings, why = {}, dict(errors)
+        if arms:
+            timings = interleave(
+                arms, group=problem.group, device=problem.device, budget_s=point["budget_s"],
+                min_iterations=point["min_iterations"], warmup=3 if on_gpu else 1, captured=launched == "graph",
+            )  # fmt: skip
+        for name in [name for name, timing in timings.items() if launched == "graph" and timing.timing != "graph"]:
+            why[name] = "it could not be captured in a CUDA graph"
+            del timings[name]
+        for entry in samples_of(timings):
+            entry.labels["launched"] = launched
+            samples.append(entry)
+        rows += [row(point, context, launched, name, *way, timings, why[name]) for name, way in ways.items()]
+    return Result(rows, samples)
+
+
+def row(
+    point: dict,
+    context: Context,
+    launched: str,
+    name: str,
+    method: str,
+    plan: Plan | None,
+    timings: dict[str, Timing],
+    error: str,
+) -> dict[str, Any]:
+    """The reported row of one way: its time, and its speedup over sequential code launched likewise."""
+    mine, reference = timings.get(name), timings.get("sequential")
+    ratio = low = high = math.nan
+    if mine and reference:
+        ratio, low, high = stats.paired_ratio(reference.slowest, mine.slowest, mine.blocks)
+    columns = {}
+    for column, timing in (("t_seq", reference), ("t_overlap", mine)):
+        times = stats.median_interval(timing.slowest) if timing else (math.nan,) * 3
+        columns |= {f"{column}{end}_us": value for end, value in zip(("", "_lo", "_hi"), times, strict=True)}
+    return {
+        "configuration": point["configuration"],
+        "comm_bytes": point["comm_bytes"],
+        "matmul_n": point["matmul_n"],
+        "launched": launched,
+        "method": method,
+        "leads": bool(plan and plan.leads),
+        "backend": plan.backend if plan else "",
+        "plan": str(plan) if plan else "",
+        "dtype": point["dtype"],
+        "num_ranks": context.num_ranks,
+        "timing": mine.timing if mine else "",
+        **columns,
+        "speedup": ratio,
+        "speedup_lo": low,
+        "speedup_hi": high,
+        "verdict": "" if math.isnan(low) else stats.verdict(low, high),
+        "late_part": mine.num_late / len(mine.blocks) if mine else math.nan,
+        "correct": mine is not None,
+        "error": error,
+    }
+
+
+if __name__ == "__main__":
+    worker.main(measure)

@@ -9,8 +9,9 @@ from maco_lib.kernels.tile_order import TileOrder
 from maco_lib.overlap import LinearPlan, linear_all_reduce
 from maco_lib.overlap.linear_techniques import persistent
 from maco_lib.overlap.linear_techniques.persistent_time import (
-    TILE_COLUMNS,
-    fastest_columns,
+    TILINGS,
+    Tiling,
+    fastest_tiling,
     order_of,
     persistent_time,
     time_of,
@@ -20,6 +21,7 @@ PERSISTENT = LinearPlan("persistent")
 NUM_GPUS = max(2, torch.cuda.device_count())
 # (M, N, K of a rank): whole tiles, parts of tiles, fewer tiles than ranks, several waves, one row.
 SHAPES = [(512, 512, 256), (777, 1000, 136), (1, 8, 8), (300, 264, 72), (2048, 4096, 2048), (4100, 5120, 520)]
+TILES, PAIRS = Tiling(128, False), Tiling(128, True)
 
 
 class Example:
@@ -63,14 +65,16 @@ def right(rank: int, num_ranks: int) -> None:
             everyones = [torch.empty_like(result) for _ in range(num_ranks)]
             dist.all_gather(everyones, result)
             assert all(torch.equal(each, result) for each in everyones), (shape, dtype)
-    for bn in TILE_COLUMNS:
-        example = Example(rank, 600, 1000, 264, torch.bfloat16, bias=True, residual=True)
+    # Several waves, the last of them short, so that some tiles are multiplied in pairs, some singly.
+    m, n = 2600, 5000
+    for tiling in TILINGS:
+        example = Example(rank, m, n, 264, torch.bfloat16, bias=True, residual=True)
         problem = persistent.Problem(
             example.x, example.weight, example.bias, example.residual,
-            torch.empty(600, 1000, dtype=torch.bfloat16, device=example.x.device), "nccl", dist.group.WORLD,
+            torch.empty(m, n, dtype=torch.bfloat16, device=example.x.device), "nccl", dist.group.WORLD,
         )  # fmt: skip
-        persistent.run(problem, bn)
-        assert error(problem.result, example.exact()) < 3e-3, bn
+        persistent.run(problem, tiling)
+        assert error(problem.result, example.exact()) < 3e-3, tiling
 
 
 def misaligned(rank: int, num_ranks: int) -> None:
@@ -148,22 +152,27 @@ def test_a_plan_with_it_takes_no_backend():
 @pytest.mark.parametrize("num_ranks", [2, 4, 8])
 def test_tiles_are_chosen_by_the_waves_and_what_is_left_to_fetch(num_ranks):
     for m, n, k in ((2048, 4096, 2048), (4096, 5120, 12800), (16384, 8192, 14336), (1, 8, 64)):
-        times = {bn: persistent_time(m, n, k, bn, num_ranks, 66).total for bn in TILE_COLUMNS}
-        assert fastest_columns(m, n, k, num_ranks, 66) == min(times, key=times.get)
-        assert all(persistent_time(m, n, 2 * k, bn, num_ranks, 66).total > us for bn, us in times.items())
-    # 4096 x 4096 in tiles of 256 x 256 is 256 of them, four waves of 66 clusters; one row more is a band more.
-    assert order_of(4096, 4096, 4096, 256, num_ranks, 66).num_waves == 4
-    assert order_of(4097, 4096, 4096, 256, num_ranks, 66).num_waves == 5
+        times = {tiling: persistent_time(m, n, k, tiling, num_ranks, 66).total for tiling in TILINGS}
+        assert fastest_tiling(m, n, k, num_ranks, 66) == min(times, key=times.get)
+        assert all(persistent_time(m, n, 2 * k, tiling, num_ranks, 66).total > us for tiling, us in times.items())
+    # 4096 x 4096 in tiles of 256 x 128 is 512 of them, 7.8 waves of 66 clusters; 256 rows more are 32 tiles more.
+    for rows, waves, last in ((4096, 8, 50), (4097, 9, 16)):
+        order = order_of(rows, 4096, 4096, TILES, num_ranks, 66)
+        assert (order.pair_waves, order.single_waves, order.last_wave) == (0, waves, last)
+    # In pairs three waves of 66, then the other 116 tiles in two; 32 more are a wave of pairs more and one of 16.
+    for rows, waves in ((4096, (3, 2, 50)), (4097, (4, 1, 16))):
+        order = order_of(rows, 4096, 4096, PAIRS, num_ranks, 66)
+        assert (order.pair_waves, order.single_waves, order.last_wave) == waves
 
 
 def test_many_groups_where_the_last_sums_would_count_and_one_where_the_transfers_do():
     shape = (4096, 4096)
-    assert order_of(*shape, 512, 128, 4, 66).num_groups == order_of(*shape, 8192, 128, 2, 66).num_groups == 1
-    grouped = order_of(*shape, 8192, 128, 4, 66)
+    assert order_of(*shape, 512, TILES, 4, 66).num_groups == order_of(*shape, 8192, TILES, 2, 66).num_groups == 1
+    grouped = order_of(*shape, 8192, TILES, 4, 66)
     one = TileOrder(grouped.num_m, grouped.num_n, 4, 66)
-    assert grouped.num_groups > 1 and time_of(grouped, 8192, 128).last_sums < time_of(one, 8192, 128).last_sums
+    assert grouped.num_groups > 1 and time_of(grouped, 8192, TILES).last_sums < time_of(one, 8192, TILES).last_sums
 
 
 def test_a_short_k_leaves_it_waiting_for_the_transfers_and_a_long_one_for_the_matmul():
-    assert persistent_time(8192, 4096, 512, 128, 2, 66).limit == "transfers"
-    assert persistent_time(8192, 4096, 16384, 128, 2, 66).limit == "matmul"
+    assert persistent_time(8192, 4096, 512, TILES, 2, 66).limit == "transfers"
+    assert persistent_time(8192, 4096, 16384, TILES, 2, 66).limit == "matmul"

@@ -31,10 +31,10 @@ def test_bands_cover_all_rows_and_wait_for_their_tiles_flags(num_rows, num_n, ma
     assert [piece.start for piece in pieces] == [0, *(piece.stop for piece in pieces[:-1])]
     assert pieces[-1].stop == num_rows and all(piece.stop % ROWS == 0 for piece in pieces[:-1])
     height = -(-pieces[0].stop // ROWS)
-    (tiles,) = TileOrder(-(-num_rows // ROWS), num_n, 1, max_clusters, height=height).table().tolist()
+    (placed,) = TileOrder(-(-num_rows // ROWS), num_n, 1, max_clusters, height=height).placed()
     for piece in pieces:
         begin, end = signalled.flags_of(piece, num_n)
-        slots = [slot for m, _, _, slot in tiles if piece.start <= m * ROWS < piece.stop]
+        slots = [work.slot for work, _, _ in placed if piece.start <= work.m * ROWS < piece.stop]
         assert sorted(slot * CTAS + cta for slot in slots for cta in range(CTAS)) == list(range(begin, end))
 
 

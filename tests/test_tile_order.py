@@ -7,7 +7,7 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from maco_lib.kernels.tile_order import TileOrder
+from maco_lib.kernels.tile_order import TileOrder, columns
 
 ORDERS = st.builds(
     TileOrder,
@@ -16,44 +16,63 @@ ORDERS = st.builds(
     num_ranks=st.integers(2, 8),
     max_clusters=st.integers(1, 80),
     num_groups=st.sampled_from((1, 2, 4, 8)),
+    pairs=st.booleans(),
 )
 FEWER_TILES_THAN_RANKS = TileOrder(1, 2, 4, 66, 4)
 HALF_A_WAVE_MORE = TileOrder(9, 11, 2, 66)
 MANY_GROUPS = TileOrder(8, 20, 8, 66, 8)
+PAIRS_AND_AN_ODD_COLUMN = TileOrder(16, 43, 4, 66, 8, pairs=True)
 
 
 def checked(test):
-    for case in (FEWER_TILES_THAN_RANKS, HALF_A_WAVE_MORE, MANY_GROUPS):
+    for case in (FEWER_TILES_THAN_RANKS, HALF_A_WAVE_MORE, MANY_GROUPS, PAIRS_AND_AN_ODD_COLUMN):
         test = example(case)(test)
     return settings(deadline=None, max_examples=60)(given(ORDERS)(test))
 
 
-def places(order: TileOrder) -> list[dict[tuple[int, int], int]]:
-    """By rank, when it computes each tile."""
-    return [{(m, n): place for place, (m, n, _, _) in enumerate(tiles.tolist())} for tiles in order.table()]
+def places(order: TileOrder) -> list[dict[tuple[int, int], tuple[int, int]]]:
+    """By rank: (place, cluster) of each tile."""
+    return [
+        {(work.m, n): (place, cluster) for work, place, cluster in placed for n in columns(work)}
+        for placed in order.placed()
+    ]
 
 
-def owned(order: TileOrder) -> dict[tuple[int, int], tuple[int, int]]:
-    """(owner, slot) of each tile."""
-    return {(m, n): (owner, slot) for m, n, owner, slot in order.table()[0].tolist()}
+def owned(order: TileOrder, rank: int = 0) -> dict[tuple[int, int], tuple[int, int]]:
+    """(owner, slot) of each tile, as `rank` knows it."""
+    works = [work for work, _, _ in order.placed()[rank]]
+    return {(work.m, n): (work.owner, work.slot + n - work.n) for work in works for n in columns(work)}
+
+
+def by_cluster(begin: np.ndarray, rows: np.ndarray) -> list[list[tuple[tuple[int, int], int, bool, int]]]:
+    """By cluster: (tile, owner or peer, whether it is a pair or a partial, slot)."""
+    assert begin.dtype == rows.dtype == np.int32 and begin[0] == 0 and begin[-1] == len(rows)
+    parts = [((m, n), kind // 2, kind % 2 == 1, slot) for m, n, kind, slot in rows.tolist()]
+    return [parts[first:last] for first, last in zip(begin[:-1], begin[1:], strict=True)]
+
+
+def computed(order: TileOrder, rank: int) -> list[list[tuple[tuple[int, int], int, bool, int]]]:
+    return by_cluster(*order.tables(rank)[:2])
 
 
 def fetched(order: TileOrder, rank: int) -> list[list[tuple[tuple[int, int], int, bool, int]]]:
-    """By cluster: (tile, peer, whether it is a partial, slot)."""
-    begin, fetches = order.fetches(rank)
-    rows = [((m, n), kind // 2, kind % 2 == 1, slot) for m, n, kind, slot in fetches.tolist()]
-    assert begin[0] == 0 and begin[-1] == len(rows)
-    return [rows[first:last] for first, last in zip(begin[:-1], begin[1:], strict=True)]
+    return by_cluster(*order.tables(rank)[2:])
+
+
+def tiles(tile: tuple[int, int], is_pair: bool) -> list[tuple[int, int]]:
+    return [tile, (tile[0], tile[1] + 1)][: 1 + is_pair]
 
 
 @checked
 def test_every_rank_computes_every_tile_once_and_agrees_on_owner_and_slot(order):
-    table, every = order.table(), owned(order)
-    assert table.dtype == np.int32
+    every = owned(order)
     assert set(every) == {(m, n) for m in range(order.num_m) for n in range(order.num_n)}
-    for tiles in table.tolist():
-        assert len(tiles) == order.num_tiles
-        assert {(m, n): (owner, slot) for m, n, owner, slot in tiles} == every
+    for rank in range(order.num_ranks):
+        assert owned(order, rank) == every
+        works = [work for cluster in computed(order, rank) for work in cluster]
+        done = [(each, owner, slot + step) for tile, owner, is_pair, slot in works
+                for step, each in enumerate(tiles(tile, is_pair))]  # fmt: skip
+        assert sorted(done) == sorted((tile, *at) for tile, at in every.items())
     counts = Counter(owner for owner, _ in every.values())
     assert sorted(every.values()) == [(owner, slot) for owner in sorted(counts) for slot in range(counts[owner])]
     assert max(counts.values()) <= order.num_slots
@@ -67,7 +86,7 @@ def test_partials_of_own_tiles_and_sums_of_the_others_are_fetched_once_by_the_cl
                for cluster, rows in enumerate(fetched(order, rank)) for tile, peer, partial, slot in rows]  # fmt: skip
         wanted = []
         for tile, (owner, slot) in every.items():
-            cluster = when[owner][tile] % order.num_clusters
+            _, cluster = when[owner][tile]
             if owner == rank:
                 wanted += [(tile, peer, True, slot, cluster) for peer in order.others(rank)]
             else:
@@ -79,35 +98,46 @@ def test_partials_of_own_tiles_and_sums_of_the_others_are_fetched_once_by_the_cl
 def test_an_own_tile_comes_after_the_others_partials_of_it(order):
     when = places(order)
     for tile, (owner, _) in owned(order).items():
-        # With fewer tiles than ranks some have no other's to begin with.
-        latest = when[owner][tile] - (order.num_tiles >= order.num_ranks)
-        assert all(when[peer][tile] <= latest for peer in order.others(owner))
+        # With fewer pieces than ranks some have no other's to begin with.
+        latest = when[owner][tile][0] - (order.pieces >= order.num_ranks)
+        assert all(when[peer][tile][0] <= latest for peer in order.others(owner))
+
+
+@checked
+def test_clusters_have_the_same_to_do_and_the_last_wave_is_of_single_tiles(order):
+    for placed in order.placed():
+        load = Counter()
+        for work, _, cluster in placed:
+            load[cluster] += work.width
+        assert set(load) == set(range(order.num_clusters))
+        assert max(load.values()) - min(load.values()) <= 1 + (order.pair_waves > 0)
+        assert all(work.width == 1 for work, _, _ in placed[-order.last_wave :])
+        if order.num_n % 2 == 0:
+            assert max(load.values()) == 2 * order.pair_waves + order.single_waves
+            assert sum(work.width for work, _, _ in placed if work.width == 2) == order.in_pairs
 
 
 @checked
 def test_every_rank_finishes_if_clusters_compute_and_fetch_in_order(order):
     """Whoever can go on does, until nobody can. What can be done stays so, so no other pace comes less far."""
-    table, num_clusters = order.table().tolist(), order.num_clusters
-    computes = {
-        (rank, cluster): table[rank][cluster::num_clusters]
-        for rank in range(order.num_ranks)
-        for cluster in range(num_clusters)
-    }
+    computes = {(rank, c): rows for rank in range(order.num_ranks) for c, rows in enumerate(computed(order, rank))}
     fetches = {(rank, c): rows for rank in range(order.num_ranks) for c, rows in enumerate(fetched(order, rank))}
-    computed, arrived = set(), set()
+    finished, arrived = set(), set()
 
-    def can_compute(rank: int, tile: tuple[int, int], owner: int) -> bool:
-        return owner != rank or all((rank, peer, tile) in arrived for peer in order.others(rank))
+    def can_compute(rank: int, tile: tuple[int, int], owner: int, is_pair: bool, slot: int) -> bool:
+        parts = [(rank, peer, each) for peer in order.others(rank) for each in tiles(tile, is_pair)]
+        return owner != rank or arrived.issuperset(parts)
 
     progress = True
     while progress:
         progress = False
-        for (rank, _), tiles in computes.items():
-            while tiles and can_compute(rank, tuple(tiles[0][:2]), tiles[0][2]):
-                computed.add((rank, tuple(tiles.pop(0)[:2])))
+        for (rank, _), works in computes.items():
+            while works and can_compute(rank, *works[0]):
+                tile, _, is_pair, _ = works.pop(0)
+                finished |= {(rank, each) for each in tiles(tile, is_pair)}
                 progress = True
         for (rank, _), rows in fetches.items():
-            while rows and (rows[0][1], rows[0][0]) in computed:
+            while rows and (rows[0][1], rows[0][0]) in finished:
                 tile, peer, partial, _ = rows.pop(0)
                 if partial:
                     arrived.add((rank, peer, tile))
@@ -116,14 +146,15 @@ def test_every_rank_finishes_if_clusters_compute_and_fetch_in_order(order):
 
 
 @settings(deadline=None)
-@given(st.integers(1, 40), st.integers(1, 20), st.integers(1, 80), st.integers(1, 40))
-def test_one_rank_finishes_so_many_rows_before_the_next(num_m, num_n, max_clusters, height):
-    order = TileOrder(num_m, num_n, 1, max_clusters, height=height)
-    (tiles,) = order.table().tolist()
-    assert sorted(tile[:2] for tile in tiles) == [[m, n] for m in range(num_m) for n in range(num_n)]
-    assert [m // height for m, *_ in tiles] == sorted(m // height for m in range(num_m) for _ in range(num_n))
-    assert [tile[2:] for tile in tiles] == [[0, slot] for slot in range(order.num_tiles)]
-    begin, fetches = order.fetches(0)
+@given(st.integers(1, 40), st.integers(1, 20), st.integers(1, 80), st.integers(1, 40), st.booleans())
+def test_one_rank_finishes_so_many_rows_before_the_next(num_m, num_n, max_clusters, height, pairs):
+    order = TileOrder(num_m, num_n, 1, max_clusters, height=height, pairs=pairs)
+    (placed,) = order.placed()
+    done = [(work.m, n, work.slot + n - work.n) for work, _, _ in placed for n in columns(work)]
+    assert sorted(tile[:2] for tile in done) == [(m, n) for m in range(num_m) for n in range(num_n)]
+    assert [m // height for m, _, _ in done] == sorted(m // height for m in range(num_m) for _ in range(num_n))
+    assert [slot for _, _, slot in done] == list(range(order.num_tiles))
+    _, _, begin, fetches = order.tables(0)
     assert len(begin) == order.num_clusters + 1 and not begin.any() and fetches.shape == (0, 4)
 
 

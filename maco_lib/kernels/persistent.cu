@@ -1,16 +1,21 @@
 // One launch that multiplies and sums over the ranks: result = sum over ranks of x @ w.T. See persistent.py.
-// A cluster of two CTAs computes 2 x 128 rows by BN columns at a time; in each CTA, by warp:
+// A cluster of two CTAs computes tiles of 2 x 128 rows by BN columns, WIDTH at once side by side (1 or 2; and where it is
+// 2 also single ones, their operands in more and smaller stages in the same memory); in each CTA, by warp:
 //   0          loads operands
 //   1          loads partials to be added, stores finished tiles
 //   2          fetches tiles from the peers
 //   3          stores those: partials to the inbox, sums to the result
 //   4 to 11    multiply: two warpgroups, 64 rows each
 // Of one rank (RANKS = 1) it is a matmul: a tile goes to the result, then flag slot * CTAS + CTA up (wait_tiles.py).
-// hopper.cuh comes before this file. Defined at compile time: BN, STAGES, FETCH_BUFFERS, RANKS, RANK, BF16, HAS_BIAS,
-// HAS_RESIDUAL, WGMMA_ASM, TRACE, TRACE_TILES.
+// hopper.cuh comes before this file. Defined at compile time: BN, WIDTH, STAGES (of WIDTH tiles), FETCH_BUFFERS, RANKS,
+// RANK, BF16, HAS_BIAS, HAS_RESIDUAL, WGMMA_1, WGMMA_2 (of one and two tiles), TRACE, TRACE_TILES.
 
-// In units of a cluster's tile; owner: the rank that sums it; slot: counts the owner's tiles.
-struct alignas(16) Tile { int m, n, owner, slot; };
+// In units of a cluster's tile; owner: the rank that sums it; slot: counts the owner's tiles, a pair is two.
+struct alignas(16) Work {
+    int m, n, owner_and_pair, slot;
+    __device__ __forceinline__ int owner() const { return owner_and_pair / 2; }
+    __device__ __forceinline__ u32 width() const { return WIDTH == 2 ? owner_and_pair % 2 + 1 : 1; }
+};
 // A tile to be fetched from a peer: one that it has summed, or (is_partial) its partial of one of ours.
 struct alignas(16) Fetch { int m, n, peer_and_kind, slot; };
 struct Addresses {
@@ -21,7 +26,6 @@ struct Addresses {
 
 enum Event { MULTIPLY, MULTIPLIED, ADDED, STORED, FETCH, FETCHED, TRACE_EVENTS };
 #if TRACE
-#define TRACE_PARAMETER , u64* trace
 #define NOTE(n, event) \
     if ((n) < TRACE_TILES) trace[(blockIdx.x * TRACE_TILES + (n)) * TRACE_EVENTS + event] = now()
 __device__ __forceinline__ u64 now() {
@@ -30,18 +34,21 @@ __device__ __forceinline__ u64 now() {
     return time;
 }
 #else
-#define TRACE_PARAMETER
 #define NOTE(n, event)
 #endif
 
 constexpr int BM = 128, BK = 64, CTAS = 2;
 constexpr u32 A_BYTES = BM * BK * 2, B_BYTES = BN * BK * 2, TILE_BYTES = BM * BN * 2, HALF_BYTES = TILE_BYTES / 2;
+constexpr u32 RING_BYTES = STAGES * (A_BYTES + WIDTH * B_BYTES);
 constexpr u32 BOX_COLUMNS = 32, BOX_BYTES = 64 * BOX_COLUMNS * 2;
 constexpr u32 HALF_ROWS = 8 * BOX_COLUMNS * 2;  // bytes from a thread's upper row to its lower one
 constexpr u32 HALF_BOXES = BN / BOX_COLUMNS, NUM_BOXES = 2 * HALF_BOXES;
 constexpr u32 STORES_IN_FLIGHT = 2;
 enum { PARTIAL_READY, SUM_READY, PARTIAL_FETCHED, NUM_KINDS };  // flags
 constexpr int NUM_CONSUMERS = 256;
+
+// Where a CTA's part of a tile lies in partials, sums and inbox.
+__device__ __forceinline__ u64 place_offset(u32 slot, u32 cta) { return (u64)(slot * CTAS + cta) * TILE_BYTES; }
 
 // A flag, at its reader, goes up when a tile may be read and down when the reader has seen that. All are down between
 // launches: a rank ends when it has every sum, so every partial of its was read; and nobody sums anew before it has
@@ -63,7 +70,74 @@ __device__ __forceinline__ void take(u64 flags, u32 index) {
     asm volatile("fence.proxy.async.global;" ::: "memory");  // the bulk copy that follows comes after
 }
 
-__device__ __forceinline__ void multiply(float (&sum)[BN / 2], u64 a, u64 b, u32 add) { WGMMA_ASM; }
+// The stages of operands for W tiles at once. Those for one and those for two lie in the same memory: whoever changes
+// from one to the other waits until none is in use.
+template <u32 W>
+struct Ring {
+    static constexpr u32 BYTES = A_BYTES + W * B_BYTES, SIZE = RING_BYTES / BYTES, BARRIER_BYTES = 16 * SIZE;
+    u32 operands, barriers, stage, parity;
+    __device__ __forceinline__ Ring(u32 operands, u32 barriers)
+        : operands(operands), barriers(barriers), stage(0), parity(0) {}
+    __device__ __forceinline__ void next() {
+        if (++stage == SIZE) stage = 0, parity ^= 1;
+    }
+    __device__ __forceinline__ u32 a() const { return operands + stage * BYTES; }
+    __device__ __forceinline__ u32 b() const { return a() + A_BYTES; }
+    __device__ __forceinline__ u32 full() const { return barriers + 16 * stage; }
+    __device__ __forceinline__ u32 empty() const { return full() + 8; }
+    __device__ __forceinline__ void init() {
+        for (stage = 0; stage < SIZE; stage++) {
+            barrier_init(full(), 1);
+            barrier_init(empty(), 2 * CTAS);
+        }
+    }
+    __device__ __forceinline__ void wait_for_all() const {
+        Ring ring = *this;
+        for (u32 s = 0; s < SIZE; s++, ring.next()) wait(ring.empty(), ring.parity ^ 1);
+    }
+    // All of A's and this CTA's part of B's rows, for both CTAs.
+    __device__ __forceinline__ void load(const TensorMap& x_map, const TensorMap& weight_map, const Work& work, u32 cta,
+                                         int num_steps) {
+        const int row = (work.m * CTAS + cta) * BM, column = work.n * BN + cta * (W * BN / 2);
+        for (int k = 0; k < num_steps; k++, next()) {
+            wait(empty(), parity ^ 1);
+            expect(full(), BYTES);
+            load_box(a(), x_map, k * BK, row, full());
+            load_box_to_both(b() + cta * (W * B_BYTES / 2), weight_map, k * BK, column, full());
+        }
+    }
+};
+
+template <u32 W>
+__device__ __forceinline__ void wgmma(float (&sum)[W * BN / 2], u64 a, u64 b, u32 add) {
+    if constexpr (W == 1) {
+        WGMMA_1;
+    } else {
+        WGMMA_2;
+    }
+}
+// One warpgroup's part: 64 rows.
+template <u32 W>
+__device__ __forceinline__ void multiply(float (&sum)[W * BN / 2], Ring<W>& ring, int group, int thread, int num_steps) {
+    u32 used = 0;
+    for (int k = 0; k < num_steps; k++, ring.next()) {
+        const u64 a = matrix(ring.a() + group * (A_BYTES / 2)), b = matrix(ring.b());
+        wait(ring.full(), ring.parity);
+        asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
+        wgmma<W>(sum, a, b, k > 0);
+        wgmma<W>(sum, a + 2, b + 2, 1);
+        wgmma<W>(sum, a + 4, b + 4, 1);
+        wgmma<W>(sum, a + 6, b + 6, 1);
+        asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
+        if (k > 0) {
+            asm volatile("wgmma.wait_group.sync.aligned 1;" ::: "memory");
+            if (thread < CTAS) arrive_at(used, thread);
+        }
+        used = ring.empty();
+    }
+    asm volatile("wgmma.wait_group.sync.aligned 0;" ::: "memory");
+    if (thread < CTAS) arrive_at(used, thread);
+}
 
 __device__ __forceinline__ u32 pack(float low, float high) {
     u32 both;
@@ -86,31 +160,104 @@ __device__ __forceinline__ void add_pair(float& low, float& high, u32 both) {
 #endif
 }
 
+struct Multiplier {  // one thread of the warps that multiply
+    u32 out_tile, partial_full, partial_added, out_ready, out_sent;
+    const u32 *bias, *residual;
+    int num_steps, num_rows, num_columns;
+    u32 cta;
+    u32 num_done, num_partials;
+    u64* trace;
+
+    // A piece of work from the first multiplication to the finished tile in shared memory.
+    template <u32 W>
+    __device__ __forceinline__ void run(const Work& work, Ring<W>& ring) {
+        const int group = threadIdx.x / 128 - 1, thread = threadIdx.x % 128, lane = threadIdx.x % 32;
+        const int inner_row = thread / 32 * 16 + lane / 4;  // of the warpgroup's 64; and the one 8 below
+        const u32 swizzle = (inner_row >> 1) & 3;
+        const u32 out = out_tile + group * HALF_BYTES + inner_row * (BOX_COLUMNS * 2) + (lane % 4) * 4;
+        // Where column 8 * j of the work lies, for this thread's upper row.
+        const auto place = [=](int j) {
+            return out + j / (BN / 8) * TILE_BYTES + j % (BN / 8) / 4 * BOX_BYTES + ((j % 4) ^ swizzle) * 16;
+        };
+        float sum[W * BN / 2];
+        if (threadIdx.x == 128) { NOTE(num_done, MULTIPLY); }
+        multiply<W>(sum, ring, group, thread, num_steps);
+        if (threadIdx.x == 128) { NOTE(num_done, MULTIPLIED); }
+        if (work.owner() == RANK) {
+            const int row = (work.m * CTAS + cta) * BM + group * 64 + inner_row;
+            const int column = work.n * BN + lane % 4 * 2;
+#pragma unroll 1
+            for (int other = 1; other < RANKS; other++, num_partials++) {
+                wait(partial_full, num_partials & 1);
+#pragma unroll
+                for (int j = 0; j < W * BN / 8; j++) {
+                    u32 upper, lower;
+                    asm volatile("ld.shared.u32 %0, [%1];" : "=r"(upper) : "r"(place(j)) : "memory");
+                    asm volatile("ld.shared.u32 %0, [%1];" : "=r"(lower) : "r"(place(j) + HALF_ROWS) : "memory");
+                    add_pair(sum[4 * j], sum[4 * j + 1], upper);
+                    add_pair(sum[4 * j + 2], sum[4 * j + 3], lower);
+                }
+                arrive(partial_added);
+            }
+#if HAS_BIAS
+#pragma unroll
+            for (int j = 0; j < W * BN / 8; j++) {
+                if (column + 8 * j < num_columns) {
+                    const u32 both = bias[(column + 8 * j) / 2];
+                    add_pair(sum[4 * j], sum[4 * j + 1], both);
+                    add_pair(sum[4 * j + 2], sum[4 * j + 3], both);
+                }
+            }
+#endif
+#if HAS_RESIDUAL
+#pragma unroll
+            for (int j = 0; j < W * BN / 8; j++) {
+                if (column + 8 * j < num_columns) {
+                    const u64 at_pair = ((u64)row * num_columns + column + 8 * j) / 2;
+                    if (row < num_rows) add_pair(sum[4 * j], sum[4 * j + 1], residual[at_pair]);
+                    if (row + 8 < num_rows)
+                        add_pair(sum[4 * j + 2], sum[4 * j + 3], residual[at_pair + 4ull * num_columns]);
+                }
+            }
+#endif
+        }
+        if (RANKS == 1 || work.owner() != RANK) wait(out_sent, (num_done & 1) ^ 1);
+#pragma unroll
+        for (int j = 0; j < W * BN / 8; j++) {
+            asm volatile("st.shared.u32 [%0], %1;" ::"r"(place(j)), "r"(pack(sum[4 * j], sum[4 * j + 1])) : "memory");
+            asm volatile("st.shared.u32 [%0], %1;" ::"r"(place(j) + HALF_ROWS),
+                         "r"(pack(sum[4 * j + 2], sum[4 * j + 3])) : "memory");
+        }
+        fence_async_shared();
+        arrive(out_ready);
+        if (threadIdx.x == 128) { NOTE(num_done, ADDED); }
+        num_done++;
+    }
+};
+
 extern "C" __global__ void __cluster_dims__(CTAS, 1, 1) __launch_bounds__(384, 1) persistent_kernel(
     const __grid_constant__ TensorMap x_map, const __grid_constant__ TensorMap weight_map,
-    const __grid_constant__ TensorMap result_map, const __grid_constant__ Addresses at,
-    const Tile* __restrict__ own_schedule, const int* __restrict__ fetch_begin, const Fetch* __restrict__ fetches,
-    int num_tiles, int num_steps, int num_rows, int num_columns, const u32* __restrict__ bias,
-    const u32* __restrict__ residual TRACE_PARAMETER) {
+    const __grid_constant__ TensorMap weight_pair_map, const __grid_constant__ TensorMap result_map,
+    const __grid_constant__ Addresses at, const int* __restrict__ work_begin, const Work* __restrict__ works,
+    const int* __restrict__ fetch_begin, const Fetch* __restrict__ fetches, int num_steps, int num_rows, int num_columns,
+    const u32* __restrict__ bias, const u32* __restrict__ residual, u64* __restrict__ trace) {
     extern __shared__ unsigned char storage[];
-    const u32 base = (shared_address(storage) + 1023) & ~1023u;
-    const u32 a_tiles = base, b_tiles = a_tiles + STAGES * A_BYTES, out_tile = b_tiles + STAGES * B_BYTES;
-    const u32 fetched = out_tile + TILE_BYTES, barriers = fetched + FETCH_BUFFERS * BOX_BYTES;
-    const u32 full = barriers, empty = full + 8 * STAGES, fetched_full = empty + 8 * STAGES;
-    const u32 fetched_empty = fetched_full + 8 * FETCH_BUFFERS, partial_full = fetched_empty + 8 * FETCH_BUFFERS;
-    const u32 partial_added = partial_full + 8;
+    const u32 operands = (shared_address(storage) + 1023) & ~1023u, out_tile = operands + RING_BYTES;
+    const u32 fetched = out_tile + WIDTH * TILE_BYTES, barriers = fetched + FETCH_BUFFERS * BOX_BYTES;
+    const u32 fetched_full = barriers, fetched_empty = fetched_full + 8 * FETCH_BUFFERS;
+    const u32 partial_full = fetched_empty + 8 * FETCH_BUFFERS, partial_added = partial_full + 8;
     const u32 out_ready = partial_added + 8, out_sent = out_ready + 8;
+    Ring<1> single(operands, out_sent + 8);
+    Ring<WIDTH> wide(operands, single.barriers + (WIDTH == 1 ? 0 : Ring<1>::BARRIER_BYTES));
 
     u32 cta;
     asm("mov.u32 %0, %%cluster_ctarank;" : "=r"(cta));
-    const int first = blockIdx.x / CTAS, step = gridDim.x / CTAS;
-    const int warp = threadIdx.x / 32;
+    const int cluster = blockIdx.x / CTAS, warp = threadIdx.x / 32;
+    const int begin = work_begin[cluster], end = work_begin[cluster + 1];
 
     if (threadIdx.x == 0) {
-        for (int s = 0; s < STAGES; s++) {
-            barrier_init(full + 8 * s, 1);
-            barrier_init(empty + 8 * s, 2 * CTAS);
-        }
+        Ring<1>(single).init();
+        if (WIDTH == 2) Ring<WIDTH>(wide).init();
         for (u32 b = 0; b < FETCH_BUFFERS; b++) {
             barrier_init(fetched_full + 8 * b, 1);
             barrier_init(fetched_empty + 8 * b, 1);
@@ -126,68 +273,76 @@ extern "C" __global__ void __cluster_dims__(CTAS, 1, 1) __launch_bounds__(384, 1
 
     if (warp < 4) {
         asm volatile("setmaxnreg.dec.sync.aligned.u32 40;");
-        if (threadIdx.x == 0) {  // operand tiles: all of A's, half of B's for both CTAs
-            u32 count = 0;
-            for (int i = first; i < num_tiles; i += step) {
-                const Tile tile = own_schedule[i];
-                const int row = (tile.m * CTAS + cta) * BM, column = tile.n * BN + cta * (BN / 2);
-                for (int k = 0; k < num_steps; k++, count++) {
-                    const u32 s = count % STAGES, barrier = full + 8 * s;
-                    wait(empty + 8 * s, (count / STAGES & 1) ^ 1);
-                    expect(barrier, A_BYTES + B_BYTES);
-                    load_box(a_tiles + s * A_BYTES, x_map, k * BK, row, barrier);
-                    load_box_to_both(b_tiles + s * B_BYTES + cta * (B_BYTES / 2), weight_map, k * BK, column, barrier);
+        if (threadIdx.x == 0) {
+            for (int i = begin; i < end; i++) {
+                const Work work = works[i];
+                if (WIDTH == 1 || work.width() == 1) {
+                    if (WIDTH == 2 && i > begin && works[i - 1].width() == 2) wide.wait_for_all();
+                    single.load(x_map, weight_map, work, cta, num_steps);
+                } else {
+                    if (i > begin && works[i - 1].width() == 1) single.wait_for_all();
+                    wide.load(x_map, weight_pair_map, work, cta, num_steps);
                 }
             }
         } else if (threadIdx.x == 32) {  // finished tiles go to this GPU's memory, where the peers fetch them
-            u32 count = 0, added = 0;
-            for (int i = first; i < num_tiles; i += step, count++) {
-                const Tile tile = own_schedule[i];
-                const u32 place = tile.slot * CTAS + cta;
-                const u64 offset = (u64)place * TILE_BYTES;
-                if (tile.owner == RANK) {
+            u32 added = 0;
+            for (int i = begin; i < end; i++) {
+                const Work work = works[i];
+                const u32 width = work.width();
+                if (work.owner() == RANK) {
                     for (int other = 1; other < RANKS; other++, added++) {
                         const int source = (RANK + other) % RANKS;
-                        take(at.flags[RANK], flag_index(PARTIAL_FETCHED, place, source));
+                        const u64 inbox = at.inbox + source * at.area_bytes;
+                        for (u32 t = 0; t < width; t++)
+                            take(at.flags[RANK], flag_index(PARTIAL_FETCHED, (work.slot + t) * CTAS + cta, source));
                         if (other > 1) wait(partial_added, (added - 1) & 1);
-                        expect(partial_full, TILE_BYTES);
-                        load_bytes(out_tile, at.inbox + source * at.area_bytes + offset, TILE_BYTES, partial_full);
+                        expect(partial_full, width * TILE_BYTES);
+                        for (u32 t = 0; t < width; t++)
+                            load_bytes(out_tile + t * TILE_BYTES, inbox + place_offset(work.slot + t, cta), TILE_BYTES,
+                                       partial_full);
                     }
                 }
-                wait(out_ready, count & 1);
-                if (tile.owner != RANK) {
-                    store_bytes(at.partials[RANK] + tile.owner * at.area_bytes + offset, out_tile, TILE_BYTES);
-                } else {
-                    const int row = (tile.m * CTAS + cta) * BM;
-                    if (RANKS > 1) store_bytes(at.sums[RANK] + offset, out_tile, TILE_BYTES);
-                    for (u32 box = 0; box < NUM_BOXES; box++)
-                        store_box(result_map, tile.n * BN + box % HALF_BOXES * BOX_COLUMNS, row + box / HALF_BOXES * 64,
-                                  out_tile + box * BOX_BYTES);
+                wait(out_ready, (i - begin) & 1);
+                for (u32 t = 0; t < width; t++) {
+                    const u64 offset = place_offset(work.slot + t, cta);
+                    const u32 from = out_tile + t * TILE_BYTES;
+                    if (work.owner() != RANK) {
+                        store_bytes(at.partials[RANK] + work.owner() * at.area_bytes + offset, from, TILE_BYTES);
+                    } else {
+                        const int row = (work.m * CTAS + cta) * BM;
+                        if (RANKS > 1) store_bytes(at.sums[RANK] + offset, from, TILE_BYTES);
+                        for (u32 box = 0; box < NUM_BOXES; box++)
+                            store_box(result_map, (work.n + t) * BN + box % HALF_BOXES * BOX_COLUMNS,
+                                      row + box / HALF_BOXES * 64, from + box * BOX_BYTES);
+                    }
                 }
                 commit_stores();
                 stores_read<0>();
                 arrive(out_sent);
                 stores_done();
-                NOTE(count, STORED);
-                if (RANKS == 1) {
-                    raise(at.flags[RANK], place);
-                } else if (tile.owner != RANK) {
-                    raise(at.flags[tile.owner], flag_index(PARTIAL_READY, place, RANK));
-                } else {
-                    for (int other = 1; other < RANKS; other++)
-                        raise(at.flags[(RANK + other) % RANKS], flag_index(SUM_READY, place, RANK));
+                NOTE(i - begin, STORED);
+                for (u32 t = 0; t < width; t++) {
+                    const u32 place = (work.slot + t) * CTAS + cta;
+                    if (RANKS == 1) {
+                        raise(at.flags[RANK], place);
+                    } else if (work.owner() != RANK) {
+                        raise(at.flags[work.owner()], flag_index(PARTIAL_READY, place, RANK));
+                    } else {
+                        for (int other = 1; other < RANKS; other++)
+                            raise(at.flags[(RANK + other) % RANKS], flag_index(SUM_READY, place, RANK));
+                    }
                 }
             }
         } else if (threadIdx.x == 64) {  // tiles of the peers, box by box
             u32 count = 0;
-            for (int j = fetch_begin[first]; j < fetch_begin[first + 1]; j++) {
+            for (int j = fetch_begin[cluster]; j < fetch_begin[cluster + 1]; j++) {
                 const Fetch fetch = fetches[j];
                 const int peer = fetch.peer_and_kind / 2, is_partial = fetch.peer_and_kind % 2;
                 const u32 place = fetch.slot * CTAS + cta;
                 const u64 from = (is_partial ? at.partials[peer] + RANK * at.area_bytes : at.sums[peer]) +
-                                 (u64)place * TILE_BYTES;
+                                 place_offset(fetch.slot, cta);
                 take(at.flags[RANK], flag_index(is_partial ? PARTIAL_READY : SUM_READY, place, peer));
-                NOTE(j - fetch_begin[first], FETCH);
+                NOTE(j - fetch_begin[cluster], FETCH);
                 for (u32 box = 0; box < NUM_BOXES; box++, count++) {
                     const u32 buffer = count % FETCH_BUFFERS, barrier = fetched_full + 8 * buffer;
                     wait(fetched_empty + 8 * buffer, (count / FETCH_BUFFERS & 1) ^ 1);
@@ -197,11 +352,11 @@ extern "C" __global__ void __cluster_dims__(CTAS, 1, 1) __launch_bounds__(384, 1
             }
         } else if (threadIdx.x == 96) {  // and where they go: partials to the inbox, sums to the result
             u32 count = 0;
-            for (int j = fetch_begin[first]; j < fetch_begin[first + 1]; j++) {
+            for (int j = fetch_begin[cluster]; j < fetch_begin[cluster + 1]; j++) {
                 const Fetch fetch = fetches[j];
                 const int peer = fetch.peer_and_kind / 2, is_partial = fetch.peer_and_kind % 2;
                 const u32 place = fetch.slot * CTAS + cta;
-                const u64 inbox = at.inbox + peer * at.area_bytes + (u64)place * TILE_BYTES;
+                const u64 inbox = at.inbox + peer * at.area_bytes + place_offset(fetch.slot, cta);
                 const int row = (fetch.m * CTAS + cta) * BM;
                 for (u32 box = 0; box < NUM_BOXES; box++, count++) {
                     const u32 buffer = count % FETCH_BUFFERS, from = fetched + buffer * BOX_BYTES;
@@ -220,89 +375,20 @@ extern "C" __global__ void __cluster_dims__(CTAS, 1, 1) __launch_bounds__(384, 1
                     stores_done();
                     raise(at.flags[RANK], flag_index(PARTIAL_FETCHED, place, peer));
                 }
-                NOTE(j - fetch_begin[first], FETCHED);
+                NOTE(j - fetch_begin[cluster], FETCHED);
             }
             stores_done();
         }
     } else {
         asm volatile("setmaxnreg.inc.sync.aligned.u32 232;");
-        const int group = warp / 4 - 1, thread = threadIdx.x % 128, lane = threadIdx.x % 32;
-        const int inner_row = thread / 32 * 16 + lane / 4;  // of the warpgroup's 64; and the one 8 below
-        const u32 swizzle = (inner_row >> 1) & 3;
-        const u32 out = out_tile + group * HALF_BYTES + inner_row * (BOX_COLUMNS * 2) + (lane % 4) * 4;
-        u32 count = 0, num_done = 0, num_partials = 0;
-        for (int i = first; i < num_tiles; i += step, num_done++) {
-            const Tile tile = own_schedule[i];
-            float sum[BN / 2];
-            if (threadIdx.x == 128) { NOTE(num_done, MULTIPLY); }
-            for (int k = 0; k < num_steps; k++, count++) {
-                const u32 s = count % STAGES;
-                const u64 a = matrix(a_tiles + s * A_BYTES + group * (A_BYTES / 2)), b = matrix(b_tiles + s * B_BYTES);
-                wait(full + 8 * s, count / STAGES & 1);
-                asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
-                multiply(sum, a, b, k > 0);
-                multiply(sum, a + 2, b + 2, 1);
-                multiply(sum, a + 4, b + 4, 1);
-                multiply(sum, a + 6, b + 6, 1);
-                asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
-                if (k > 0) {
-                    asm volatile("wgmma.wait_group.sync.aligned 1;" ::: "memory");
-                    if (thread < CTAS) arrive_at(empty + 8 * ((count - 1) % STAGES), thread);
-                }
-            }
-            asm volatile("wgmma.wait_group.sync.aligned 0;" ::: "memory");
-            if (thread < CTAS) arrive_at(empty + 8 * ((count - 1) % STAGES), thread);
-            if (threadIdx.x == 128) { NOTE(num_done, MULTIPLIED); }
-            if (tile.owner == RANK) {
-                const int row = (tile.m * CTAS + cta) * BM + group * 64 + inner_row;
-                const int column = tile.n * BN + lane % 4 * 2;
-#pragma unroll 1
-                for (int other = 1; other < RANKS; other++, num_partials++) {
-                    wait(partial_full, num_partials & 1);
-#pragma unroll
-                    for (int j = 0; j < BN / 8; j++) {
-                        const u32 from = out + j / 4 * BOX_BYTES + ((j % 4) ^ swizzle) * 16;
-                        u32 upper, lower;
-                        asm volatile("ld.shared.u32 %0, [%1];" : "=r"(upper) : "r"(from) : "memory");
-                        asm volatile("ld.shared.u32 %0, [%1];" : "=r"(lower) : "r"(from + HALF_ROWS) : "memory");
-                        add_pair(sum[4 * j], sum[4 * j + 1], upper);
-                        add_pair(sum[4 * j + 2], sum[4 * j + 3], lower);
-                    }
-                    arrive(partial_added);
-                }
-#if HAS_BIAS
-#pragma unroll
-                for (int j = 0; j < BN / 8; j++) {
-                    if (column + 8 * j < num_columns) {
-                        const u32 both = bias[(column + 8 * j) / 2];
-                        add_pair(sum[4 * j], sum[4 * j + 1], both);
-                        add_pair(sum[4 * j + 2], sum[4 * j + 3], both);
-                    }
-                }
-#endif
-#if HAS_RESIDUAL
-#pragma unroll
-                for (int j = 0; j < BN / 8; j++) {
-                    if (column + 8 * j < num_columns) {
-                        const u64 at_pair = ((u64)row * num_columns + column + 8 * j) / 2;
-                        if (row < num_rows) add_pair(sum[4 * j], sum[4 * j + 1], residual[at_pair]);
-                        if (row + 8 < num_rows)
-                            add_pair(sum[4 * j + 2], sum[4 * j + 3], residual[at_pair + 4ull * num_columns]);
-                    }
-                }
-#endif
-            }
-            if (RANKS == 1 || tile.owner != RANK) wait(out_sent, (num_done & 1) ^ 1);
-#pragma unroll
-            for (int j = 0; j < BN / 8; j++) {
-                const u32 to = out + j / 4 * BOX_BYTES + ((j % 4) ^ swizzle) * 16;
-                asm volatile("st.shared.u32 [%0], %1;" ::"r"(to), "r"(pack(sum[4 * j], sum[4 * j + 1])) : "memory");
-                asm volatile("st.shared.u32 [%0], %1;" ::"r"(to + HALF_ROWS),
-                             "r"(pack(sum[4 * j + 2], sum[4 * j + 3])) : "memory");
-            }
-            fence_async_shared();
-            arrive(out_ready);
-            if (threadIdx.x == 128) { NOTE(num_done, ADDED); }
+        Multiplier multiplier{out_tile, partial_full, partial_added, out_ready, out_sent, bias, residual,
+                              num_steps, num_rows, num_columns, cta, 0, 0, trace};
+        for (int i = begin; i < end; i++) {
+            const Work work = works[i];
+            if (WIDTH == 1 || work.width() == 1)
+                multiplier.run<1>(work, single);
+            else
+                multiplier.run<WIDTH>(work, wide);
         }
     }
     __syncwarp();

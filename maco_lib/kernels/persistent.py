@@ -50,9 +50,13 @@ def checked(answer: tuple) -> object:
 
 @dataclass(frozen=True)
 class Constants:
-    """What the kernel is compiled for. bn: columns of a tile, a multiple of 32 up to 256."""
+    """What the kernel is compiled for. bn: columns of a tile, a multiple of 32; width: tiles multiplied at once, 1 or 2.
+
+    width * bn is at most 256.
+    """
 
     bn: int
+    width: int
     rank: int
     num_ranks: int
     dtype: torch.dtype
@@ -63,11 +67,11 @@ class Constants:
     @property
     def fixed_bytes(self) -> int:
         """Shared memory beside stages and fetch buffers: alignment, the outgoing tile, barriers."""
-        return 1024 + BM * self.bn * 2 + 512
+        return 1024 + BM * self.width * self.bn * 2 + 512
 
     @property
     def stage_bytes(self) -> int:
-        return (BM + self.bn) * BK * 2
+        return (BM + self.width * self.bn) * BK * 2
 
     @property
     def num_stages(self) -> int:
@@ -82,23 +86,26 @@ class Constants:
     def shared_bytes(self) -> int:
         return self.fixed_bytes + self.num_stages * self.stage_bytes + self.fetch_buffers * BOX_BYTES
 
-    def source(self) -> str:
-        """The kernel's source with these constants."""
-        registers = self.bn // 2
-        kind = DTYPES[self.dtype]
+    def wgmma(self, columns: int) -> str:
+        """A warpgroup's instruction: 64 rows by `columns`, 16 deep."""
+        registers, kind = columns // 2, DTYPES[self.dtype]
         outputs = ", ".join(f"%{index}" for index in range(registers))
         operands = ", ".join(f'"+f"(sum[{index}])' for index in range(registers))
-        wgmma = (
+        return (
             f'asm volatile("{{ .reg .pred p; setp.ne.b32 p, %{registers + 2}, 0; '
-            f"wgmma.mma_async.sync.aligned.m64n{self.bn}k16.f32.{kind}.{kind} "
+            f"wgmma.mma_async.sync.aligned.m64n{columns}k16.f32.{kind}.{kind} "
             f'{{{outputs}}}, %{registers}, %{registers + 1}, p, 1, 1, 0, 0; }}" '
             f': {operands} : "l"(a), "l"(b), "r"(add))'
         )
+
+    def source(self) -> str:
+        """The kernel's source with these constants."""
+        wgmma = {f"WGMMA_{width}": self.wgmma(width * self.bn) for width in range(1, self.width + 1)}
         constants = {
-            "BN": self.bn, "STAGES": self.num_stages, "RANKS": self.num_ranks, "RANK": self.rank,
-            "FETCH_BUFFERS": self.fetch_buffers, "BF16": int(kind == "bf16"), "HAS_BIAS": int(self.has_bias),
+            "BN": self.bn, "WIDTH": self.width, "STAGES": self.num_stages, "RANKS": self.num_ranks, "RANK": self.rank,
+            "FETCH_BUFFERS": self.fetch_buffers, "BF16": int(self.dtype == torch.bfloat16), "HAS_BIAS": int(self.has_bias),
             "HAS_RESIDUAL": int(self.has_residual), "TRACE": int(self.trace), "TRACE_TILES": TRACE_TILES,
-            "WGMMA_ASM": wgmma,
+            "WGMMA_2": "", **wgmma,
         }  # fmt: skip
         defines = "".join(f"#define {name} {value}\n" for name, value in constants.items())
         return defines + "".join(path.read_text() for path in SOURCES)
@@ -166,17 +173,17 @@ class Addresses:
 
 @dataclass(frozen=True)
 class Schedule:
-    """A rank's part of `TileOrder.table`, and `TileOrder.fetches`, on its GPU."""
+    """A rank's `TileOrder.tables`, on its GPU."""
 
-    tiles: torch.Tensor
+    work_begin: torch.Tensor
+    works: torch.Tensor
     fetch_begin: torch.Tensor
     fetches: torch.Tensor
 
     @classmethod
     def of(cls, order: TileOrder, rank: int, device: torch.device) -> "Schedule":
         """Made on the host and copied: not while a graph is captured."""
-        parts = (order.table()[rank], *order.fetches(rank))
-        return cls(*(torch.tensor(part, device=device) for part in parts))
+        return cls(*(torch.tensor(part, device=device) for part in order.tables(rank)))
 
 
 def persistent(
@@ -195,28 +202,29 @@ def persistent(
     """Fill `result` on the current stream. Collective.
 
     x: (M, K), weight: (N, K), bf16 or fp16, rows contiguous, addresses and pitches multiples of 16 bytes; bias: (N,),
-    residual, result: (M, N), contiguous. bn: columns of a tile, a multiple of 32 up to 256. order: of the result's
-    tiles; schedule: its part for this rank. trace: None, or int64 (CTAs, TRACE_TILES, len(EVENTS)), zeroed,
+    residual, result: (M, N), contiguous. bn: columns of a tile, a multiple of 32 up to 256, or 128 where the order has
+    pairs. order: of the result's tiles; schedule: its tables for this rank. trace: None, or int64 (CTAs, TRACE_TILES, len(EVENTS)), zeroed,
     where the kernel leaves the time in ns of `EVENTS` for each CTA's n-th tile or fetch.
     """
     constants = Constants(
-        bn, rank, order.num_ranks, x.dtype, bias is not None, residual is not None, trace is not None
+        bn, 2 if order.pair_waves else 1, rank, order.num_ranks, x.dtype, bias is not None, residual is not None,
+        trace is not None,
     )  # fmt: skip
     kernel = function(constants, x.device.index)
     maps = (
         tensor_map(x.data_ptr(), *x.shape, x.stride(0), BM, BK, x.dtype),
-        tensor_map(weight.data_ptr(), *weight.shape, weight.stride(0), bn // CTAS, BK, x.dtype),
+        *(tensor_map(weight.data_ptr(), *weight.shape, weight.stride(0), width * bn // CTAS, BK, x.dtype)
+          for width in (1, constants.width)),
         tensor_map(result.data_ptr(), *result.shape, result.stride(0), BOX_ROWS, BOX_COLUMNS, x.dtype),
     )
     packed = addresses.packed()
-    numbers = [order.num_tiles, -(-x.shape[1] // BK), *result.shape]
+    tables = (schedule.work_begin, schedule.works, schedule.fetch_begin, schedule.fetches)
+    pointer = lambda tensor: ctypes.c_uint64(0 if tensor is None else tensor.data_ptr())  # noqa: E731
     scalars = [
-        *(ctypes.c_uint64(part.data_ptr()) for part in (schedule.tiles, schedule.fetch_begin, schedule.fetches)),
-        *(ctypes.c_int32(number) for number in numbers),
+        *map(pointer, tables),
+        *(ctypes.c_int32(number) for number in (-(-x.shape[1] // BK), *result.shape)),
+        *map(pointer, (bias, residual, trace)),
     ]
-    scalars += [ctypes.c_uint64(0 if tensor is None else tensor.data_ptr()) for tensor in (bias, residual)]
-    if trace is not None:
-        scalars.append(ctypes.c_uint64(trace.data_ptr()))
     pointers = [int(each.getPtr()) for each in maps]
     pointers += [ctypes.addressof(each) for each in (packed, *scalars)]
     arguments = (ctypes.c_void_p * len(pointers))(*pointers)

@@ -1,12 +1,16 @@
 """The order in which every rank computes the tiles of a matmul that is summed over the ranks, and who sums which.
 
-A tile here is a cluster's: 256 rows by some columns. Tiles go column by column through bands of rows, so that those in
-flight together share operands in the L2 cache. Each of `num_groups` groups of them is divided among the ranks. A rank
-computes the tiles of the others first, those of the next rank, then of the one after it, so that at any time every
-rank is read by one other; and its own of a group after the others' of the next group: their partials have arrived.
+A tile here is a cluster's: 256 rows by some columns. It is what is transferred and summed; multiplied it may be with
+its right neighbour, in a pair, which takes less time than one after the other. Tiles go column by column through bands
+of rows, so that those in flight together share operands in the L2 cache. Each of `num_groups` groups of them is divided
+among the ranks. A rank computes the tiles of the others first, those of the next rank, then of the one after it, so
+that at any time every rank is read by one other; and its own of a group after the others' of the next group: their
+partials have arrived.
 """
 
+import heapq
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 
@@ -15,11 +19,34 @@ ROWS = 128 * CTAS
 BAND = 8  # tiles; 2048 rows
 
 
+class Work(NamedTuple):
+    """What a cluster multiplies at once: `width` tiles (1, or 2: a pair) from tile (m, n) on.
+
+    slot: counts its owner's tiles from 0, the same on every rank; of a pair's second tile it is one more.
+    """
+
+    m: int
+    n: int
+    width: int
+    owner: int
+    slot: int
+
+
+class Placed(NamedTuple):
+    """A piece of work, its place in the order of its rank's pieces, and the cluster that does it."""
+
+    work: Work
+    place: int
+    cluster: int
+
+
 @dataclass(frozen=True)
 class TileOrder:
     """For a result of num_m x num_n tiles, on GPUs that run `max_clusters` clusters at a time.
 
-    height: so many rows of tiles are finished before the next so many are begun; 0: no such order.
+    height: so many rows of tiles are finished before the next so many are begun; 0: no such order. pairs: neighbours
+    are multiplied at once, but for those of the last wave: single tiles fill it better, and leave less to be fetched
+    after it.
 
     Raises ValueError where there are no tiles.
     """
@@ -30,6 +57,7 @@ class TileOrder:
     max_clusters: int
     num_groups: int = 1
     height: int = 0
+    pairs: bool = False
 
     def __post_init__(self) -> None:
         if self.num_m < 1 or self.num_n < 1:
@@ -41,73 +69,125 @@ class TileOrder:
 
     @property
     def num_clusters(self) -> int:
-        """Cluster c computes tiles c, c + num_clusters, ... of its rank's order."""
         return min(self.max_clusters, self.num_tiles)
 
     @property
-    def num_waves(self) -> int:
-        return -(-self.num_tiles // self.max_clusters)
+    def pair_waves(self) -> int:
+        """Waves in which every cluster multiplies a pair; what is left is less than one and, if possible, not none."""
+        return (-(-self.num_tiles // 2) - 1) // self.max_clusters if self.pairs else 0
+
+    @property
+    def in_pairs(self) -> int:
+        """So many tiles of each rank's order are multiplied in pairs, the others singly."""
+        return 2 * self.max_clusters * self.pair_waves
+
+    @property
+    def single_waves(self) -> int:
+        return -(-(self.num_tiles - self.in_pairs) // self.max_clusters)
+
+    @property
+    def last_wave(self) -> int:
+        """Tiles in the last wave."""
+        return self.num_tiles - self.in_pairs - (self.single_waves - 1) * self.max_clusters
+
+    @property
+    def pieces(self) -> int:
+        """What is divided among the ranks: pairs where there are any, else tiles."""
+        return self.num_m * -(-self.num_n // 2) if self.pair_waves else self.num_tiles
 
     @property
     def whole_groups(self) -> int:
-        """Groups in which every rank has a tile; then a rank's own tile comes after the others' partials of it."""
-        return max(1, min(self.num_groups, self.num_tiles // self.num_ranks))
+        """Groups in which every rank has a piece; then a rank's own comes after the others' partials of it."""
+        return max(1, min(self.num_groups, self.pieces // self.num_ranks))
 
     @property
     def num_slots(self) -> int:
         """Tiles that the rank with the most of them owns, at most."""
-        return -(-self.num_tiles // self.num_ranks) + self.whole_groups
+        return (-(-self.pieces // self.num_ranks) + self.whole_groups) * (2 if self.pair_waves else 1)
 
-    def raster(self) -> list[tuple[int, int]]:
-        """(m, n) of every tile, neighbours near each other."""
-        height = self.height or self.num_m
+    def raster(self) -> list[tuple[int, int, int]]:
+        """(m, n, width) of every piece, neighbours near each other."""
+        height, width = self.height or self.num_m, 2 if self.pair_waves else 1
         ends = [(begin, min(begin + height, self.num_m)) for begin in range(0, self.num_m, height)]
         bands = [range(first, min(first + BAND, end)) for begin, end in ends for first in range(begin, end, BAND)]
-        return [(m, n) for band in bands for n in range(self.num_n) for m in band]
+        columns = range(0, self.num_n, width)
+        return [(m, n, min(width, self.num_n - n)) for band in bands for n in columns for m in band]
 
-    def table(self) -> np.ndarray:
-        """(num_ranks, num_tiles, 4) of int32: m, n, owner and slot of the tiles, in the order of each rank.
-
-        slot: counts an owner's tiles from 0; the same on every rank.
-        """
+    def pieces_in_order(self) -> list[list[Work]]:
+        """By rank, in the order in which it computes them."""
         raster = self.raster()
-        parts: list[list[list[tuple[int, int, int, int]]]] = []  # [group][owner]
+        parts: list[list[list[Work]]] = []  # [group][owner]
         slots = [0] * self.num_ranks
         for group in np.array_split(np.arange(len(raster)), self.whole_groups):
             parts.append([])
             for owner, share in enumerate(np.array_split(group, self.num_ranks)):
-                parts[-1].append([(*raster[index], owner, slots[owner] + place) for place, index in enumerate(share)])
-                slots[owner] += len(share)
+                parts[-1].append([])
+                for m, n, width in (raster[index] for index in share):
+                    parts[-1][-1].append(Work(m, n, width, owner, slots[owner]))
+                    slots[owner] += width
         orders = []
         for rank in range(self.num_ranks):
             order = []
             for number, group in enumerate(parts):
-                order += [tile for owner in self.others(rank) for tile in group[owner]]
+                order += [piece for owner in self.others(rank) for piece in group[owner]]
                 order += parts[number - 1][rank] if number else []
             orders.append(order + parts[-1][rank])
-        return np.array(orders, dtype=np.int32)
+        return orders
+
+    def placed(self) -> list[list[Placed]]:
+        """By rank, its work in order: each piece goes to the cluster that is free first."""
+        every = []
+        for order in self.pieces_in_order():
+            begun, done = 0, []
+            free = [(0, cluster) for cluster in range(self.num_clusters)]
+            for place, piece in enumerate(order):
+                is_split = begun + piece.width > self.in_pairs
+                for work in singles(piece) if is_split else (piece,):
+                    when, cluster = heapq.heappop(free)
+                    done.append(Placed(work, place, cluster))
+                    heapq.heappush(free, (when + work.width, cluster))
+                begun += piece.width
+            every.append(done)
+        return every
 
     def others(self, rank: int) -> list[int]:
         """The other ranks, beginning with the next one."""
         return [(rank + step) % self.num_ranks for step in range(1, self.num_ranks)]
 
-    def fetches(self, rank: int) -> tuple[np.ndarray, np.ndarray]:
-        """What each cluster of `rank` fetches: begin (num_clusters + 1,) and, from begin[c] to begin[c + 1], tiles.
+    def tables(self, rank: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+        """What each cluster of `rank` computes and what it fetches: begin and work, begin and fetches, all int32.
 
-        A tile: m, n, 2 * peer + is_partial, slot. A cluster fetches the partials of its own tiles and, of every peer's,
-        the sums that the peer's cluster of the same number forms; in the order in which they become ready, partials
+        From begin[c] to begin[c + 1] are those of cluster c. Work: m, n, 2 * owner + is_pair, slot. Fetches, a tile each:
+        m, n, 2 * peer + is_partial, slot. A cluster fetches the partials of its own tiles and, of every peer's, the
+        sums that the peer's cluster of the same number forms; in the order of their ranks' places, partials
         first: no two ranks then wait for each other.
         """
-        table = self.table()
-        ready: list[list[tuple[int, ...]]] = [[] for _ in range(self.num_clusters)]
-        places = [{(m, n): place for place, (m, n, _, _) in enumerate(order.tolist())} for order in table]
-        for place, (m, n, owner, slot) in enumerate(table[rank].tolist()):
+        placed = self.placed()
+        when = [{(each.work.m, n): each.place for each in order for n in columns(each.work)} for order in placed]
+        work: list[list[tuple[int, ...]]] = [[] for _ in range(self.num_clusters)]
+        fetches: list[list[tuple[int, ...]]] = [[] for _ in range(self.num_clusters)]
+        for (m, n, width, owner, slot), _, cluster in placed[rank]:
+            work[cluster].append((m, n, 2 * owner + (width == 2), slot))
             for peer in self.others(rank) if owner == rank else ():
-                ready[place % self.num_clusters].append((places[peer][m, n], 0, m, n, 2 * peer + 1, slot))
+                for step in range(width):
+                    fetches[cluster].append((when[peer][m, n + step], 0, m, n + step, 2 * peer + 1, slot + step))
         for peer in self.others(rank):
-            for place, (m, n, owner, slot) in enumerate(table[peer].tolist()):
+            for (m, n, width, owner, slot), place, cluster in placed[peer]:
                 if owner == peer:
-                    ready[place % self.num_clusters].append((place, 1, m, n, 2 * peer, slot))
-        begin = np.cumsum([0, *map(len, ready)], dtype=np.int32)
-        tiles = [tile[2:] for cluster in ready for tile in sorted(cluster)]
-        return begin, np.array(tiles, dtype=np.int32).reshape(-1, 4)
+                    fetches[cluster] += [(place, 1, m, n + step, 2 * peer, slot + step) for step in range(width)]
+        return *joined(work), *joined([[fetch[2:] for fetch in sorted(cluster)] for cluster in fetches])
+
+
+def columns(work: Work) -> range:
+    return range(work.n, work.n + work.width)
+
+
+def singles(piece: Work) -> list[Work]:
+    """Its tiles, each by itself."""
+    return [piece._replace(n=n, width=1, slot=piece.slot + n - piece.n) for n in columns(piece)]
+
+
+def joined(lists: list[list[tuple[int, ...]]]) -> tuple[np.ndarray, np.ndarray]:
+    """Where each list begins, and the end; and the rows of all."""
+    begin = np.cumsum([0, *map(len, lists)], dtype=np.int32)
+    return begin, np.array([row for rows in lists for row in rows], dtype=np.int32).reshape(-1, 4)

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from maco_lib.experiments.linear_all_reduce_methods import MATMUL
 from maco_lib.kernels.tile_order import CTAS
-from maco_lib.overlap.linear_techniques.persistent_time import PersistentTime, fastest_columns, persistent_time
+from maco_lib.overlap.linear_techniques.persistent_time import PersistentTime, Tiling, fastest_tiling, persistent_time
 from maco_lib.study.criteria import LINEAR_MANY_ROWS, LINEAR_TARGETS
 from maco_lib.study.evidence import Evidence, Missing
 from maco_lib.study.linear import cells
@@ -19,14 +19,14 @@ MATMUL_ITSELF, MODEL = "its matmul", "more than the model tells"
 
 @dataclass(frozen=True)
 class Point:
-    """One layer and M: `model`, the kernel's time with tiles of `columns` columns, beside what was measured, in µs.
+    """One layer and M: `model`, the kernel's time with tiles as `tiling`, beside what was measured, in µs.
 
     matmul_us: cuBLAS's, alone. wanted: the fraction of ideal to be reached, None where none is set.
     """
 
     layer: str
     m: int
-    columns: int
+    tiling: Tiling
     model: PersistentTime
     matmul_us: float
     ideal_us: float
@@ -68,9 +68,9 @@ def points(machine: Evidence) -> list[Point]:
         row = rows.iloc[0]
         ranks = int(row["tp"])
         shape, clusters = (cell.m, int(row["n"]), int(row["k"]) // ranks), int(row["num_sms"]) // CTAS
-        columns = fastest_columns(*shape, ranks, clusters)
-        model = persistent_time(*shape, columns, ranks, clusters)
-        found.append(Point(cell.layer, cell.m, columns, model, row["t_matmul_us"], row["ideal_us"], row["time_us"],
+        tiling = fastest_tiling(*shape, ranks, clusters)
+        model = persistent_time(*shape, tiling, ranks, clusters)
+        found.append(Point(cell.layer, cell.m, tiling, model, row["t_matmul_us"], row["ideal_us"], row["time_us"],
                            LINEAR_TARGETS.get(ranks)))  # fmt: skip
     if not found:
         raise Missing(f"the persistent kernel finished no point of {LINEAR_MANY_ROWS} rows or more")
@@ -80,7 +80,7 @@ def points(machine: Evidence) -> list[Point]:
 def modelled(machine: Evidence) -> str:
     """The parts of its time at every layer and many rows, what they add up to, and what they leave to reach."""
     body = [
-        [one.layer, one.m, one.columns, us(one.model.first), us(one.model.waves), us(one.model.last_sums),
+        [one.layer, one.m, one.tiling, us(one.model.first), us(one.model.waves), us(one.model.last_sums),
          us(one.model.fetched), one.model.limit, f"{us(one.model.total)}, {us(one.time_us)}, {one.error:+.1%}",
          f"{one.fraction:.1%}", f"{one.reach:.1%}", one.cause]
         for one in points(machine)

@@ -17,7 +17,7 @@ import torch.distributed._symmetric_memory as symmetric
 from maco_lib.comm.symmetric import Region, memory, unreachable
 from maco_lib.kernels.tile_order import CTAS, ROWS, TileOrder
 from maco_lib.overlap import streams
-from maco_lib.overlap.linear_techniques.persistent_time import TILE_COLUMNS, fastest_columns, order_of
+from maco_lib.overlap.linear_techniques.persistent_time import TILINGS, Tiling, fastest_tiling, order_of
 from maco_lib.overlap.linear_techniques.problem import Problem
 from maco_lib.timing import gather
 
@@ -27,6 +27,7 @@ NUM_FLAGS = 2**20
 FLAGS_PER_TILE = 3 * CTAS
 # Rows of one launch: more are cut, so that there are few tables of tiles however M changes.
 MAX_ROWS = 2**16
+NARROWEST = min(tiling.columns for tiling in TILINGS)
 
 
 def require_preparation(what: str) -> None:
@@ -90,7 +91,7 @@ class Exchange:
         return self.schedules[order]
 
     def addresses(self, order: TileOrder, bn: int) -> object:
-        """Where all of them lie, a `kernels.persistent.Addresses`."""
+        """Where tiles of `bn` columns and flags lie, a `kernels.persistent.Addresses`."""
         from maco_lib.kernels.persistent import Addresses
 
         num_bytes = order.num_slots * ROWS * bn * 2
@@ -132,10 +133,10 @@ def for_tma(tensor: torch.Tensor) -> torch.Tensor:
     return tensor if fits else tensor.clone(memory_format=torch.contiguous_format)
 
 
-def run(problem: Problem, bn: int = 0, trace: torch.Tensor | None = None) -> None:
+def run(problem: Problem, tiling: Tiling | None = None, trace: torch.Tensor | None = None) -> None:
     """Fill `problem.result`. Collective.
 
-    bn: columns of a tile, of `TILE_COLUMNS`; 0: those predicted to be the fastest. trace: as `kernels.persistent`'s.
+    tiling: one of `TILINGS`; None: that predicted to be the fastest. trace: as `kernels.persistent`'s.
     Copies x or weight where they are not laid out for TMA. Raises ValueError on a problem that the kernel cannot run,
     and where K differs between the ranks.
     """
@@ -150,14 +151,15 @@ def run(problem: Problem, bn: int = 0, trace: torch.Tensor | None = None) -> Non
     x, weight = for_tma(problem.x), for_tma(problem.weight)
     bias = None if problem.bias is None else for_tma(problem.bias[None])[0]
     residual = None if problem.residual is None else for_tma(problem.residual.contiguous())
-    most = NUM_FLAGS // FLAGS_PER_TILE // shared.num_ranks // -(-num_columns // min(TILE_COLUMNS)) * ROWS
+    most = NUM_FLAGS // FLAGS_PER_TILE // shared.num_ranks // -(-num_columns // NARROWEST) * ROWS
     step = min(MAX_ROWS, max(ROWS, most))
     for first in range(0, num_rows, step):
         rows = slice(first, min(first + step, num_rows))
         size = rows.stop - first
-        columns = bn or fastest_columns(size, num_columns, k, shared.num_ranks, shared.max_clusters)
-        order = order_of(size, num_columns, k, columns, shared.num_ranks, shared.max_clusters)
+        of_part = (size, num_columns, k)
+        tiles = tiling or fastest_tiling(*of_part, shared.num_ranks, shared.max_clusters)
+        order = order_of(*of_part, tiles, shared.num_ranks, shared.max_clusters)
         persistent(
-            x[rows], weight, bias, None if residual is None else residual[rows], problem.result[rows], columns, order,
-            shared.schedule(order), shared.addresses(order, columns), shared.rank, trace,
+            x[rows], weight, bias, None if residual is None else residual[rows], problem.result[rows], tiles.columns,
+            order, shared.schedule(order), shared.addresses(order, tiles.columns), shared.rank, trace,
         )  # fmt: skip

@@ -27,7 +27,7 @@ from maco_lib.overlap.linear_techniques.persistent import (
     require_preparation,
     unsuited,
 )
-from maco_lib.overlap.linear_techniques.persistent_time import fastest_columns
+from maco_lib.overlap.linear_techniques.persistent_time import fastest_tiling
 from maco_lib.overlap.linear_techniques.problem import EVERYTHING, Block, Problem
 from maco_lib.overlap.streams import highest_priority, side_stream
 
@@ -107,15 +107,15 @@ def on_side_stream(problem: Problem, blocks: list[Block], num_free_sms: int) -> 
     (num_rows, num_columns), device, k = problem.result.shape, problem.result.device, problem.x.shape[1]
     shared = signals(problem.group, device)
     max_clusters = (shared.num_sms - num_free_sms) // CTAS
-    bn = fastest_columns(num_rows, num_columns, k, 1, max_clusters)
-    num_n, height = -(-num_columns // bn), blocks[0].piece[0].stop // ROWS
-    order = TileOrder(-(-num_rows // ROWS), num_n, 1, max_clusters, height=height)
+    tiling = fastest_tiling(num_rows, num_columns, k, 1, max_clusters)
+    num_n, height = -(-num_columns // tiling.columns), blocks[0].piece[0].stop // ROWS
+    order = TileOrder(-(-num_rows // ROWS), num_n, 1, max_clusters, height=height, pairs=tiling.pairs)
     flags, schedule = shared.flags_for(order.num_tiles), shared.schedule(order)
     x, weight = for_tma(problem.x), for_tma(problem.weight)
     current, side = torch.cuda.current_stream(device), side_stream(device, highest_priority())
     side.wait_stream(current)
     try:
-        multiply(problem, x, weight, blocks, bn, order, schedule, flags)
+        multiply(problem, x, weight, blocks, tiling.columns, order, schedule, flags)
         with torch.cuda.stream(side):
             sum_bands(problem, blocks, flags, num_n)
     except BaseException:

@@ -10,6 +10,7 @@ import stored
 
 from maco_lib.study import (
     claims,
+    eager,
     earlier,
     evidence,
     figures,
@@ -323,3 +324,35 @@ def test_what_sms_cost_is_told_from_the_table_and_its_absence_too(tmp_path, fres
     assert report.build(tmp_path) == []
     text = text_of(store)
     assert "section overlap was run without the table sm_sharing" in text and "overlap_sm_sharing.png" not in text
+
+
+def test_eager_code_is_told_beside_graphs_and_its_absence_too(tmp_path, fresh):
+    store = stored.study(tmp_path)
+    machine, _ = evidence.load(store, "h200-x2")
+    text = eager.told(machine)
+    assert "1.60× with the all-reduce on the side stream (geometric mean of 4; at most 1.60×: two streams in" in text
+    assert "1.00× with the matmul on the side stream" in text
+    assert "gains 1.80× there" in text and "late" not in text
+    assert lines_with(text, "| two streams ", "200 µs, 1.50× → 320 µs, 0.94×")
+    assert lines_with(text, "| two streams, leading ", "200 µs, 1.50× → 200 µs, 1.50×")
+
+    rows = machine.table("overlap_eager").reset_index(drop=True)
+    failed = rows["method"].eq("two_stream") & rows["launched"].eq("graph") & rows["leads"]
+    rows.loc[failed, ["t_overlap_us", "speedup", "late_part"]] = float("nan")
+    rows.loc[failed, "error"] = "no graph"
+    rows.loc[rows["method"].eq("auto") & rows["launched"].eq("eager"), "late_part"] = 0.5
+
+    def of(table) -> str:
+        return eager.told(dataclasses.replace(machine, tables={**machine.tables, "overlap_eager": table}))
+
+    text = of(rows)
+    assert "the matmul on the side stream" not in text and lines_with(text, ", leading ", "failed: no graph → 200")
+    assert "In 4 of 28 rows the host issued more than 5% of the samples late (up to 50%)" in text
+    text = of(rows[rows["launched"] == "eager"])
+    assert "Nothing is captured" in text and lines_with(text, "| sequential ", "| 300 µs ")
+
+    record = store.record("h200-x2", "overlap")
+    del record["tables"]["overlap_eager"]
+    store.write_record("h200-x2", "overlap", record)
+    assert report.build(tmp_path) == []
+    assert "section overlap was run without the table overlap_eager" in text_of(store)

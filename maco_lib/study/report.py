@@ -7,6 +7,7 @@ from typing import Any
 import jinja2
 
 from maco_lib.study import (
+    eager,
     figures,
     findings,
     judgement_tables,
@@ -99,6 +100,7 @@ def render(
         techniques=techniques,
         planner=planner,
         sharing=sharing,
+        eager=eager,
         linear=linear,
         linear_limits=linear_limits,
         linear_persistent=linear_persistent,

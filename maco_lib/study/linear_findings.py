@@ -3,7 +3,7 @@
 import pathlib
 
 from maco_lib.experiments.linear_all_reduce_methods import CHAIN, MATMUL
-from maco_lib.study import linear_persistent
+from maco_lib.study import clocks, linear_persistent
 from maco_lib.study.criteria import LINEAR_MANY_ROWS, LINEAR_TARGETS
 from maco_lib.study.evidence import Evidence, Missing
 from maco_lib.study.found import Found, span
@@ -39,8 +39,16 @@ def one_kernel(evidence: Evidence, root: pathlib.Path) -> Found:
         reached = sum(part >= wanted for part in parts)
         lines.append(f"{wanted:.0%} of the ideal or more at {reached} of {len(found)} points")
     # Without the first line: how far its model is off is told in section 5.
-    lines += [*linear_persistent.told(evidence)[1:], *decoding(evidence)]
+    lines += [*linear_persistent.told(evidence)[1:], *clock(evidence), *decoding(evidence)]
     return Found(sentence, "linear_fraction", apart > 0, lines)
+
+
+def clock(evidence: Evidence) -> list[str]:
+    """How much of what is missing to the ideal is the clock, where it was measured."""
+    try:
+        return clocks.told(evidence)
+    except Missing:
+        return []
 
 
 def decoding(evidence: Evidence) -> list[str]:

@@ -7,6 +7,7 @@ from typing import Any
 import jinja2
 
 from maco_lib.study import (
+    clocks,
     eager,
     figures,
     findings,
@@ -98,6 +99,7 @@ def render(
         tables=report_tables,
         verdicts=judgement_tables,
         techniques=techniques,
+        clocks=clocks,
         planner=planner,
         sharing=sharing,
         eager=eager,

@@ -1,21 +1,16 @@
 // One launch that multiplies and sums over the ranks: result = sum over ranks of x @ w.T. See persistent.py.
-// A cluster of two CTAs computes tiles of 2 x 128 rows by BN columns, WIDTH at once side by side (1 or 2; and where it is
-// 2 also single ones, their operands in more and smaller stages in the same memory); in each CTA, by warp:
+// A cluster of two CTAs computes tiles of 2 x 128 rows by BN columns, one at a time or, where WIDTH is 2, also two side
+// by side; in each CTA, by warp:
 //   0          loads operands
 //   1          loads partials to be added, stores finished tiles
 //   2          fetches tiles from the peers
 //   3          stores those: partials to the inbox, sums to the result
 //   4 to 11    multiply: two warpgroups, 64 rows each
 // Of one rank (RANKS = 1) it is a matmul: a tile goes to the result, then flag slot * CTAS + CTA up (wait_tiles.py).
-// hopper.cuh comes before this file. Defined at compile time: BN, WIDTH, STAGES (of WIDTH tiles), FETCH_BUFFERS, RANKS,
-// RANK, BF16, HAS_BIAS, HAS_RESIDUAL, WGMMA_1, WGMMA_2 (of one and two tiles), TRACE, TRACE_TILES.
+// hopper.cuh and stages.cuh come before this file. Defined at compile time: BN, WIDTH, STAGES (of WIDTH tiles),
+// FETCH_BUFFERS, RANKS, RANK, BF16, HAS_BIAS, HAS_RESIDUAL, WGMMA_1, WGMMA_2 (of one and two tiles), TRACE,
+// TRACE_TILES.
 
-// In units of a cluster's tile; owner: the rank that sums it; slot: counts the owner's tiles, a pair is two.
-struct alignas(16) Work {
-    int m, n, owner_and_pair, slot;
-    __device__ __forceinline__ int owner() const { return owner_and_pair / 2; }
-    __device__ __forceinline__ u32 width() const { return WIDTH == 2 ? owner_and_pair % 2 + 1 : 1; }
-};
 // A tile to be fetched from a peer: one that it has summed, or (is_partial) its partial of one of ours.
 struct alignas(16) Fetch { int m, n, peer_and_kind, slot; };
 struct Addresses {
@@ -37,9 +32,7 @@ __device__ __forceinline__ u64 now() {
 #define NOTE(n, event)
 #endif
 
-constexpr int BM = 128, BK = 64, CTAS = 2;
-constexpr u32 A_BYTES = BM * BK * 2, B_BYTES = BN * BK * 2, TILE_BYTES = BM * BN * 2, HALF_BYTES = TILE_BYTES / 2;
-constexpr u32 RING_BYTES = STAGES * (A_BYTES + WIDTH * B_BYTES);
+constexpr u32 HALF_BYTES = TILE_BYTES / 2;
 constexpr u32 BOX_COLUMNS = 32, BOX_BYTES = 64 * BOX_COLUMNS * 2;
 constexpr u32 HALF_ROWS = 8 * BOX_COLUMNS * 2;  // bytes from a thread's upper row to its lower one
 constexpr u32 HALF_BOXES = BN / BOX_COLUMNS, NUM_BOXES = 2 * HALF_BOXES;
@@ -70,75 +63,6 @@ __device__ __forceinline__ void take(u64 flags, u32 index) {
     asm volatile("fence.proxy.async.global;" ::: "memory");  // the bulk copy that follows comes after
 }
 
-// The stages of operands for W tiles at once. Those for one and those for two lie in the same memory: whoever changes
-// from one to the other waits until none is in use.
-template <u32 W>
-struct Ring {
-    static constexpr u32 BYTES = A_BYTES + W * B_BYTES, SIZE = RING_BYTES / BYTES, BARRIER_BYTES = 16 * SIZE;
-    u32 operands, barriers, stage, parity;
-    __device__ __forceinline__ Ring(u32 operands, u32 barriers)
-        : operands(operands), barriers(barriers), stage(0), parity(0) {}
-    __device__ __forceinline__ void next() {
-        if (++stage == SIZE) stage = 0, parity ^= 1;
-    }
-    __device__ __forceinline__ u32 a() const { return operands + stage * BYTES; }
-    __device__ __forceinline__ u32 b() const { return a() + A_BYTES; }
-    __device__ __forceinline__ u32 full() const { return barriers + 16 * stage; }
-    __device__ __forceinline__ u32 empty() const { return full() + 8; }
-    __device__ __forceinline__ void init() {
-        for (stage = 0; stage < SIZE; stage++) {
-            barrier_init(full(), 1);
-            barrier_init(empty(), 2 * CTAS);
-        }
-    }
-    __device__ __forceinline__ void wait_for_all() const {
-        Ring ring = *this;
-        for (u32 s = 0; s < SIZE; s++, ring.next()) wait(ring.empty(), ring.parity ^ 1);
-    }
-    // All of A's and this CTA's part of B's rows, for both CTAs.
-    __device__ __forceinline__ void load(const TensorMap& x_map, const TensorMap& weight_map, const Work& work, u32 cta,
-                                         int num_steps) {
-        const int row = (work.m * CTAS + cta) * BM, column = work.n * BN + cta * (W * BN / 2);
-        for (int k = 0; k < num_steps; k++, next()) {
-            wait(empty(), parity ^ 1);
-            expect(full(), BYTES);
-            load_box(a(), x_map, k * BK, row, full());
-            load_box_to_both(b() + cta * (W * B_BYTES / 2), weight_map, k * BK, column, full());
-        }
-    }
-};
-
-template <u32 W>
-__device__ __forceinline__ void wgmma(float (&sum)[W * BN / 2], u64 a, u64 b, u32 add) {
-    if constexpr (W == 1) {
-        WGMMA_1;
-    } else {
-        WGMMA_2;
-    }
-}
-// One warpgroup's part: 64 rows.
-template <u32 W>
-__device__ __forceinline__ void multiply(float (&sum)[W * BN / 2], Ring<W>& ring, int group, int thread, int num_steps) {
-    u32 used = 0;
-    for (int k = 0; k < num_steps; k++, ring.next()) {
-        const u64 a = matrix(ring.a() + group * (A_BYTES / 2)), b = matrix(ring.b());
-        wait(ring.full(), ring.parity);
-        asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
-        wgmma<W>(sum, a, b, k > 0);
-        wgmma<W>(sum, a + 2, b + 2, 1);
-        wgmma<W>(sum, a + 4, b + 4, 1);
-        wgmma<W>(sum, a + 6, b + 6, 1);
-        asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
-        if (k > 0) {
-            asm volatile("wgmma.wait_group.sync.aligned 1;" ::: "memory");
-            if (thread < CTAS) arrive_at(used, thread);
-        }
-        used = ring.empty();
-    }
-    asm volatile("wgmma.wait_group.sync.aligned 0;" ::: "memory");
-    if (thread < CTAS) arrive_at(used, thread);
-}
-
 __device__ __forceinline__ u32 pack(float low, float high) {
     u32 both;
 #if BF16
@@ -165,7 +89,7 @@ struct Multiplier {  // one thread of the warps that multiply
     const u32 *bias, *residual;
     int num_steps, num_rows, num_columns;
     u32 cta;
-    u32 num_done, num_partials;
+    u32 num_done, num_partials, last_width;
     u64* trace;
 
     // A piece of work from the first multiplication to the finished tile in shared memory.
@@ -177,10 +101,12 @@ struct Multiplier {  // one thread of the warps that multiply
         const u32 out = out_tile + group * HALF_BYTES + inner_row * (BOX_COLUMNS * 2) + (lane % 4) * 4;
         // Where column 8 * j of the work lies, for this thread's upper row.
         const auto place = [=](int j) {
-            return out + j / (BN / 8) * TILE_BYTES + j % (BN / 8) / 4 * BOX_BYTES + ((j % 4) ^ swizzle) * 16;
+            return out - j / (BN / 8) * TILE_BYTES + j % (BN / 8) / 4 * BOX_BYTES + ((j % 4) ^ swizzle) * 16;
         };
         float sum[W * BN / 2];
         if (threadIdx.x == 128) { NOTE(num_done, MULTIPLY); }
+        if (W < WIDTH && last_width == 2) ring.begin_short(num_steps);
+        last_width = W;
         multiply<W>(sum, ring, group, thread, num_steps);
         if (threadIdx.x == 128) { NOTE(num_done, MULTIPLIED); }
         if (work.owner() == RANK) {
@@ -239,15 +165,16 @@ extern "C" __global__ void __cluster_dims__(CTAS, 1, 1) __launch_bounds__(384, 1
     const __grid_constant__ TensorMap x_map, const __grid_constant__ TensorMap weight_map,
     const __grid_constant__ TensorMap weight_pair_map, const __grid_constant__ TensorMap result_map,
     const __grid_constant__ Addresses at, const int* __restrict__ work_begin, const Work* __restrict__ works,
-    const int* __restrict__ fetch_begin, const Fetch* __restrict__ fetches, int num_steps, int num_rows, int num_columns,
-    const u32* __restrict__ bias, const u32* __restrict__ residual, u64* __restrict__ trace) {
+    const int* __restrict__ fetch_begin, const Fetch* __restrict__ fetches, int num_steps, int num_rows,
+    int num_columns, const u32* __restrict__ bias, const u32* __restrict__ residual, u64* __restrict__ trace) {
     extern __shared__ unsigned char storage[];
-    const u32 operands = (shared_address(storage) + 1023) & ~1023u, out_tile = operands + RING_BYTES;
-    const u32 fetched = out_tile + WIDTH * TILE_BYTES, barriers = fetched + FETCH_BUFFERS * BOX_BYTES;
+    const u32 operands = (shared_address(storage) + 1023) & ~1023u;
+    const u32 out_tile = operands + RING_BYTES + SPARE_BYTES;  // of a pair the first one's, the second's is before it
+    const u32 fetched = out_tile + TILE_BYTES, barriers = fetched + FETCH_BUFFERS * BOX_BYTES;
     const u32 fetched_full = barriers, fetched_empty = fetched_full + 8 * FETCH_BUFFERS;
     const u32 partial_full = fetched_empty + 8 * FETCH_BUFFERS, partial_added = partial_full + 8;
-    const u32 out_ready = partial_added + 8, out_sent = out_ready + 8;
-    Ring<1> single(operands, out_sent + 8);
+    const u32 out_ready = partial_added + 8, out_sent = out_ready + 8, spare_free = out_sent + 8;
+    Ring<1> single(operands, spare_free + 8);
     Ring<WIDTH> wide(operands, single.barriers + (WIDTH == 1 ? 0 : Ring<1>::BARRIER_BYTES));
 
     u32 cta;
@@ -256,8 +183,8 @@ extern "C" __global__ void __cluster_dims__(CTAS, 1, 1) __launch_bounds__(384, 1
     const int begin = work_begin[cluster], end = work_begin[cluster + 1];
 
     if (threadIdx.x == 0) {
-        Ring<1>(single).init();
-        if (WIDTH == 2) Ring<WIDTH>(wide).init();
+        single.init();
+        if (WIDTH == 2) wide.init();
         for (u32 b = 0; b < FETCH_BUFFERS; b++) {
             barrier_init(fetched_full + 8 * b, 1);
             barrier_init(fetched_empty + 8 * b, 1);
@@ -266,6 +193,7 @@ extern "C" __global__ void __cluster_dims__(CTAS, 1, 1) __launch_bounds__(384, 1
         barrier_init(partial_added, NUM_CONSUMERS);
         barrier_init(out_ready, NUM_CONSUMERS);
         barrier_init(out_sent, 1);
+        barrier_init(spare_free, CTAS);
         asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
     }
     __syncthreads();
@@ -274,16 +202,8 @@ extern "C" __global__ void __cluster_dims__(CTAS, 1, 1) __launch_bounds__(384, 1
     if (warp < 4) {
         asm volatile("setmaxnreg.dec.sync.aligned.u32 40;");
         if (threadIdx.x == 0) {
-            for (int i = begin; i < end; i++) {
-                const Work work = works[i];
-                if (WIDTH == 1 || work.width() == 1) {
-                    if (WIDTH == 2 && i > begin && works[i - 1].width() == 2) wide.wait_for_all();
-                    single.load(x_map, weight_map, work, cta, num_steps);
-                } else {
-                    if (i > begin && works[i - 1].width() == 1) single.wait_for_all();
-                    wide.load(x_map, weight_pair_map, work, cta, num_steps);
-                }
-            }
+            load_operands(x_map, weight_map, weight_pair_map, works + begin, end - begin, cta, num_steps, single, wide,
+                          spare_free);
         } else if (threadIdx.x == 32) {  // finished tiles go to this GPU's memory, where the peers fetch them
             u32 added = 0;
             for (int i = begin; i < end; i++) {
@@ -298,14 +218,14 @@ extern "C" __global__ void __cluster_dims__(CTAS, 1, 1) __launch_bounds__(384, 1
                         if (other > 1) wait(partial_added, (added - 1) & 1);
                         expect(partial_full, width * TILE_BYTES);
                         for (u32 t = 0; t < width; t++)
-                            load_bytes(out_tile + t * TILE_BYTES, inbox + place_offset(work.slot + t, cta), TILE_BYTES,
+                            load_bytes(out_tile - t * TILE_BYTES, inbox + place_offset(work.slot + t, cta), TILE_BYTES,
                                        partial_full);
                     }
                 }
                 wait(out_ready, (i - begin) & 1);
                 for (u32 t = 0; t < width; t++) {
                     const u64 offset = place_offset(work.slot + t, cta);
-                    const u32 from = out_tile + t * TILE_BYTES;
+                    const u32 from = out_tile - t * TILE_BYTES;
                     if (work.owner() != RANK) {
                         store_bytes(at.partials[RANK] + work.owner() * at.area_bytes + offset, from, TILE_BYTES);
                     } else {
@@ -319,6 +239,8 @@ extern "C" __global__ void __cluster_dims__(CTAS, 1, 1) __launch_bounds__(384, 1
                 commit_stores();
                 stores_read<0>();
                 arrive(out_sent);
+                if (width == 2 && i + 1 < end && works[i + 1].width() == 1)
+                    for (u32 other = 0; other < CTAS; other++) arrive_at(spare_free, other);
                 stores_done();
                 NOTE(i - begin, STORED);
                 for (u32 t = 0; t < width; t++) {
@@ -382,7 +304,7 @@ extern "C" __global__ void __cluster_dims__(CTAS, 1, 1) __launch_bounds__(384, 1
     } else {
         asm volatile("setmaxnreg.inc.sync.aligned.u32 232;");
         Multiplier multiplier{out_tile, partial_full, partial_added, out_ready, out_sent, bias, residual,
-                              num_steps, num_rows, num_columns, cta, 0, 0, trace};
+                              num_steps, num_rows, num_columns, cta, 0, 0, 0, trace};
         for (int i = begin; i < end; i++) {
             const Work work = works[i];
             if (WIDTH == 1 || work.width() == 1)

@@ -1,11 +1,11 @@
 """Matmul and all-reduce in one launch: the tiles of the result are summed over the ranks as they are finished.
 
-A persistent CUDA kernel (`persistent.cu`) for Hopper: TMA loads shared by clusters of two CTAs, wgmma, and warps of
-their own for loading, storing and fetching. Each rank computes first the tiles that others own, whose partials these
-fetch; then its own, to which it adds the partials fetched from the others, and whose sums the others fetch. All
-transfers are bulk reads, a box at a time: they take no SM, and the loads of the matmul go on beside them. (They did not
-beside bulk stores to a peer, which held them up for as long as they took.) What is left after the last multiplication
-is to fetch the sums of the last tiles.
+A persistent CUDA kernel (`persistent.cu`, `stages.cuh`) for Hopper: TMA loads shared by clusters of two CTAs, wgmma,
+and warps of their own for loading, storing and fetching. Each rank computes first the tiles that others own, whose
+partials these fetch; then its own, to which it adds the partials fetched from the others, and whose sums the others
+fetch. All transfers are bulk reads, a box at a time: they take no SM, and the loads of the matmul go on beside them.
+(They did not beside bulk stores to a peer, which held them up for as long as they took.) What is left after the last
+multiplication is to fetch the sums of the last tiles.
 
 CUDA and not Triton: Triton 3.6 neither shares loads within a cluster nor specialises warps on Hopper, and its bulk
 stores cannot be waited for, which flags between ranks need. Compiled by NVRTC, which torch brings along, at the first
@@ -23,7 +23,7 @@ from cuda.bindings import driver, nvrtc
 from maco_lib.kernels.tile_order import CTAS, TileOrder
 
 FOLDER = pathlib.Path(__file__).parent
-SOURCES = (FOLDER / "hopper.cuh", FOLDER / "persistent.cu")
+SOURCES = (FOLDER / "hopper.cuh", FOLDER / "stages.cuh", FOLDER / "persistent.cu")
 BM, BK = 128, 64
 NUM_THREADS = 384
 BOX_ROWS, BOX_COLUMNS = 64, 32
@@ -50,9 +50,9 @@ def checked(answer: tuple) -> object:
 
 @dataclass(frozen=True)
 class Constants:
-    """What the kernel is compiled for. bn: columns of a tile, a multiple of 32; width: tiles multiplied at once, 1 or 2.
+    """What the kernel is compiled for.
 
-    width * bn is at most 256.
+    bn: columns of a tile, a multiple of 32; width: tiles multiplied at once, 1 or 2; width * bn is at most 256.
     """
 
     bn: int
@@ -103,7 +103,8 @@ class Constants:
         wgmma = {f"WGMMA_{width}": self.wgmma(width * self.bn) for width in range(1, self.width + 1)}
         constants = {
             "BN": self.bn, "WIDTH": self.width, "STAGES": self.num_stages, "RANKS": self.num_ranks, "RANK": self.rank,
-            "FETCH_BUFFERS": self.fetch_buffers, "BF16": int(self.dtype == torch.bfloat16), "HAS_BIAS": int(self.has_bias),
+            "FETCH_BUFFERS": self.fetch_buffers, "BF16": int(self.dtype == torch.bfloat16),
+            "HAS_BIAS": int(self.has_bias),
             "HAS_RESIDUAL": int(self.has_residual), "TRACE": int(self.trace), "TRACE_TILES": TRACE_TILES,
             "WGMMA_2": "", **wgmma,
         }  # fmt: skip
@@ -201,10 +202,11 @@ def persistent(
 ) -> None:
     """Fill `result` on the current stream. Collective.
 
-    x: (M, K), weight: (N, K), bf16 or fp16, rows contiguous, addresses and pitches multiples of 16 bytes; bias: (N,),
-    residual, result: (M, N), contiguous. bn: columns of a tile, a multiple of 32 up to 256, or 128 where the order has
-    pairs. order: of the result's tiles; schedule: its tables for this rank. trace: None, or int64 (CTAs, TRACE_TILES, len(EVENTS)), zeroed,
-    where the kernel leaves the time in ns of `EVENTS` for each CTA's n-th tile or fetch.
+    x: (M, K), weight: (N, K), bf16 or fp16, rows contiguous, addresses and pitches multiples of 16 bytes; bias:
+    (N,), residual, result: (M, N), contiguous. bn: columns of a tile, a multiple of 32 up to 256, or 128 where the
+    order has pairs. order: of the result's tiles; schedule: its tables for this rank. trace: None, or int64 (CTAs,
+    TRACE_TILES, len(EVENTS)), zeroed, where the kernel leaves the time in ns of `EVENTS` for each CTA's n-th tile
+    or fetch.
     """
     constants = Constants(
         bn, 2 if order.pair_waves else 1, rank, order.num_ranks, x.dtype, bias is not None, residual is not None,
@@ -213,8 +215,10 @@ def persistent(
     kernel = function(constants, x.device.index)
     maps = (
         tensor_map(x.data_ptr(), *x.shape, x.stride(0), BM, BK, x.dtype),
-        *(tensor_map(weight.data_ptr(), *weight.shape, weight.stride(0), width * bn // CTAS, BK, x.dtype)
-          for width in (1, constants.width)),
+        *(
+            tensor_map(weight.data_ptr(), *weight.shape, weight.stride(0), width * bn // CTAS, BK, x.dtype)
+            for width in (1, constants.width)
+        ),
         tensor_map(result.data_ptr(), *result.shape, result.stride(0), BOX_ROWS, BOX_COLUMNS, x.dtype),
     )
     packed = addresses.packed()

@@ -157,10 +157,10 @@ class TileOrder:
     def tables(self, rank: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
         """What each cluster of `rank` computes and what it fetches: begin and work, begin and fetches, all int32.
 
-        From begin[c] to begin[c + 1] are those of cluster c. Work: m, n, 2 * owner + is_pair, slot. Fetches, a tile each:
-        m, n, 2 * peer + is_partial, slot. A cluster fetches the partials of its own tiles and, of every peer's, the
-        sums that the peer's cluster of the same number forms; in the order of their ranks' places, partials
-        first: no two ranks then wait for each other.
+        From begin[c] to begin[c + 1] are those of cluster c. Work: m, n, 2 * owner + is_pair, slot. Fetches, a tile
+        each: m, n, 2 * peer + is_partial, slot. A cluster fetches the partials of its own tiles and, of every
+        peer's, the sums that the peer's cluster of the same number forms; in the order of their ranks' places,
+        partials first: no two ranks then wait for each other.
         """
         placed = self.placed()
         when = [{(each.work.m, n): each.place for each in order for n in columns(each.work)} for order in placed]

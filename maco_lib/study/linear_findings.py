@@ -39,16 +39,8 @@ def one_kernel(evidence: Evidence, root: pathlib.Path) -> Found:
         reached = sum(part >= wanted for part in parts)
         lines.append(f"{wanted:.0%} of the ideal or more at {reached} of {len(found)} points")
     # Without the first line: how far its model is off is told in section 5.
-    lines += [*linear_persistent.told(evidence)[1:], *clock(evidence), *decoding(evidence)]
+    lines += [*linear_persistent.told(evidence)[1:], *clocks.told(evidence), *decoding(evidence)]
     return Found(sentence, "linear_fraction", apart > 0, lines)
-
-
-def clock(evidence: Evidence) -> list[str]:
-    """How much of what is missing to the ideal is the clock, where it was measured."""
-    try:
-        return clocks.told(evidence)
-    except Missing:
-        return []
 
 
 def decoding(evidence: Evidence) -> list[str]:

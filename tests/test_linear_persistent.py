@@ -165,12 +165,13 @@ def test_tiles_are_chosen_by_the_waves_and_what_is_left_to_fetch(num_ranks):
         assert (order.pair_waves, order.single_waves, order.last_wave) == waves
 
 
-def test_many_groups_where_the_last_sums_would_count_and_one_where_the_transfers_do():
+def test_more_groups_where_the_last_sums_would_count():
     shape = (4096, 4096)
-    assert order_of(*shape, 512, TILES, 4, 66).num_groups == order_of(*shape, 8192, TILES, 2, 66).num_groups == 1
+    assert order_of(*shape, 8192, TILES, 2, 66).num_groups == 1
+    assert order_of(*shape, 512, TILES, 4, 66).num_groups == 4
     grouped = order_of(*shape, 8192, TILES, 4, 66)
     one = TileOrder(grouped.num_m, grouped.num_n, 4, 66)
-    assert grouped.num_groups > 1 and time_of(grouped, 8192, TILES).last_sums < time_of(one, 8192, TILES).last_sums
+    assert grouped.num_groups > 4 and time_of(grouped, 8192, TILES).last_sums < time_of(one, 8192, TILES).last_sums
 
 
 def test_a_short_k_leaves_it_waiting_for_the_transfers_and_a_long_one_for_the_matmul():

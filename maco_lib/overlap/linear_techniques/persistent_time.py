@@ -31,7 +31,7 @@ ITEMSIZE = 2
 TILE_STEP_US = {Tiling(128, False): 0.376, Tiling(160, False): 0.4625, Tiling(96, True): 0.29, Tiling(128, True): 0.378}
 PAIR_STEP_US = {Tiling(96, True): 0.555, Tiling(128, True): 0.72}
 TILE_US, FETCHED_BYTES_PER_US, END_US = 0.6, 340e3, 8.0
-GROUPS_PER_RANK = 2
+GROUPS_PER_RANK = (1, 2)
 
 
 @dataclass(frozen=True)
@@ -61,12 +61,15 @@ class PersistentTime:
 def order_of(num_rows: int, num_columns: int, k: int, tiling: Tiling, num_ranks: int, max_clusters: int) -> TileOrder:
     """The order of a result's tiles.
 
-    In one group where the transfers take the longest, or only two ranks share: the least waiting for partials. Else in
-    many: a rank's own tiles of the last group are few, and so are the sums to be fetched after the last wave.
+    In one group for two ranks: the least waiting for partials. For more in several, as partials are fetched while a
+    rank computes others' tiles, sums while it computes its own, which are fewer: both are to go on all the time. In
+    most where the matmul takes the longest, so that few sums are left to be fetched after it.
     """
     shape = (-(-num_rows // ROWS), -(-num_columns // tiling.columns), num_ranks, max_clusters)
-    one, many = (TileOrder(*shape, groups, pairs=tiling.pairs) for groups in (1, GROUPS_PER_RANK * num_ranks))
-    return one if num_ranks == 2 or time_of(many, k, tiling).limit == "transfers" else many
+    fewer, more = (TileOrder(*shape, groups * num_ranks, pairs=tiling.pairs) for groups in GROUPS_PER_RANK)
+    if num_ranks == 2:
+        return TileOrder(*shape, pairs=tiling.pairs)
+    return fewer if time_of(fewer, k, tiling).limit == "transfers" else more
 
 
 def time_of(order: TileOrder, k: int, tiling: Tiling) -> PersistentTime:

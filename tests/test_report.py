@@ -15,6 +15,7 @@ from maco_lib.study import (
     evidence,
     figures,
     findings,
+    judgement_tables,
     planner,
     publish,
     published,
@@ -227,7 +228,14 @@ def test_agreement_with_earlier_measurements(tmp_path, fresh):
     assert [one.agrees for one in (read, small, large, overlapped)] == [True, False, True, False]
     assert read.why == "" and "agree at the largest size (1.00), so the link's rate is the same" in small.why
     assert overlapped.why == "one by one; our arm `sequential` does so: 522 µs, 1.00 of the earlier value, which agrees"
-    assert "2 of 4 medians agree within 10%" in text_of(stored.Store(tmp_path))
+    text = text_of(stored.Store(tmp_path))
+    assert "2 of 4 earlier values agree with ours within 10%. Measured earlier: a source.\n" in text
+    # The same, measured earlier by another program as well: the two rows are told apart.
+    again = rows.iloc[[2]].assign(low="16", high="16", source="another")
+    pd.concat([rows, again]).to_csv(tmp_path / "data" / "earlier" / "h200.csv", index=False)
+    text = judgement_tables.agreement(machine, tmp_path)
+    assert "3 of 5 earlier values agree with ours within 10%. Measured earlier: (1) a source · (2) another.\n" in text
+    assert lines_with(text, "nccl, 8192 bytes", "30 µs (1)") and lines_with(text, "nccl, 8192 bytes", "16 µs (2)")
 
 
 def test_the_model_of_one_machine_is_judged_on_another_of_its_kind(tmp_path, fresh):

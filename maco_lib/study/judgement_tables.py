@@ -38,15 +38,19 @@ def claim_counts(judged: dict[str, list[Judgement]]) -> str:
 def agreement(machine: Evidence, root: pathlib.Path) -> str:
     """Ours beside what was measured earlier on the same hardware; raises Missing when there is nothing to compare."""
     found = earlier.compare(machine, root)
+    # The same may have been measured more than once earlier, by different programs: each row says by which.
+    sources = list(dict.fromkeys(one.source for one in found))
+    marks = {source: f" ({number})" if len(sources) > 1 else "" for number, source in enumerate(sources, 1)}
     rows = []
     for one in found:
         before = digits(one.low) if one.low == one.high else f"{digits(one.low)}–{digits(one.high)}"
         here = f"{digits(one.ours)} [{digits(one.ours_lo)}, {digits(one.ours_hi)}] {one.unit}"
         agrees = "yes" if one.agrees else "**no**"
-        rows.append([one.what, here, f"{before} {one.unit}", f"{one.ratio:.2f}", agrees, one.why])
+        rows.append([one.what, here, f"{before} {one.unit}{marks[one.source]}", f"{one.ratio:.2f}", agrees, one.why])
     agree = sum(one.agrees for one in found)
-    sources = " · ".join(dict.fromkeys(one.source for one in found))
-    head = f"{agree} of {len(found)} medians agree within {earlier.TOLERANCE:.0%}. Measured earlier: {sources}."
+    told = " · ".join(f"{marks[source]} {source}".strip() for source in sources)
+    head = f"{agree} of {len(found)} earlier values agree with ours within {earlier.TOLERANCE:.0%}. Measured earlier: "
+    head += f"{told}."
     headers = ["measured", "here", "earlier", "ratio", f"within {earlier.TOLERANCE:.0%}", "where not, why"]
     return f"{head}\n\n{table(rows, headers)}"
 

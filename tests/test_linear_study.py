@@ -12,7 +12,15 @@ import torch
 import torch.distributed as dist
 from ranks import run_ranks
 
-from maco_lib.experiments.linear_all_reduce_methods import BASE, CHAIN, LAYERS, MATMUL, METHODS
+from maco_lib.experiments.linear_all_reduce_methods import (
+    BASE,
+    CHAIN,
+    FEW_ROWS_METHODS,
+    IDEAL_BACKENDS,
+    LAYERS,
+    MATMUL,
+    METHODS,
+)
 from maco_lib.machine import Machine
 from maco_lib.study import evidence, figures, linear_persistent, linear_promises, report
 from maco_lib.study.figures import style
@@ -41,6 +49,12 @@ def test_the_full_study_asks_for_every_layer_and_peer():
             assert {BASE["cuda"], "sequential_vllm_custom", "auto"} <= set(point["chain_methods"].split(","))
         else:
             assert {"chunked2_nccl", "async_tp", "signalled", "persistent"} <= set(names) and not point["chain_methods"]
+
+
+def test_at_few_rows_the_ideal_counts_every_all_reduce_that_is_an_arm():
+    for kind, (_, alone) in IDEAL_BACKENDS.items():
+        arms = {METHODS[MATMUL][name].backend for name in FEW_ROWS_METHODS[kind]}
+        assert arms - {""} <= set(alone), kind
 
 
 def test_every_method_has_a_colour_and_a_marker():

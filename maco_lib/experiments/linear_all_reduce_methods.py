@@ -122,14 +122,17 @@ CHAIN_METHODS = {
         "sequential_two_shot", "sequential_vllm_custom", "fused_norm", "auto",
     ],
 }  # fmt: skip
-# All-reduces timed alone, of which the fastest is part of the ideal: at many rows and at few.
+# All-reduces timed alone, of which the fastest is part of the ideal: at many rows, and at few every arm's.
 IDEAL_BACKENDS = {
     "cpu": (["gloo"], ["gloo"]),
     "cuda": (
         ["nccl", "nccl_symmetric", "symm_mem_two_shot", "vllm_custom", "maco_push_64", "maco_push_128"],
-        ["nccl_symmetric", "symm_mem_one_shot", "symm_mem_two_shot", "vllm_custom", "maco_ll"],
+        [
+            "nccl", "nccl_symmetric", "symm_mem_one_shot", "symm_mem_two_shot", "vllm_custom", "maco_ll",
+            "maco_one_shot_64", "maco_push_64",
+        ],
     ),
-}
+}  # fmt: skip
 TIMELINE_METHODS = {
     "cpu": ["sequential_gloo", "chunked2_gloo"],
     "cuda": ["sequential_nccl", "chunked4_maco_staged_8", "signalled", "persistent"],

@@ -30,7 +30,8 @@ PROTOCOLS = ("device", "published")
 # A replay much shorter than the launch of a graph (several µs) would measure the launch: fill it with more runs.
 MIN_REPLAY_US = 200.0
 MAX_REPEATS = 16
-# Replays, or eager runs, issued behind one backlog: their launches must fit in the GPU's queue of about a thousand.
+# Replays issued behind one backlog: what is launched must fit in the GPU's queue of about a thousand. An eager run, of
+# some fifteen launches and waits, counts twice.
 MAX_BURST = 40
 SLEEP_CYCLES_PER_US = 2000
 
@@ -229,7 +230,7 @@ class DeviceSampler:
         if first_error(why, group):
             self.graph = None
         self.timing = "backlog" if self.graph is None else "graph"
-        self.max_burst = max(1, MAX_BURST // self.repeats) if self.graph is None else MAX_BURST
+        self.max_burst = max(1, MAX_BURST // (2 * self.repeats)) if self.graph is None else MAX_BURST
         self.num_late = 0
         self.backlog_us = self.issue_us = 0.0
         self.clocks: list[float] = []

@@ -50,7 +50,7 @@ def test_what_was_measured_before_the_planner_is_still_what_its_parameters_ask_f
 def test_eager_code_is_asked_for_in_both_launch_modes_and_by_machines_of_before_not_at_all():
     asked = overlap.OVERLAP_EAGER.points(overlap.SECTION.resolve("full", GPUS, {}), GPUS)
     assert [point["configuration"] for point in asked] == list(overlap.PUBLISHED)
-    assert {(point["launched"], point["budget_s"]) for point in asked} == {("graph,eager", 0.5)}
+    assert {(point["launched"], point["budget_s"]) for point in asked} == {("graph,eager", 0.25)}
     assert {"sequential", "two_stream", "auto"} < set(asked[0]["methods"].split(","))
     (here,) = overlap.OVERLAP_EAGER.points(overlap.SECTION.resolve("smoke", CPU, {}), CPU)
     assert here["launched"] == "eager" and here["comm_bytes"] == 2**15

@@ -10,9 +10,9 @@ from maco_lib.study.spec import Dataset, Parameters, Point
 
 
 def points(parameters: Parameters, machine: Machine) -> list[Point]:
-    """The configurations asked for; the launch modes share the time of one in the device protocol."""
+    """The configurations asked for; the launch modes share half the time of one in the device protocol."""
     methods, modes = check_methods(EAGER_METHODS[machine.kind]), LAUNCHED[machine.kind]
-    how = {"budget_s": parameters.budget_s / len(modes), "min_iterations": parameters.min_iterations}
+    how = {"budget_s": parameters.budget_s / 2 / len(modes), "min_iterations": parameters.min_iterations}
     asked = []
     for name in parameters.eager_configurations:
         comm_bytes, matmul_n = sizes(parameters, name)

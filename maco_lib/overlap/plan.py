@@ -24,8 +24,8 @@ class Plan:
     (NCCL or gloo). overlapped: side by side, else the all-reduce and then the computation. urgent: on a side stream of
     the highest priority (GPUs). compute_first: the computation is issued first, so that it is first to get SMs. leads:
     the all-reduce keeps the current stream and the computation moves to a side stream, so that the all-reduce is first
-    to get SMs even where the GPU has work queued; a side stream begins some µs later than the stream it waits for (table
-    `overlap_eager`).
+    to get SMs even where the GPU has work queued; a side stream begins some µs later than the stream it waits for
+    (table `overlap_eager`).
     Raises ValueError if both are to be first.
     """
 

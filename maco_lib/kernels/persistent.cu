@@ -183,6 +183,10 @@ extern "C" __global__ void __cluster_dims__(CTAS, 1, 1) __launch_bounds__(384, 1
     const int begin = work_begin[cluster], end = work_begin[cluster + 1];
 
     if (threadIdx.x == 0) {
+        prefetch_map(x_map);
+        prefetch_map(weight_map);
+        prefetch_map(weight_pair_map);
+        prefetch_map(result_map);
         single.init();
         if (WIDTH == 2) wide.init();
         for (u32 b = 0; b < FETCH_BUFFERS; b++) {

@@ -29,7 +29,7 @@ ITEMSIZE = 2
 # On H200s: a step of 64 along K of a tile and of a pair, the rest of a tile or pair; what a GPU fetches from its peers
 # in a us; what follows the last fetch.
 TILE_STEP_US = {Tiling(128, False): 0.376, Tiling(160, False): 0.4625, Tiling(96, True): 0.29, Tiling(128, True): 0.378}
-PAIR_STEP_US = {Tiling(96, True): 0.555, Tiling(128, True): 0.72}
+PAIR_STEP_US = {Tiling(96, True): 0.555, Tiling(128, True): 0.74}
 TILE_US, FETCHED_BYTES_PER_US, END_US = 0.6, 340e3, 8.0
 GROUPS_PER_RANK = (1, 2)
 

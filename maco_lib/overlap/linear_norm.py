@@ -3,9 +3,10 @@
     normed, residual = linear_all_reduce_norm(x, weight, residual, norm_weight)
 
 Matmul, all-reduce, residual addition and RMSNorm. At the sizes of decoding the last three are one kernel
-(`kernels.sum_norm`), where every launch, and every wait for the other ranks, counts. It is the custom operator
-`maco::linear_all_reduce_norm`, so torch.compile keeps it whole. Under a CUDA graph: run it once before the capture with
-the same shapes; buffers and kernels are made then, by all ranks together.
+(`kernels.sum_norm`), where every launch, and every wait for the other ranks, counts; of a single row the matmul is ours
+too (`kernels.gemv`). It is the custom operator `maco::linear_all_reduce_norm`, so torch.compile keeps it whole. Under a
+CUDA graph: run it once before the capture with the same shapes; buffers and kernels are made then, by all ranks
+together.
 """
 
 import torch
@@ -23,8 +24,8 @@ from maco_lib.overlap.validation import check_agreement, group_name, require_ope
 
 # Needs what the kernel needs.
 LINES = "maco_ll"
-# The kernel is launched before the matmul has ended (programmatic dependent launch) for so few rows and a weight as
-# large: 1 us sooner there, 0.2 to 0.6 us later elsewhere.
+# The kernel is launched before cuBLAS's has ended (programmatic dependent launch) for so few rows and a weight as large:
+# 1 us sooner there, 0.2 to 0.6 us later elsewhere.
 EARLY_ROWS, EARLY_WEIGHT_BYTES = 16, 2**25
 # What the kinds of kernel are chosen by: the second way over NVLink, the wait for a flag beyond that for a line, and
 # what all SMs together write to the peers.
@@ -174,15 +175,17 @@ def fused(
     bias: torch.Tensor | None,
     group: dist.ProcessGroup,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """(normed, residual_out) of (M, K) x by cuBLAS and one kernel. Collective."""
+    """(normed, residual_out) of (M, K) x by a matmul and one kernel. Collective."""
+    from maco_lib.kernels.gemv import for_gemv, gemv
     from maco_lib.kernels.sum_norm import sum_norm
 
     # A planned collective that nobody has waited for may still use the mailbox.
     streams.wait_for_planned(x.device)
-    first = bias is not None and group.rank() == 0
-    product = torch.addmm(bias, x, weight.t()) if first else torch.mm(x, weight.t())
+    own_bias = bias if group.rank() == 0 else None
+    one_row = for_gemv(x, weight)
+    product = (gemv if one_row else torch.nn.functional.linear)(x, weight, own_bias)
     box = mailbox(group, x.device)
-    early = len(x) <= EARLY_ROWS and weight.nbytes >= EARLY_WEIGHT_BYTES
+    early = not one_row and len(x) <= EARLY_ROWS and weight.nbytes >= EARLY_WEIGHT_BYTES
     two_shot, flagged = kind(len(product), product.shape[1] * product.itemsize, group.size())
     return sum_norm(
         product, aligned(residual), aligned(norm_weight), eps,

@@ -24,7 +24,7 @@ from maco_lib.overlap.validation import check_agreement, group_name, require_ope
 
 # Needs what the kernel needs.
 LINES = "maco_ll"
-# The kernel is launched before cuBLAS's has ended (programmatic dependent launch) for so few rows and a weight as large:
+# The kernel is launched before cuBLAS's has ended (programmatic dependent launch) for so few rows and weights as large:
 # 1 us sooner there, 0.2 to 0.6 us later elsewhere.
 EARLY_ROWS, EARLY_WEIGHT_BYTES = 16, 2**25
 # What the kinds of kernel are chosen by: the second way over NVLink, the wait for a flag beyond that for a line, and

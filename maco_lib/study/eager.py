@@ -25,6 +25,14 @@ def told(machine: Evidence) -> str:
     return "\n\n".join(filter(None, parts))
 
 
+def order(machine: Evidence) -> list[str]:
+    """What launches cost each role, for the findings; nothing where it was not measured."""
+    if "overlap_eager" not in machine.tables:
+        return []
+    done = machine.tables["overlap_eager"].dropna(subset=["t_overlap_us"])
+    return [line.rstrip(".") for line in roles(done)]
+
+
 def roles(done: pd.DataFrame) -> list[str]:
     """How much longer eager code takes than a graph, by what is on the side stream."""
     both = done.pivot(index=KEY, columns="launched", values="t_overlap_us").reindex(columns=MODES)

@@ -9,7 +9,7 @@ import pathlib
 
 import pandas as pd
 
-from maco_lib.study import linear_findings, published, techniques
+from maco_lib.study import eager, linear_findings, published, techniques
 from maco_lib.study.claims_measured import inference_ratio, overlap_ratio
 from maco_lib.study.criteria import Ratio, milliseconds
 from maco_lib.study.evidence import Evidence, Missing
@@ -52,7 +52,7 @@ def launch_order(evidence: Evidence, root: pathlib.Path) -> Found:
         parted += first.low > last.high or last.low > first.high
         lines.append(f"{name}: collective first {first}, matmul first {last}")
     most = max(gains, key=lambda name: abs(math.log(gains[name][0] / gains[name][1])))
-    lines += waiting_collective(evidence)
+    lines += [*waiting_collective(evidence), *eager.order(evidence)]
     effect = "decides what two streams gain" if parted else "makes no difference that the intervals would show"
     sentence = (
         f"The order of issue {effect}: the same two kernels give {span([first for first, _ in gains.values()])} with "

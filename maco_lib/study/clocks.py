@@ -137,8 +137,8 @@ def told(machine: Evidence) -> list[str]:
     missing, by_clock = len(parts) - sum(parts), sum(equal) - sum(parts)
     share = f"the clock is {by_clock / missing:.0%}" if missing > 0 and by_clock > 0 else "the clock is nothing"
     return [f"where the matmul limits, M ≥ {LINEAR_MANY_ROWS}, {len(found)} points, the persistent kernel runs at "
-            f"{middle(clocks)} of the clock of the matmul alone (median; {ends(clocks)}) and reaches {middle(parts)} of "
-            f"the ideal; at equal clock it would be {middle(equal)}: {share} of what is missing there"]  # fmt: skip
+            f"{middle(clocks)} of the clock of the matmul alone (median; {ends(clocks)}) and reaches {middle(parts)} "
+            f"of the ideal; at equal clock it would be {middle(equal)}: {share} of what is missing there"]  # fmt: skip
 
 
 def middle(values: list[float]) -> str:

@@ -59,7 +59,7 @@ def fraction(tables: Mapping[str, pd.DataFrame], machine_name: str) -> tuple[Fig
         if wanted:
             axis.plot([LINEAR_MANY_ROWS, rows["m"].max()], [wanted] * 2, color=style.BLACK, linestyle=(0, (4, 2)),
                       linewidth=0.8)  # fmt: skip
-        axis.set_ylim(max(0.0, rows["low"].min() - EDGE), None)
+        axis.set_ylim(max(0.0, rows["low"].min() - EDGE), max(1.0, rows["value"].max()) + EDGE)
 
     return panels(rows, "fraction of ideal", dress), numbers(rows, "fraction_of_ideal")
 

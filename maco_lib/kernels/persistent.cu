@@ -89,7 +89,7 @@ struct Multiplier {  // one thread of the warps that multiply
     const u32 *bias, *residual;
     int num_steps, num_rows, num_columns;
     u32 cta;
-    u32 num_done, num_partials, last_width;
+    u32 num_done, num_partials;
     u64* trace;
 
     // A piece of work from the first multiplication to the finished tile in shared memory.
@@ -105,8 +105,6 @@ struct Multiplier {  // one thread of the warps that multiply
         };
         float sum[W * BN / 2];
         if (threadIdx.x == 128) { NOTE(num_done, MULTIPLY); }
-        if (W < WIDTH && last_width == 2) ring.begin_short(num_steps);
-        last_width = W;
         multiply<W>(sum, ring, group, thread, num_steps);
         if (threadIdx.x == 128) { NOTE(num_done, MULTIPLIED); }
         if (work.owner() == RANK) {
@@ -308,7 +306,7 @@ extern "C" __global__ void __cluster_dims__(CTAS, 1, 1) __launch_bounds__(384, 1
     } else {
         asm volatile("setmaxnreg.inc.sync.aligned.u32 232;");
         Multiplier multiplier{out_tile, partial_full, partial_added, out_ready, out_sent, bias, residual,
-                              num_steps, num_rows, num_columns, cta, 0, 0, 0, trace};
+                              num_steps, num_rows, num_columns, cta, 0, 0, trace};
         for (int i = begin; i < end; i++) {
             const Work work = works[i];
             if (WIDTH == 1 || work.width() == 1)

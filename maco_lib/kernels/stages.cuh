@@ -4,7 +4,6 @@
 constexpr int BM = 128, BK = 64, CTAS = 2;
 constexpr u32 A_BYTES = BM * BK * 2, B_BYTES = BN * BK * 2, TILE_BYTES = BM * BN * 2;
 constexpr u32 RING_BYTES = STAGES * (A_BYTES + WIDTH * B_BYTES), SPARE_BYTES = (WIDTH - 1) * TILE_BYTES;
-constexpr int SHORT_ROUNDS = 4;  // 5 us, longer than a pair takes to go out
 
 // In units of a cluster's tile; owner: the rank that sums it; slot: counts the owner's tiles, a pair is two.
 struct alignas(16) Work {
@@ -19,17 +18,11 @@ template <u32 W>
 struct Ring {
     static constexpr u32 BYTES = A_BYTES + W * B_BYTES, SIZE = (RING_BYTES + (W == 1 ? SPARE_BYTES : 0)) / BYTES;
     static constexpr u32 BARRIER_BYTES = 16 * SIZE;
-    u32 operands, barriers, stage, parity, short_rounds;
+    u32 operands, barriers, stage, parity;
     __device__ __forceinline__ Ring(u32 operands, u32 barriers)
-        : operands(operands), barriers(barriers), stage(0), parity(0), short_rounds(0) {}
+        : operands(operands), barriers(barriers), stage(0), parity(0) {}
     __device__ __forceinline__ void next() {
-        if (++stage == SIZE - 1 && short_rounds) short_rounds--, stage++;
-        if (stage == SIZE) stage = 0, parity ^= 1;
-    }
-    // The last stage, where a tile goes out, is not used at first; for an even number of rounds, as its parity stays.
-    __device__ __forceinline__ void begin_short(int num_steps) {
-        const int rounds = num_steps / (int)SIZE - 1;
-        short_rounds = rounds < 0 ? 0 : rounds < SHORT_ROUNDS ? rounds & ~1 : SHORT_ROUNDS;
+        if (++stage == SIZE) stage = 0, parity ^= 1;
     }
     __device__ __forceinline__ u32 a() const { return operands + stage * BYTES; }
     __device__ __forceinline__ u32 b() const { return a() + A_BYTES; }
@@ -67,23 +60,25 @@ __device__ __forceinline__ void load_operands(
     const TensorMap& x_map, const TensorMap& weight_map, const TensorMap& weight_pair_map, const Work* works,
     int num_works, u32 cta, int num_steps, Ring<1>& single, Ring<WIDTH>& wide, u32 spare_free) {
     u32 unchecked = 0, switches = 0;  // stages of single tiles that pairs may still use; from pairs to single ones
-    bool spare_waits = false;
     for (int i = 0; i < num_works; i++) {
         const Work work = works[i];
         const bool changes = i > 0 && works[i - 1].width() != work.width();
         if (WIDTH == 1 || work.width() == 1) {
-            if (changes) {
-                unchecked = Ring<1>::SIZE, spare_waits = true, switches++;
-                single.begin_short(num_steps);
-            }
+            if (changes) unchecked = Ring<1>::SIZE, switches++;
             for (int k = 0; k < num_steps; k++) {
-                const u32 first = single.stage * Ring<1>::BYTES, last = first + Ring<1>::BYTES;
-                if (unchecked) wide.wait_for_bytes(first, last), unchecked--;
-                if (spare_waits && last > RING_BYTES) wait(spare_free, (switches - 1) & 1), spare_waits = false;
+                if (unchecked) {
+                    const u32 first = single.stage * Ring<1>::BYTES, last = first + Ring<1>::BYTES;
+                    wide.wait_for_bytes(first, last);
+                    if (last > RING_BYTES) wait(spare_free, (switches - 1) & 1);
+                    unchecked--;
+                }
                 single.load(x_map, weight_map, work, cta, k);
             }
         } else {
-            if (changes) single.wait_for_all();
+            if (changes) {
+                single.wait_for_all();
+                if (switches) wait(spare_free, (switches - 1) & 1);  // so that none is missed, which turns the parity
+            }
             for (int k = 0; k < num_steps; k++) wide.load(x_map, weight_pair_map, work, cta, k);
         }
     }

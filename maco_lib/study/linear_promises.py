@@ -78,13 +78,13 @@ def fractions(found: Iterable[Cell], of_what: str) -> tuple[dict[str, float], tu
 
 
 def bounds(found: Iterable[Cell], wanted: float) -> dict[str, str]:
-    """The speedup over sequential code by point, were all but the matmul free, and whether `wanted` is within it."""
+    """The speedup over sequential code by point, were all but cuBLAS's matmul free; whether `wanted` is within it."""
     texts = {}
     for cell in found:
         if cell.base is not None:
             before, matmul = cell.base["time_us"], cell.rows["t_matmul_us"].iloc[0]
-            most = f"with the matmul alone {us(before)} / {us(matmul)} = {before / matmul:.2f}×"
-            texts[cell.name] = most if before / matmul >= wanted else f"out of reach: {most}"
+            most = f"with cuBLAS's matmul alone {us(before)} / {us(matmul)} = {before / matmul:.2f}×"
+            texts[cell.name] = most if before / matmul >= wanted else f"out of reach {most}"
     return texts
 
 

@@ -69,3 +69,25 @@ __device__ __forceinline__ void fence_async_shared() { asm volatile("fence.proxy
 __device__ __forceinline__ u64 matrix(u32 address) {
     return (u64)((address & 0x3FFFF) >> 4) | (1ull << 16) | (64ull << 32) | (1ull << 62);
 }
+
+// Two 16-bit elements, bf16 where BF16 is 1, else fp16.
+__device__ __forceinline__ u32 pack(float low, float high) {
+    u32 both;
+#if BF16
+    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(both) : "f"(high), "f"(low));
+#else
+    asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(both) : "f"(high), "f"(low));
+#endif
+    return both;
+}
+__device__ __forceinline__ void add_pair(float& low, float& high, u32 both) {
+#if BF16
+    low += __uint_as_float(both << 16);
+    high += __uint_as_float(both & 0xFFFF0000u);
+#else
+    float a, b;
+    asm("{ .reg .f16 l, h; mov.b32 {l, h}, %2; cvt.f32.f16 %0, l; cvt.f32.f16 %1, h; }" : "=f"(a), "=f"(b) : "r"(both));
+    low += a;
+    high += b;
+#endif
+}

@@ -63,27 +63,6 @@ __device__ __forceinline__ void take(u64 flags, u32 index) {
     asm volatile("fence.proxy.async.global;" ::: "memory");  // the bulk copy that follows comes after
 }
 
-__device__ __forceinline__ u32 pack(float low, float high) {
-    u32 both;
-#if BF16
-    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(both) : "f"(high), "f"(low));
-#else
-    asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(both) : "f"(high), "f"(low));
-#endif
-    return both;
-}
-__device__ __forceinline__ void add_pair(float& low, float& high, u32 both) {
-#if BF16
-    low += __uint_as_float(both << 16);
-    high += __uint_as_float(both & 0xFFFF0000u);
-#else
-    float a, b;
-    asm("{ .reg .f16 l, h; mov.b32 {l, h}, %2; cvt.f32.f16 %0, l; cvt.f32.f16 %1, h; }" : "=f"(a), "=f"(b) : "r"(both));
-    low += a;
-    high += b;
-#endif
-}
-
 struct Multiplier {  // one thread of the warps that multiply
     u32 out_tile, partial_full, partial_added, out_ready, out_sent;
     const u32 *bias, *residual;

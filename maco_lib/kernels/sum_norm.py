@@ -6,7 +6,8 @@ two-shot    every rank owns each Pth row, adds it up and sends the sum with the 
 flagged     either, in plain data with flags instead of lines (`kernels.lines`): half the bytes, a longer wait per way
 
 Adds in float32 in the order of the ranks; the sum with the residual is rounded once, and what is rounded is normalised.
-Products are only read by their own rank, so they may lie anywhere.
+Products are only read by their own rank, so they may lie anywhere. One-shot in lines, the matmul itself can send them
+(`kernels.decode`): then there is only to take and to add.
 """
 
 import torch
@@ -41,42 +42,44 @@ def normalise(data, weights, normed, offsets, inside, eps, num_lines: tl.constex
 def one_shot_norm_kernel(
     product, residual, weight, normed, total, inboxes, counter, num_rows, eps,
     num_lines: tl.constexpr, block: tl.constexpr, rank: tl.constexpr, num_ranks: tl.constexpr,
-    element: tl.constexpr, flagged: tl.constexpr, early: tl.constexpr,
+    element: tl.constexpr, flagged: tl.constexpr, sent: tl.constexpr,
 ):  # fmt: skip
-    if early:
-        tl.extra.cuda.gdc_wait()
     row = tl.program_id(0)
     begin_of_row = row * num_lines
     offsets = tl.arange(0, block)
     inside = offsets < num_lines
-    own = tl.load(words(product) + begin_of_row + offsets, mask=inside, other=0)
     epoch, half = begin(counter)
-    for step in tl.static_range(num_ranks - 1):
-        slot = (num_ranks - 2 - step) * num_rows + row
-        put(inboxes[step] + half, slot, num_lines, offsets, own, epoch, inside, flagged)
-    if flagged:
-        tl.debug_barrier()
-    for step in tl.static_range(num_ranks - 1):
-        raise_flag(inboxes[step] + half, (num_ranks - 2 - step) * num_rows + row, epoch, flagged)
+    if not sent:
+        own = tl.load(words(product) + begin_of_row + offsets, mask=inside, other=0)
+        for step in tl.static_range(num_ranks - 1):
+            slot = (num_ranks - 2 - step) * num_rows + row
+            put(inboxes[step] + half, slot, num_lines, offsets, own, epoch, inside, flagged)
+        if flagged:
+            tl.debug_barrier()
+        for step in tl.static_range(num_ranks - 1):
+            raise_flag(inboxes[step] + half, (num_ranks - 2 - step) * num_rows + row, epoch, flagged)
     old = tl.load(words(residual) + begin_of_row + offsets, mask=inside, other=0)
     weights = unpack(tl.load(words(weight) + offsets, mask=inside, other=0), element)
+    own_half = inboxes[num_ranks - 1] + half
+    if sent:
+        own = take(own_half, (num_ranks - 1) * num_rows + row, num_lines, offsets, epoch, inside, flagged)
     sums = sum_of_ranks(
-        own, inboxes[num_ranks - 1] + half, row, num_rows, num_lines, offsets, epoch, inside,
-        rank, num_ranks, element, flagged,
-    )  # fmt: skip
+        own, own_half, row, num_rows, num_lines, offsets, epoch, inside, rank, num_ranks, element, flagged
+    )
     data = pack(add(sums, unpack(old, element), element), element)
     tl.store(words(total) + begin_of_row + offsets, data, mask=inside)
     normalise(data, weights, words(normed) + begin_of_row, offsets, inside, eps, num_lines, element)
+    if sent:
+        # What comes after this kernel comes after the one before, too.
+        tl.extra.cuda.gdc_wait()
 
 
 @triton.jit(do_not_specialize=["num_rows"])
 def two_shot_norm_kernel(
     product, residual, weight, normed, total, inboxes, counter, num_rows, eps,
     num_lines: tl.constexpr, block: tl.constexpr, rank: tl.constexpr, num_ranks: tl.constexpr,
-    element: tl.constexpr, flagged: tl.constexpr, early: tl.constexpr,
+    element: tl.constexpr, flagged: tl.constexpr,
 ):  # fmt: skip
-    if early:
-        tl.extra.cuda.gdc_wait()
     first, num_ctas = tl.program_id(0) * num_ranks, tl.num_programs(0)
     offsets = tl.arange(0, block)
     inside = offsets < num_lines
@@ -129,7 +132,7 @@ def fits(num_rows: int, row_bytes: int, num_ranks: int, two_shot: bool, flagged:
 
 
 def sum_norm(
-    product: torch.Tensor,
+    product: torch.Tensor | None,
     residual: torch.Tensor,
     weight: torch.Tensor,
     eps: float,
@@ -139,23 +142,26 @@ def sum_norm(
     rank: int,
     two_shot: bool = False,
     flagged: bool = False,
-    early: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """(normed, total), new: total = residual + the ranks' products, normed = RMSNorm(total) * weight. Collective.
 
     product, residual: (M, N); weight: (N,); bf16, fp16 or fp32, contiguous, beginning at multiples of 16, a row being a
-    whole number of 8 bytes; of a kind and size that `fits`. inboxes, counter: as in `one_shot`. early: launched before
-    the kernel in front of it has ended, for which it then waits (programmatic dependent launch).
+    whole number of 8 bytes; of a kind and size that `fits`. inboxes, counter: as in `one_shot`. product: None where the
+    kernel in front, `decode`, puts it into all inboxes; this one is then launched before that one has ended
+    (programmatic dependent launch), and takes it from there as it arrives.
     """
-    num_rows, row_bytes = len(product), product.nbytes // len(product)
+    sent = product is None
+    num_rows, row_bytes = len(residual), residual.nbytes // len(residual)
     num_lines = row_bytes // LINE_DATA
     block = max(32 * PACK, triton.next_power_of_2(num_lines))
-    normed, total = torch.empty_like(product), torch.empty_like(product)
+    normed, total = torch.empty_like(residual), torch.empty_like(residual)
+    options = {} if two_shot else {"sent": sent}
     kernel = two_shot_norm_kernel if two_shot else one_shot_norm_kernel
     kernel[(triton.cdiv(num_rows, len(inboxes)) if two_shot else num_rows,)](
-        product.data_ptr(), residual.data_ptr(), weight.data_ptr(), normed.data_ptr(), total.data_ptr(),
+        0 if sent else product.data_ptr(), residual.data_ptr(), weight.data_ptr(), normed.data_ptr(), total.data_ptr(),
         inboxes, counter.data_ptr(), num_rows, eps,
-        num_lines=num_lines, block=block, rank=rank, num_ranks=len(inboxes), element=ELEMENTS[product.dtype],
-        flagged=flagged, early=early, num_warps=min(MAX_WARPS, block // (32 * PACK)), launch_pdl=early,
+        num_lines=num_lines, block=block, rank=rank, num_ranks=len(inboxes), element=ELEMENTS[residual.dtype],
+        flagged=flagged, **options, num_warps=min(MAX_WARPS, block // (32 * PACK)),
+        launch_pdl=sent,
     )  # fmt: skip
     return normed, total

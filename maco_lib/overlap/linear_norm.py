@@ -3,18 +3,20 @@
     normed, residual = linear_all_reduce_norm(x, weight, residual, norm_weight)
 
 Matmul, all-reduce, residual addition and RMSNorm. At the sizes of decoding the last three are one kernel
-(`kernels.sum_norm`), where every launch, and every wait for the other ranks, counts; of a single row the matmul is ours
-too (`kernels.gemv`). It is the custom operator `maco::linear_all_reduce_norm`, so torch.compile keeps it whole. Under a
-CUDA graph: run it once before the capture with the same shapes; buffers and kernels are made then, by all ranks
-together.
+(`kernels.sum_norm`), where every launch, and every wait for the other ranks, counts; of the fewest rows the matmul is
+ours too (`kernels.decode`), and sends its product itself. It is the custom operator
+`maco::linear_all_reduce_norm`, so torch.compile keeps it whole. Under a CUDA graph: run it once before the capture with
+the same shapes; buffers and kernels are made then, by all ranks together.
 """
+
+import math
 
 import torch
 import torch.distributed as dist
 from torch.distributed.distributed_c10d import _resolve_process_group
 
 from maco_lib.comm import backend
-from maco_lib.comm.mailbox import mailbox
+from maco_lib.comm.mailbox import Mailbox, mailbox
 from maco_lib.comm.symmetric import ALIGNMENT
 from maco_lib.overlap import streams
 from maco_lib.overlap.linear import linear_all_reduce, result_shape, usable_backend
@@ -24,12 +26,11 @@ from maco_lib.overlap.validation import check_agreement, group_name, require_ope
 
 # Needs what the kernel needs.
 LINES = "maco_ll"
-# The kernel is launched before cuBLAS's has ended (programmatic dependent launch) for so few rows and weights as large:
-# 1 us sooner there, 0.2 to 0.6 us later elsewhere.
-EARLY_ROWS, EARLY_WEIGHT_BYTES = 16, 2**25
 # What the kinds of kernel are chosen by: the second way over NVLink, the wait for a flag beyond that for a line, and
 # what all SMs together write to the peers.
 WAY_US, FLAG_US, BYTES_PER_US = 1.5, 2.0, 350e3
+# What is saved where the matmul itself sends its product, in lines: a launch, and the way through memory.
+SENT_US = 3.0
 
 
 def linear_all_reduce_norm(
@@ -150,8 +151,8 @@ def unfusable(x: torch.Tensor, weight: torch.Tensor, group: dist.ProcessGroup | 
     return ""
 
 
-def kind(num_rows: int, row_bytes: int, num_ranks: int) -> tuple[bool, bool] | None:
-    """The fastest (two_shot, flagged) of `kernels.sum_norm` by bytes moved, ways and waits; None: none has room."""
+def kinds(num_rows: int, row_bytes: int, num_ranks: int) -> dict[tuple[bool, bool], float]:
+    """Those (two_shot, flagged) of `kernels.sum_norm` that have room, in us by bytes moved, ways and waits."""
     from maco_lib.kernels.sum_norm import fits
 
     times = {}
@@ -163,7 +164,36 @@ def kind(num_rows: int, row_bytes: int, num_ranks: int) -> tuple[bool, bool] | N
                 moved = (num_ranks - 1) * copies * num_rows * row_bytes * (1 if flagged else 2)
                 waits = num_ways * FLAG_US * flagged + (num_ways - 1) * WAY_US
                 times[two_shot, flagged] = waits + moved / BYTES_PER_US
+    return times
+
+
+def kind(num_rows: int, row_bytes: int, num_ranks: int) -> tuple[bool, bool] | None:
+    """The fastest (two_shot, flagged) of `kernels.sum_norm`; None: none has room."""
+    times = kinds(num_rows, row_bytes, num_ranks)
     return min(times, key=lambda kind: times[kind], default=None)
+
+
+def sends(x: torch.Tensor, weight: torch.Tensor, num_ranks: int) -> bool:
+    """Whether the matmul is to send its product itself, one-shot in lines; the same on every rank."""
+    if torch.cuda.get_device_capability(x.device)[0] != 9:
+        return False
+    from maco_lib.kernels.decode import DTYPES, fits
+
+    if x.dtype not in DTYPES or not fits(len(x), len(weight), num_ranks):
+        return False
+    times = kinds(len(x), len(weight) * x.itemsize, num_ranks)
+    in_lines = times.pop((False, False), math.inf)
+    return in_lines < math.inf and in_lines - SENT_US <= min(times.values(), default=math.inf)
+
+
+def sent(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, box: Mailbox) -> bool:
+    """Launch the matmul that sends its product; False if it cannot read the operands where they lie."""
+    from maco_lib.kernels.decode import decode, readable
+
+    if not readable(x, weight):
+        return False
+    decode(x, weight, bias, inboxes=box.inboxes, counter=box.counter)
+    return True
 
 
 def fused(
@@ -176,20 +206,20 @@ def fused(
     group: dist.ProcessGroup,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """(normed, residual_out) of (M, K) x by a matmul and one kernel. Collective."""
-    from maco_lib.kernels.gemv import for_gemv, gemv
     from maco_lib.kernels.sum_norm import sum_norm
 
     # A planned collective that nobody has waited for may still use the mailbox.
     streams.wait_for_planned(x.device)
-    own_bias = bias if group.rank() == 0 else None
-    one_row = for_gemv(x, weight)
-    product = (gemv if one_row else torch.nn.functional.linear)(x, weight, own_bias)
     box = mailbox(group, x.device)
-    early = not one_row and len(x) <= EARLY_ROWS and weight.nbytes >= EARLY_WEIGHT_BYTES
-    two_shot, flagged = kind(len(product), product.shape[1] * product.itemsize, group.size())
+    own_bias = bias.contiguous() if bias is not None and group.rank() == 0 else None
+    in_lines = sends(x, weight, group.size())
+    # A rank whose matmul cannot send still meets the others in lines.
+    two_shot, flagged = (False, False) if in_lines else kind(len(x), len(weight) * x.itemsize, group.size())
+    is_sent = in_lines and sent(x, weight, own_bias, box)
+    product = None if is_sent else torch.nn.functional.linear(x, weight, own_bias)
     return sum_norm(
         product, aligned(residual), aligned(norm_weight), eps,
-        inboxes=box.inboxes, counter=box.counter, rank=box.rank, two_shot=two_shot, flagged=flagged, early=early,
+        inboxes=box.inboxes, counter=box.counter, rank=box.rank, two_shot=two_shot, flagged=flagged,
     )  # fmt: skip
 
 

@@ -1,0 +1,142 @@
+"""A matmul of few rows, at the pace at which its weight can be read, that sends its product to the peers.
+
+What a row-parallel layer does at the sizes of decoding is to read its weight; the product is small. A CUDA kernel
+(`decode.cu`) for Hopper: every CTA takes as many of the weight's rows as there are for each, a multiple of 8 and seldom
+the 64 that wgmma multiplies at a time (tensor cores are idle here anyway), and the whole of K, so there is nothing to
+be added up between CTAs. TMA reads many stages ahead; x's rows, which all need, come once for a cluster. The product is
+summed in float32 in one order and rounded once; it goes to all inboxes, in lines (`kernels.lines`), straight from the
+CTA that has it. `kernels.sum_norm` takes it from there, and may be launched before this kernel has ended.
+"""
+
+import ctypes
+import functools
+import pathlib
+from dataclasses import dataclass
+
+import torch
+from cuda.bindings import driver
+
+from maco_lib.kernels import compiled
+from maco_lib.kernels.compiled import SHARED_BYTES, tensor_map, wgmma
+from maco_lib.kernels.lines import HALF_BYTES, LINE_BYTES, MAX_CTAS
+
+FOLDER = pathlib.Path(__file__).parent
+SOURCES = (FOLDER / "hopper.cuh", FOLDER / "decode.cu")
+MAX_ROWS = 64
+DTYPES = tuple(compiled.DTYPES)
+# Columns of a box, and rows of a weight that a CTA multiplies at a time.
+BK, MAX_TILE_ROWS, MAX_STAGES = 64, 64, 32
+NUM_THREADS = 320
+# For the kernel that follows and is there before this one has ended.
+LEFT_BYTES = 4 * 1024
+# What the L2 cache reads at a time: a row of a box, and no more.
+PROMOTION = driver.CUtensorMapL2promotion.CU_TENSOR_MAP_L2_PROMOTION_L2_128B
+# Elements from row to row: TMA wants multiples of 16 bytes.
+MULTIPLE = 8
+
+
+@dataclass(frozen=True)
+class Constants:
+    """What the kernel is compiled for.
+
+    padded_rows: x's, 8, 16, 32 or 64; cluster: CTAs that share x's; boxes: of 64 columns in a stage, a multiple of it.
+    """
+
+    padded_rows: int
+    cluster: int
+    boxes: int
+    num_ranks: int
+    dtype: torch.dtype
+
+    def fixed_bytes(self, tile_rows: int) -> int:
+        """Shared memory beside the stages: alignment, sums, a finished tile, barriers, and what wgmma reads beyond."""
+        turned = self.padded_rows * (tile_rows * 2 + 16)
+        return 1024 + self.padded_rows // 2 * 128 * 4 + turned + 512 + (MAX_TILE_ROWS - tile_rows) * BK * 2
+
+    def stage_bytes(self, tile_rows: int) -> int:
+        return self.boxes * (tile_rows + self.padded_rows) * BK * 2
+
+    def num_stages(self, tile_rows: int) -> int:
+        # An even number: a stage is always for the same warpgroup, which so never waits for one that is two ahead.
+        room = SHARED_BYTES - LEFT_BYTES - self.fixed_bytes(tile_rows)
+        return min(MAX_STAGES, room // self.stage_bytes(tile_rows) // 2 * 2)
+
+    def shared_bytes(self, tile_rows: int) -> int:
+        return self.fixed_bytes(tile_rows) + self.num_stages(tile_rows) * self.stage_bytes(tile_rows)
+
+    def source(self) -> str:
+        """The kernel's source with these constants."""
+        constants = {
+            "BN": self.padded_rows, "CTAS": self.cluster, "BOXES": self.boxes, "RANKS": self.num_ranks,
+            "BF16": int(self.dtype == torch.bfloat16), "WGMMA": wgmma(self.padded_rows, self.dtype),
+            "LAUNCH": f"{MAX_CTAS + 1}ull", "HALF": f"{HALF_BYTES}ull",
+        }  # fmt: skip
+        return compiled.defines(constants) + "".join(path.read_text() for path in SOURCES)
+
+
+@functools.cache
+def kernel_of(constants: Constants, device_index: int) -> tuple[object, int]:
+    """The kernel, compiled and loaded, and how many of its CTAs run at a time.
+
+    RuntimeError while a graph is captured.
+    """
+    shared_bytes = SHARED_BYTES - LEFT_BYTES
+    kernel = compiled.function(constants.source(), "decode_kernel", shared_bytes, device_index)
+    config = driver.CUlaunchConfig()
+    config.gridDimX, config.gridDimY, config.gridDimZ = constants.cluster, 1, 1
+    config.blockDimX, config.blockDimY, config.blockDimZ = NUM_THREADS, 1, 1
+    config.sharedMemBytes = shared_bytes
+    return kernel, compiled.checked(driver.cuOccupancyMaxActiveClusters(kernel, config)) * constants.cluster
+
+
+def tile_rows_of(num_columns: int, num_ctas: int) -> int:
+    """How many of the weight's rows a CTA takes at a time, so that all take about as many."""
+    tiles_each = -(-num_columns // (MAX_TILE_ROWS * num_ctas))
+    return -(-num_columns // (num_ctas * tiles_each * 8)) * 8
+
+
+def fits(num_rows: int, num_columns: int, num_ranks: int) -> bool:
+    """Whether the kernel and the inboxes have room for a product of this shape."""
+    return 0 < num_rows <= MAX_ROWS and num_columns % 4 == 0 and num_ranks * num_rows * num_columns * 4 <= LINE_BYTES
+
+
+def readable(x: torch.Tensor, weight: torch.Tensor) -> bool:
+    """Whether TMA can read them where they lie."""
+    return x.shape[1] > 0 and all(
+        tensor.stride(1) == 1 and tensor.stride(0) % MULTIPLE == 0 and tensor.data_ptr() % 16 == 0
+        for tensor in (x, weight)
+    )
+
+
+def decode(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    *,
+    inboxes: tuple[int, ...],
+    counter: torch.Tensor,
+    cluster: int = 2,
+    boxes: int = 2,
+) -> None:
+    """x @ weight.T + bias, (M, N), into the inboxes of all ranks, from where `sum_norm` takes it.
+
+    x: (M, K), weight: (N, K), bf16 or fp16, `readable` and of a shape that `fits`; bias: (N,), contiguous. inboxes,
+    counter: as in `one_shot`. cluster, boxes: as in `Constants`; by default what was fastest on an H200.
+    """
+    (num_rows, k), num_columns = x.shape, len(weight)
+    padded_rows = max(8, 1 << (num_rows - 1).bit_length())
+    constants = Constants(padded_rows, cluster, boxes, len(inboxes), x.dtype)
+    kernel, num_ctas = kernel_of(constants, x.device.index)
+    tile_rows = tile_rows_of(num_columns, num_ctas)
+    num_tiles, num_steps = -(-num_columns // tile_rows), -(-k // (boxes * BK))
+    maps = (
+        tensor_map(weight.data_ptr(), *weight.shape, weight.stride(0), tile_rows, BK, x.dtype, PROMOTION),
+        tensor_map(x.data_ptr(), *x.shape, x.stride(0), padded_rows, BK, x.dtype, PROMOTION),
+    )
+    sizes = (tile_rows, constants.num_stages(tile_rows), num_tiles, num_steps, num_rows, num_columns)
+    compiled.launch(
+        kernel, min(num_ctas, -(-num_tiles // constants.cluster) * constants.cluster), NUM_THREADS,
+        constants.shared_bytes(tile_rows),
+        [*maps, (ctypes.c_uint64 * len(inboxes))(*inboxes), counter, bias, *map(ctypes.c_int32, sizes)],
+        x.device,
+    )  # fmt: skip

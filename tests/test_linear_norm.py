@@ -183,7 +183,7 @@ def kernels_are_right(rank: int, num_ranks: int) -> None:
             scale = torch.randn(n, generator=generator, device=device).to(dtype)
             sums = products[0].float()
             for product in products[1:]:
-                sums += product.float()
+                sums = sums + product.float()  # not in place: of float32 it is the first product itself
             total = (sums + residual.float()).to(dtype)
             exact = torch.nn.functional.rms_norm(total.double(), (n,), scale.double(), EPS)
             for how in kinds:

@@ -178,7 +178,9 @@ def verdicts(machine) -> dict[str, str]:
 
 def test_promises_are_judged_by_the_worst_point(machine):
     kept = verdicts(with_table(machine, stored.linear_all_reduce(fraction=0.92, ours=1.2)))
-    assert set(kept.values()) == {"**met**"}
+    # The example's async-TP finished nowhere: it is said that there is no comparison with it.
+    assert set(kept.values()) == {"**met**", "**met**; without torch async-TP, not measured"}
+    assert kept["M ≤ 256, chain: sequential NCCL over planner"] == "**met**"
     broken = verdicts(with_table(machine, stored.linear_all_reduce(fraction=0.89, ours=0.97)))
     assert broken["M ≥ 2048: fraction of ideal, planner"] == "**short**: kept at 0 of 4 points"
     assert broken["M ≤ 256, chain: fastest peer over planner"] == "**short**: kept at 0 of 4 points"

@@ -68,6 +68,13 @@ def cells(machine: Evidence, operation: str) -> list[Cell]:
     ]
 
 
+def absent_peers(machine: Evidence, operation: str) -> list[str]:
+    """The peers of an operation that were to be measured and finished no point of it, by their labels."""
+    rows = machine.table("linear_all_reduce")
+    rows = rows[(rows["operation"] == operation) & rows["is_peer"]]
+    return [look(name).label for name, of in rows.groupby("method", sort=False) if not of["correct"].any()]
+
+
 def timed(row: pd.Series | None, name: bool = True) -> str:
     """ "persistent kernel, 62.1 [61, 63.2] µs"."""
     if row is None:

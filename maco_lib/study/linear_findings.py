@@ -7,7 +7,7 @@ from maco_lib.study import clocks, linear_persistent
 from maco_lib.study.criteria import LINEAR_MANY_ROWS, LINEAR_TARGETS
 from maco_lib.study.evidence import Evidence, Missing
 from maco_lib.study.found import Found, span
-from maco_lib.study.linear import Cell, cells
+from maco_lib.study.linear import Cell, absent_peers, cells
 
 # A batch that decodes.
 DECODE_ROWS = 16
@@ -38,6 +38,9 @@ def one_kernel(evidence: Evidence, root: pathlib.Path) -> Found:
     if wanted:
         reached = sum(part >= wanted for part in parts)
         lines.append(f"{wanted:.0%} of the ideal or more at {reached} of {len(found)} points")
+    absent = dict.fromkeys(name for operation in (MATMUL, CHAIN) for name in absent_peers(evidence, operation))
+    if absent:
+        lines.append(f"not among the peers, as not measured in this run: {', '.join(absent)}")
     # Without the first line: how far its model is off is told in section 5.
     lines += [*linear_persistent.told(evidence)[1:], *clocks.told(evidence), *decoding(evidence)]
     return Found(sentence, "linear_fraction", apart > 0, lines)
@@ -53,8 +56,14 @@ def decoding(evidence: Evidence) -> list[str]:
         return []
     over_base, over_peer = ([getattr(cell, before)["time_us"] / cell.best["time_us"] for cell in found]
                             for before in ("base", "peer"))  # fmt: skip
-    return [f"decoding, M ≤ {DECODE_ROWS}, with residual and RMSNorm: {span(over_base)} over sequential NCCL and "
-            f"{span(over_peer)} over the fastest peer, at {len(found)} points"]  # fmt: skip
+    # Of the whole interval: the chain's upper end below the lower one of the matmul that is but a part of it.
+    below = sum(cell.best["time_hi_us"] < cell.rows["t_matmul_lo_us"].iloc[0] for cell in found)
+    lines = [f"decoding, M ≤ {DECODE_ROWS}, with residual and RMSNorm: {span(over_base)} over sequential NCCL and "
+             f"{span(over_peer)} over the fastest peer, at {len(found)} points"]  # fmt: skip
+    if below:
+        lines.append(f"at {below} of these {len(found)} the whole chain takes less time than cuBLAS's matmul alone, "
+                     "by the intervals")  # fmt: skip
+    return lines
 
 
 def complete(cell: Cell) -> bool:

@@ -17,6 +17,7 @@ from maco_lib.overlap.costs import Curve
 from maco_lib.overlap.linear_auto import nearby
 from maco_lib.overlap.linear_model import LinearCosts, MatmulTime, Overlapped, Sides, shortlist, whole_waves
 from maco_lib.overlap.linear_plan import TECHNIQUES, candidates
+from maco_lib.overlap.linear_techniques import decode_time
 from maco_lib.overlap.plan import keep
 
 NCCL, PUSH = LinearPlan(backend="nccl"), LinearPlan(backend="maco_push_64")
@@ -88,6 +89,20 @@ def test_an_overlapping_plan_is_predicted_only_where_its_gain_exceeds_the_errors
     assert LinearCosts.from_json(json.loads(json.dumps(costs.to_json()))) == costs
 
 
+def test_a_technique_that_sums_by_itself_is_foretold_by_its_own_formula():
+    shapes = [(1, 4096, 2048), (4, 8192, 14336), (16, 8192, 4096), (64, 5120, 6144)]
+    decode, matmul = LinearPlan("decode"), MatmulTime(3.0, 7e8, 4e6, 132, 2)
+    costs = LinearCosts(2, ("torch.bfloat16",), matmul, {"nccl": Curve((2**10, 2**21), (16.0, 40.0))}, {}, {})
+    sides = [costs.sides("decode", *shape, matmul(*shape), 16.0) for shape in shapes]
+    times_us = [1.1 * decode_time.predicted_us(*shape, 2, 66) for shape in shapes]
+    costs.overlapped[decode] = Overlapped.fit(sides, times_us, [side.t_matmul for side in sides], scaled=True)
+    wanted = 1.1 * decode_time.predicted_us(16, 5120, 12800, 2, 66)
+    assert costs.predict(16, 5120, 12800)[decode] == pytest.approx(wanted)
+    assert costs.choose(16, 5120, 12800, [NCCL, decode], NCCL) == decode
+    assert costs.choose(16, 5120, 12800, [NCCL], NCCL) == NCCL
+    assert 30 < wanted / 1.1 < 40  # 131 MB are read in no less
+
+
 def test_a_backend_that_takes_no_more_bytes_is_not_predicted():
     costs = costs_with(60)
     costs.all_reduce["vllm_custom"] = Curve((2**10, 2**15), (4.0, 9.0))
@@ -123,6 +138,10 @@ def test_rows_between_tuned_ones_take_an_overlapping_plan_only_if_both_sides_do(
               2049: None, 32: PUSH, 31: None}  # fmt: skip
     assert {num_rows: nearby(tuned, num_rows) for num_rows in wanted} == wanted
     assert nearby({}, 7) is None
+    # A plan for few rows is none for more of them, however near.
+    decode = LinearPlan("decode")
+    assert nearby({64: decode}, 40) == decode and nearby({64: decode}, 65) is None
+    assert nearby({64: decode, 128: NCCL}, 70) == NCCL and nearby({32: PUSH, 64: decode}, 60) == PUSH
 
 
 def test_measured_plans_replace_the_simpler_ones_only_when_faster():

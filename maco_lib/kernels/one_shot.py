@@ -1,13 +1,14 @@
 """One-shot all-reduce of a few KiB in lines (`kernels.lines`): every rank sends all it has to all others and adds.
 
-One way over the link and no barrier. Moves 2 (P - 1) S bytes: wins below some hundred KiB, the sizes of decoding.
+One way over the link and no barrier. Moves 2 (P - 1) S bytes: wins below some hundred KiB, the sizes of decoding. Where
+the matmul itself sends its product (`kernels.decode`), there is only to take and to add: `take_sum`.
 """
 
 import torch
 import triton
 import triton.language as tl
 
-from maco_lib.kernels.lines import LINE_DATA, PACK, begin, pack, put, sum_of_ranks, words
+from maco_lib.kernels.lines import LINE_DATA, PACK, add, begin, pack, put, sum_of_ranks, take, unpack, words
 from maco_lib.kernels.sum_shares import ELEMENTS
 
 NUM_WARPS = 8
@@ -31,6 +32,27 @@ def one_shot_kernel(
     tl.store(words(buffer) + offsets, pack(total, element), mask=inside)
 
 
+@triton.jit(do_not_specialize=["num_lines"])
+def take_kernel(
+    result, residual, inboxes, counter, num_lines,
+    rank: tl.constexpr, num_ranks: tl.constexpr, element: tl.constexpr, block: tl.constexpr,
+    has_residual: tl.constexpr,
+):  # fmt: skip
+    epoch, half = begin(counter)
+    offsets = tl.program_id(0) * block + tl.arange(0, block)
+    inside = offsets < num_lines
+    if has_residual:
+        old = tl.load(words(residual) + offsets, mask=inside, other=0)
+    own_half = inboxes[num_ranks - 1] + half
+    own = take(own_half, num_ranks - 1, num_lines, offsets, epoch, inside, False)
+    total = sum_of_ranks(own, own_half, 0, 1, num_lines, offsets, epoch, inside, rank, num_ranks, element, False)
+    if has_residual:
+        total = add(total, unpack(old, element), element)
+    tl.store(words(result) + offsets, pack(total, element), mask=inside)
+    # What comes after this kernel comes after the one before, too.
+    tl.extra.cuda.gdc_wait()
+
+
 def one_shot(tensor: torch.Tensor, *, inboxes: tuple[int, ...], counter: torch.Tensor, rank: int) -> None:
     """Sum a contiguous tensor of every rank in place, on the current stream. Collective.
 
@@ -42,4 +64,26 @@ def one_shot(tensor: torch.Tensor, *, inboxes: tuple[int, ...], counter: torch.T
     one_shot_kernel[(triton.cdiv(num_lines, BLOCK),)](
         tensor.data_ptr(), inboxes, counter.data_ptr(), num_lines,
         rank=rank, num_ranks=len(inboxes), element=ELEMENTS[tensor.dtype], block=BLOCK, num_warps=NUM_WARPS,
+    )  # fmt: skip
+
+
+def take_sum(
+    result: torch.Tensor,
+    residual: torch.Tensor | None,
+    *,
+    inboxes: tuple[int, ...],
+    counter: torch.Tensor,
+    rank: int,
+) -> None:
+    """Fill `result` with the sum of what the kernel in front, `decode`, puts into all inboxes, + residual. Collective.
+
+    Launched before that kernel has ended (programmatic dependent launch); takes the product as it arrives. result,
+    residual: contiguous, of one type, bf16 or fp16, a whole number of 8 bytes, at a multiple of 16. The rest as in
+    `one_shot`.
+    """
+    num_lines = result.nbytes // LINE_DATA
+    take_kernel[(triton.cdiv(num_lines, BLOCK),)](
+        result.data_ptr(), 0 if residual is None else residual.data_ptr(), inboxes, counter.data_ptr(), num_lines,
+        rank=rank, num_ranks=len(inboxes), element=ELEMENTS[result.dtype], block=BLOCK,
+        has_residual=residual is not None, num_warps=NUM_WARPS, launch_pdl=True,
     )  # fmt: skip

@@ -18,7 +18,7 @@ from torch.distributed.distributed_c10d import _resolve_process_group
 from maco_lib.comm import DTYPES, backend
 from maco_lib.overlap import linear_auto
 from maco_lib.overlap.linear_plan import AUTO, TECHNIQUES, LinearPlan
-from maco_lib.overlap.linear_techniques import chunked, persistent, sequential, signalled
+from maco_lib.overlap.linear_techniques import chunked, decode, persistent, sequential, signalled
 from maco_lib.overlap.linear_techniques.problem import Problem, flattened
 from maco_lib.overlap.plan import DEFAULT_BACKEND
 from maco_lib.overlap.validation import check_agreement, device_kinds, group_name, require_operands, unavailable
@@ -28,6 +28,7 @@ RUN: dict[str, Callable[[Problem, LinearPlan], None]] = {
     "chunked": lambda problem, plan: chunked.run(problem, plan.num_chunks, plan.dim),
     "signalled": lambda problem, plan: signalled.run(problem, plan.num_chunks),
     "persistent": lambda problem, plan: persistent.run(problem),
+    "decode": lambda problem, plan: decode.run(problem),
 }
 assert tuple(RUN) == TECHNIQUES
 

@@ -2,8 +2,8 @@
 
 How the plan of a call is found, the same on every rank:
 
-    tuned       M was tuned: its plan. Between or beside tuned Ms that differ from M by a factor of 2 at most: the
-                nearest one's plan, the nearest sequential one's if any of them is sequential.
+    tuned       M was tuned: its plan. Between or beside tuned Ms that differ from M by a factor of 2 at most, of those
+                whose plans are for M: the nearest one's, the nearest sequential one's if any of them is sequential.
     predicted   elsewhere: by the calibrated model, for M rounded to a power of two. An overlapping plan is taken only
                 if its gain exceeds the model's errors (`LinearCosts.choose`).
     default     matmul, then NCCL or gloo: where K differs between the ranks, for types that are not calibrated, and
@@ -65,6 +65,7 @@ class Layer:
 
 def nearby(tuned: Mapping[int, LinearPlan], num_rows: int) -> LinearPlan | None:
     """The plan for `num_rows`, not tuned itself, by those that are (see this module); None if none is that near."""
+    tuned = {m: plan for m, plan in tuned.items() if cuts(plan, num_rows)}
     below = max((m for m in tuned if m < num_rows <= 2 * m), default=None)
     above = min((m for m in tuned if num_rows < m <= 2 * num_rows), default=None)
     sides = sorted((m for m in (below, above) if m), key=lambda m: abs(math.log(m / num_rows)))

@@ -11,9 +11,10 @@ import torch
 import torch.distributed as dist
 
 from maco_lib.overlap.costs import Curve
-from maco_lib.overlap.linear_model import MIN_POINTS, LinearCosts, MatmulTime, Overlapped, without
+from maco_lib.overlap.linear_model import FORETOLD, MIN_POINTS, LinearCosts, MatmulTime, Overlapped, without
 from maco_lib.overlap.linear_plan import LinearPlan, candidates
 from maco_lib.overlap.linear_techniques.chunked import cut
+from maco_lib.overlap.linear_techniques.decode_time import MAX_ROWS
 from maco_lib.overlap.linear_techniques.problem import EVERYTHING, Problem
 from maco_lib.overlap.linear_techniques.signalled import bands
 from maco_lib.overlap.measure import Grid, median_us
@@ -86,7 +87,8 @@ def measure_linear(device: torch.device, group: dist.ProcessGroup, backends: Seq
     for shape in (*grid.linear, *grid.matmuls):
         m, n, k = shape
         problem = Shape(m, torch.randn(n, k, device=device).to(dtype), group)
-        plans = [plan for plan in overlapping if shape in grid.linear and str(plan) not in unusable and cuts(plan, m)]
+        plans = overlapping if shape in grid.linear else [LinearPlan("decode")]
+        plans = [plan for plan in plans if plan in found and str(plan) not in unusable and cuts(plan, m)]
         faults = {plan: problem.fault(plan) for plan in plans}
         unusable |= {str(plan): why for plan, why in faults.items() if why}
         plans = [plan for plan in plans if not faults[plan]]
@@ -106,16 +108,18 @@ def measure_linear(device: torch.device, group: dist.ProcessGroup, backends: Seq
             for m, n, k in (shape for shape, _ in points):
                 t_comm = costs.comm_times(m * n * dtype.itemsize)
                 t_comm_us = t_comm.get(plan.backend, min(t_comm.values()))
-                sides.append(costs.sides(m, n, k, t_matmul[m, n, k], t_comm_us))
+                sides.append(costs.sides(plan.technique, m, n, k, t_matmul[m, n, k], t_comm_us))
             costs.overlapped[plan] = Overlapped.fit(
                 sides, [us for _, us in points], [unseen[shape] for shape, _ in points],
-                scaled=plan.technique == "persistent",
+                scaled=plan.technique in FORETOLD,
             )  # fmt: skip
     return costs
 
 
 def cuts(plan: LinearPlan, num_rows: int) -> bool:
-    """Whether so many rows make as many chunks as the plan says; with fewer it is another plan."""
+    """Whether the plan is one for so many rows: they make as many chunks as it says, and are not too many for it."""
+    if plan.technique == "decode":
+        return num_rows <= MAX_ROWS
     pieces = {"chunked": cut, "signalled": bands}.get(plan.technique)
     return pieces is None or len(pieces(num_rows, plan.num_chunks)) == plan.num_chunks
 

@@ -4,7 +4,7 @@
     T_comm       = a curve through measured sizes, of each backend: from the product to the result, what a sum costs
     sequential   = T_matmul + T_comm
     overlapping  = fixed + a·max(T_matmul, T_comm) + b·min(T_matmul, T_comm)
-    persistent   = scale·(`persistent_time`)
+    by itself    = scale·(`persistent_time`, `decode_time`), of the techniques that sum without a backend
 
 a: how much slower than alone the longer side is (a kernel that multiplies worse than cuBLAS, SMs taken from the
 matmul); b: the part of the shorter side that is not hidden (1/C of C chunks, at best); fixed: launches, waits, the last
@@ -23,7 +23,7 @@ import scipy.optimize
 from maco_lib.kernels.tile_order import CTAS
 from maco_lib.overlap.costs import Curve
 from maco_lib.overlap.linear_plan import LinearPlan
-from maco_lib.overlap.linear_techniques.persistent_time import predicted_us
+from maco_lib.overlap.linear_techniques import decode_time, persistent_time
 from maco_lib.overlap.plan import MARGIN
 
 # Tiles that cuBLAS multiplies in on Hopper, of which it takes those that fill the GPU better; and those of few rows.
@@ -32,6 +32,8 @@ TILES = (
 )  # fmt: skip
 FEW_ROWS, SMALL_TILES = 64, ((64, 64),)
 MIN_POINTS = 4
+# By technique: us from the sizes, the number of ranks and the clusters that run at a time.
+FORETOLD = {"persistent": persistent_time.predicted_us, "decode": decode_time.predicted_us}
 ERROR_QUANTILE = 0.9
 # What `tune_linear` measures: sequential plans predicted within SLACK of the best of them, at most so many, and as many
 # overlapping ones that are predicted within SLACK of that.
@@ -102,7 +104,7 @@ class MatmulTime:
 
 @dataclass(frozen=True)
 class Sides:
-    """Of a problem, in µs: T_matmul and T_comm, each alone; predicted_us: what `persistent_time` says of both."""
+    """Of a problem, in µs: T_matmul and T_comm, each alone; predicted_us: what a technique's formula says of both."""
 
     t_matmul: float
     t_comm: float
@@ -115,7 +117,7 @@ class Sides:
 
 @dataclass(frozen=True)
 class Overlapped:
-    """The formula's constants for one plan: fixed_us, longer (a) and shorter (b), or scale of `persistent_time`.
+    """The formula's constants for one plan: fixed_us, longer (a) and shorter (b), or scale of the technique's formula.
 
     least_us: the shortest T_matmul + T_comm that it was fitted to, below which it predicts nothing. spread: 90 %
     quantile of |log(predicted / measured)| of its time over the sequential one's, each predicted without the problem.
@@ -136,7 +138,7 @@ class Overlapped:
     def fit(cls, problems: list[Sides], times_us: list[float], unseen: list[float], scaled: bool = False):
         """To the times of as many problems, at least `MIN_POINTS`.
 
-        unseen: T_matmul of each, as predicted from the others'. scaled: as a multiple of `persistent_time`.
+        unseen: T_matmul of each, as predicted from the others'. scaled: as a multiple of the technique's own formula.
         """
         make = cls.of_scale if scaled else cls.of_sides
         gains, measured = [], []
@@ -186,10 +188,10 @@ class LinearCosts:
             if num_bytes <= curve.sizes[-1] or curve.sizes[-1] == largest
         }
 
-    def sides(self, m: int, n: int, k: int, t_matmul: float, t_comm: float) -> Sides:
-        """As the costs of plans see it."""
-        clusters = self.matmul.num_sms // CTAS
-        return Sides(t_matmul, t_comm, predicted_us(m, n, k, self.num_ranks, clusters) if clusters else 0.0)
+    def sides(self, technique: str, m: int, n: int, k: int, t_matmul: float, t_comm: float) -> Sides:
+        """As the costs of the technique's plans see it."""
+        clusters, foretold = self.matmul.num_sms // CTAS, FORETOLD.get(technique)
+        return Sides(t_matmul, t_comm, foretold(m, n, k, self.num_ranks, clusters) if foretold and clusters else 0.0)
 
     def predict(self, m: int, n: int, k: int) -> dict[LinearPlan, float]:
         """µs of each plan for x (m, k) and weight (n, k)."""
@@ -200,7 +202,7 @@ class LinearCosts:
             # A plan without a backend sums by itself: it is compared to the best of them.
             comm = t_comm.get(plan.backend) if plan.backend else min(t_comm.values())
             if comm is not None and t_matmul + comm >= cost.least_us:
-                predicted[plan] = cost(self.sides(m, n, k, t_matmul, comm))
+                predicted[plan] = cost(self.sides(plan.technique, m, n, k, t_matmul, comm))
         return predicted
 
     def choose(self, m: int, n: int, k: int, plans: Collection[LinearPlan], default: LinearPlan) -> LinearPlan:

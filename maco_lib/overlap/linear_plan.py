@@ -4,9 +4,10 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 AUTO = "auto"  # in place of a plan: the fastest one of this machine
-TECHNIQUES = ("sequential", "chunked", "signalled", "persistent")
+TECHNIQUES = ("sequential", "chunked", "signalled", "persistent", "decode")
 CUTTING = ("chunked", "signalled")  # sum the result in pieces
-HOPPER = ("signalled", "persistent")  # multiply with kernels of ours
+HOPPER = ("signalled", "persistent", "decode")  # multiply with kernels of ours
+SUMMING = ("persistent", "decode")  # sum by themselves, without a backend
 DIMS = ("m", "n")
 # What "chunked" is tried with: backends that leave the matmul its SMs, and numbers of chunks along M. (Along N the
 # tiles are as many, x is read once a chunk, and the sums have to be copied.)
@@ -21,7 +22,7 @@ class LinearPlan:
     """A way to run a matmul and the all-reduce of its result, for x (M, K) and weight (N, K).
 
     technique: of `TECHNIQUES`, each a file of `overlap.linear_techniques`. backend: of `maco_lib.comm.BACKENDS`; "":
-    the device's default (NCCL or gloo), and the only value for "persistent", which sums by itself. num_chunks: for
+    the device's default (NCCL or gloo), and the only value for those that sum by themselves, `SUMMING`. num_chunks: for
     "chunked", and of "signalled" the bands, 2 or more; else 1. dim: what "chunked" cuts, "m" (rows) or "n" (columns of
     the result); else "m". Raises ValueError naming what is wrong.
     """
@@ -34,8 +35,8 @@ class LinearPlan:
     def __post_init__(self) -> None:
         if self.technique not in TECHNIQUES:
             raise ValueError(f"unknown technique {self.technique!r}; the techniques are {', '.join(TECHNIQUES)}")
-        if self.technique == "persistent" and self.backend:
-            raise ValueError(f"backend = {self.backend!r}: persistent sums by itself, without a backend")
+        if self.technique in SUMMING and self.backend:
+            raise ValueError(f"backend = {self.backend!r}: {self.technique} sums by itself, without a backend")
         if self.dim not in DIMS:
             raise ValueError(f"unknown dim {self.dim!r}; the dims are {', '.join(DIMS)}")
         if self.technique == "signalled" and self.dim != "m":
@@ -47,7 +48,7 @@ class LinearPlan:
 
     def __str__(self) -> str:
         """Its parts: "chunked, 4 along m, nccl"."""
-        if self.technique == "persistent":
+        if self.technique in SUMMING:
             return self.technique
         words = [self.technique, self.backend or "default backend"]
         if self.technique in CUTTING:
@@ -72,5 +73,5 @@ def candidates(kind: str, backends: Iterable[str]) -> list[LinearPlan]:
     plans += [LinearPlan("chunked", name, num) for name in backends if name in LIGHT_BACKENDS for num in NUM_CHUNKS]
     if kind == "cuda":
         plans += [LinearPlan("signalled", name, num) for name in backends if name in BAND_BACKENDS for num in NUM_BANDS]
-        plans.append(LinearPlan("persistent"))
+        plans += [LinearPlan(technique) for technique in SUMMING]
     return plans

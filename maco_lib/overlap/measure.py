@@ -26,7 +26,8 @@ WHERE = ("in place", "staged")
 class Grid:
     """What is measured. sizes: bytes of the all-reduces alone; beside: (bytes, n of an n×n matmul), at least 3.
 
-    For `linear_all_reduce`, (M, N, K of a rank): linear: with its overlapping plans; matmuls: the matmul alone.
+    For `linear_all_reduce`, (M, N, K of a rank): linear: with its overlapping plans; matmuls: the matmul alone,
+    and the technique for few rows.
     """
 
     sizes: tuple[int, ...]
@@ -44,7 +45,7 @@ GRIDS = {
             (256, 4096, 2048), (512, 8192, 4096), (1024, 4096, 6144), (2048, 5120, 4096),
             (2048, 8192, 14336), (4096, 4096, 1024), (8192, 8192, 4096), (8192, 4096, 2048),
         ),
-        ((1, 4096, 2048), (16, 8192, 4096), (64, 5120, 6144), (128, 8192, 2048)),
+        ((1, 4096, 2048), (4, 8192, 14336), (16, 8192, 4096), (64, 5120, 6144), (128, 8192, 2048)),
     ),
     "cpu": Grid(
         (64 * KIB, MIB, 8 * MIB),

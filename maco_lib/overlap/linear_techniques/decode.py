@@ -1,0 +1,56 @@
+"""Few rows: a matmul that takes as long as reading its weight, and sends its product as soon as it is there.
+
+`kernels.decode` puts the product into the inboxes of all ranks; `kernels.one_shot.take_sum`, there before the matmul
+has ended, adds up what arrives. No launch, and no way through memory, between the two: what is left of the all-reduce
+is one way over the link. On Hopper GPUs, up to 64 rows. Above 2 ranks the bytes count, of which it moves 2 (P - 1) S.
+"""
+
+import torch
+
+from maco_lib.comm.mailbox import mailbox
+from maco_lib.overlap import streams, validation
+from maco_lib.overlap.linear_techniques.persistent import MULTIPLE, for_tma
+from maco_lib.overlap.linear_techniques.problem import Problem
+
+# What lets every rank write into the others' inboxes.
+LINES = "maco_ll"
+
+
+def unavailable(problem: Problem) -> str:
+    """Why the kernels cannot run this problem, or ""; the same on every rank."""
+    (num_rows, num_columns), device = problem.result.shape, problem.result.device
+    if device.type != "cuda" or torch.cuda.get_device_capability(device)[0] != 9:
+        return f"it is for Hopper GPUs, x is on {device}"
+    from maco_lib.kernels.decode import DTYPES, MAX_ROWS, fits
+
+    if problem.result.dtype not in DTYPES:
+        return f"it is for {' and '.join(map(str, DTYPES))}, x is of {problem.result.dtype}"
+    if not fits(num_rows, num_columns, problem.group.size()):
+        limits = f"up to {MAX_ROWS} rows, N a multiple of 4, and room for every rank's product"
+        return f"a result of ({num_rows}, {num_columns}) is not for it: {limits}"
+    return validation.unavailable(LINES, device, problem.group)
+
+
+def in_whole_lines(tensor: torch.Tensor) -> torch.Tensor:
+    """`tensor` as TMA can read it, a copy where it is laid out otherwise, with columns of zeros up to 16 bytes."""
+    tensor = for_tma(tensor)
+    return torch.nn.functional.pad(tensor, (0, -tensor.shape[1] % MULTIPLE)) if tensor.stride(0) % MULTIPLE else tensor
+
+
+def run(problem: Problem) -> None:
+    """Fill `problem.result`. Collective.
+
+    Copies x or weight where they are not laid out for TMA. Raises ValueError on a problem that the kernels cannot run.
+    """
+    if why := unavailable(problem):
+        raise ValueError(f"technique 'decode': {why}")
+    from maco_lib.kernels.decode import decode
+    from maco_lib.kernels.one_shot import take_sum
+
+    streams.wait_for_planned(problem.result.device)
+    box = mailbox(problem.group, problem.result.device)
+    bias = problem.bias.contiguous() if problem.bias is not None and box.rank == 0 else None
+    residual = None if problem.residual is None else for_tma(problem.residual.contiguous())
+    place = {"inboxes": box.inboxes, "counter": box.counter}
+    decode(in_whole_lines(problem.x), in_whole_lines(problem.weight), bias, **place)
+    take_sum(problem.result, residual, **place, rank=box.rank)

@@ -1,0 +1,82 @@
+"""The technique "decode": right on every shape it takes, the same bits everywhere and every time, captured."""
+
+import pytest
+import torch
+import torch.distributed as dist
+from ranks import run_ranks
+from test_linear_persistent import Example, error
+
+from maco_lib.overlap import LinearPlan, linear_all_reduce
+from maco_lib.overlap.linear_techniques.decode_time import MAX_ROWS, predicted_us
+
+DECODE = LinearPlan("decode")
+NUM_GPUS = max(2, torch.cuda.device_count())
+# (M, N, K of a rank): one row and as many as there may be, few columns and several tiles to a CTA, any K.
+SHAPES = [(1, 4096, 2048), (64, 5120, 1280), (16, 8192, 264), (7, 20000, 520), (33, 100, 77), (2, 4, 8)]
+
+
+def run(example: Example) -> torch.Tensor:
+    return linear_all_reduce(example.x, example.weight, example.bias, example.residual, plan=DECODE)
+
+
+def right(rank: int, num_ranks: int) -> None:
+    for dtype in (torch.bfloat16, torch.float16):
+        for index, shape in enumerate(SHAPES * 2):
+            example = Example(rank, *shape, dtype, bias=index % 2 == 1, residual=index % 4 > 1)
+            exact, result = example.exact(), run(example)
+            assert error(result, exact) <= 1.2 * error(example.plain(), exact) + 1e-3, (shape, dtype)
+            everyones = [torch.empty_like(result) for _ in range(num_ranks)]
+            dist.all_gather(everyones, result)
+            assert all(torch.equal(each, result) for each in everyones), (shape, dtype)
+            assert all(torch.equal(run(example), result) for _ in range(50)), (shape, dtype)
+    for wrong, message in (((MAX_ROWS + 1, 64, 64), "up to 64 rows"), ((4, 66, 64), "multiple of 4")):
+        with pytest.raises(ValueError, match=f"'decode': a result of .*{message}"):
+            run(Example(rank, *wrong, torch.bfloat16))
+    with pytest.raises(ValueError, match="'decode'.*float32"):
+        run(Example(rank, 4, 64, 64, torch.float32))
+
+
+def captured(rank: int, num_ranks: int) -> None:
+    """Layer after layer with nothing between, other collectives of the same inboxes among them."""
+    examples = [Example(rank, *shape, torch.bfloat16, residual=True) for shape in SHAPES]
+    wanted = [run(example) for example in examples]
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        results = []
+        for example in examples * 3:
+            results.append(run(example))
+            linear_all_reduce(example.x, example.weight, plan=LinearPlan(backend="maco_ll"))
+    for _ in range(50):
+        for result in results:
+            result.zero_()
+        graph.replay()
+        assert all(torch.equal(*pair) for pair in zip(results, wanted * 3, strict=True))
+
+
+@pytest.mark.gpu(num_gpus=2)
+@pytest.mark.parametrize("program", [right, captured], ids=lambda program: program.__name__)
+def test_decode_on_every_gpu(program):
+    run_ranks(program, num_ranks=NUM_GPUS, backend="nccl", timeout_s=120)
+
+
+def refused(rank: int, num_ranks: int) -> None:
+    x, weight = torch.ones(4, 8, dtype=torch.bfloat16), torch.ones(16, 8, dtype=torch.bfloat16)
+    with pytest.raises(ValueError, match="'decode'.*Hopper GPUs, x is on cpu"):
+        linear_all_reduce(x, weight, plan=DECODE)
+
+
+def test_it_is_refused_where_there_is_no_hopper_gpu():
+    run_ranks(refused)
+
+
+def test_a_plan_with_it_takes_no_backend():
+    assert str(DECODE) == "decode"
+    with pytest.raises(ValueError, match="backend = 'nccl': decode sums by itself"):
+        LinearPlan("decode", "nccl")
+
+
+def test_its_time_is_that_of_reading_and_of_sending():
+    least = predicted_us(1, 8192, 14336, 2, 66)
+    assert least > 8192 * 14336 * 2 / 4.8e6, "no faster than the memory's peak"
+    assert predicted_us(64, 8192, 14336, 2, 66) > least and predicted_us(1, 8192, 28672, 2, 66) > 1.8 * least
+    assert predicted_us(64, 8192, 3584, 8, 66) > predicted_us(64, 8192, 3584, 2, 66)

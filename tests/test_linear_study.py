@@ -22,6 +22,7 @@ from maco_lib.experiments.linear_all_reduce_methods import (
     METHODS,
 )
 from maco_lib.machine import Machine
+from maco_lib.overlap.linear_techniques.decode_time import MAX_ROWS
 from maco_lib.study import evidence, figures, linear_persistent, linear_promises, report
 from maco_lib.study.figures import style
 from maco_lib.study.sections.linear_all_reduce import ENDURANCE, LINEAR, SECTION, TIMELINE
@@ -45,6 +46,7 @@ def test_the_full_study_asks_for_every_layer_and_peer():
     for point in asked:
         names = point["methods"].split(",")
         assert {BASE["cuda"], "sequential_two_shot", "auto"} <= set(names)
+        assert ("decode" in names) == (point["m"] <= MAX_ROWS)
         if point["m"] <= 256:
             assert {BASE["cuda"], "sequential_vllm_custom", "auto"} <= set(point["chain_methods"].split(","))
         else:

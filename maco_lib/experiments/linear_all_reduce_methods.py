@@ -4,6 +4,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from maco_lib.models import MODELS
+from maco_lib.overlap.linear_techniques.decode_time import MAX_ROWS
 
 # The two operations. The second goes on as a decoder layer does: residual added, RMSNorm, both results wanted.
 MATMUL, CHAIN = "matmul_all_reduce", "matmul_all_reduce_norm"
@@ -34,6 +35,7 @@ class Method:
         async_tp     torch's fused_matmul_reduce_scatter, then an all-gather
         norm         `linear_all_reduce_norm`, this library's chain, with the plan `norm`
     norm: for "norm" its plan; for another chain: "one_kernel" of residual and RMSNorm after the sum, or "two_kernels".
+    max_rows: it is compared up to so many; 0: at any number.
     """
 
     how: str
@@ -41,6 +43,7 @@ class Method:
     plan: dict[str, Any] = field(default_factory=dict)
     norm: str = ""
     is_peer: bool = False
+    max_rows: int = 0
 
     @property
     def num_chunks(self) -> int:
@@ -82,6 +85,7 @@ METHODS: dict[str, dict[str, Method]] = {
             "plan", "maco_staged_8", {"technique": "signalled", "backend": "maco_staged_8", "num_chunks": 4}
         ),
         "persistent": Method("plan", plan={"technique": "persistent"}),
+        "decode": Method("plan", plan={"technique": "decode"}, max_rows=MAX_ROWS),
         "auto_untuned": Method("untuned"),
         "auto": Method("auto"),
     },
@@ -112,7 +116,7 @@ FEW_ROWS_METHODS = {
     "cuda": [
         "sequential_nccl", "sequential_nccl_symmetric", "sequential_one_shot", "sequential_two_shot",
         "sequential_vllm_custom", "sequential_maco_ll", "sequential_maco_one_shot_64", "sequential_maco_push_64",
-        "auto_untuned", "auto",
+        "decode", "auto_untuned", "auto",
     ],
 }  # fmt: skip
 CHAIN_METHODS = {

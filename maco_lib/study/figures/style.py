@@ -93,6 +93,7 @@ LOOKS: dict[str, Look] = {
     },
     "signalled": Look("signalled", ORANGE, "o"),
     "persistent": Look("persistent kernel", PURPLE, "P"),
+    "decode": Look("decode kernels", PURPLE, "v"),
     "fused_norm": Look("fused with residual and norm", PURPLE, "h"),
     # communication backends
     "nccl": Look("NCCL", BLUE, "D"),

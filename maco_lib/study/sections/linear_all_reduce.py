@@ -35,7 +35,9 @@ class LinearParameters(Parameters):
     budget_s: float = Field(0.3, gt=0, description="seconds of samples per point, all methods together")
     min_iterations: int = Field(10, ge=2, description="samples of each method, at least")
     methods: list[str] = Field([], description=f"matmul + all-reduce above {FEW_ROWS} rows")
-    few_rows_methods: list[str] = Field([], description=f"matmul + all-reduce up to {FEW_ROWS} rows")
+    few_rows_methods: list[str] = Field(
+        [], description=f"matmul + all-reduce up to {FEW_ROWS} rows, each as far as it goes"
+    )
     chain_methods: list[str] = Field([], description=f"with residual and RMSNorm, up to {FEW_ROWS} rows")
     timeline_layers: list[str] = Field([], description="profiled layers")
     timeline_rows: int = Field(4096, ge=1, description="rows M of the profiled layers")
@@ -76,13 +78,16 @@ def points(parameters: LinearParameters, machine: Machine) -> list[Point]:
     """Every layer at every number of rows."""
     asked = []
     many = named(parameters.methods or MANY_ROWS_METHODS[machine.kind], MATMUL)
-    few = named(parameters.few_rows_methods or FEW_ROWS_METHODS[machine.kind], MATMUL)
+    few = named(parameters.few_rows_methods or FEW_ROWS_METHODS[machine.kind], MATMUL).split(",")
     chain = named(parameters.chain_methods or CHAIN_METHODS[machine.kind], CHAIN)
     how = {"budget_s": parameters.budget_s, "min_iterations": parameters.min_iterations}
     for layer in parameters.layers:
         for rows in parameters.rows:
             at = shape(parameters, machine, layer, rows)
-            methods = {"methods": few, "chain_methods": chain} if rows <= FEW_ROWS else {"methods": many}
+            fitting = [name for name in few if rows <= (METHODS[MATMUL][name].max_rows or rows)]
+            methods = {"methods": many}
+            if rows <= FEW_ROWS:
+                methods = {"methods": ",".join(fitting), "chain_methods": chain}
             asked.append({**at, **{"chain_methods": ""}, **methods, **how})
     return asked
 

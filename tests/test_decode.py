@@ -10,6 +10,7 @@ pytest.importorskip("cuda.bindings")
 
 from maco_lib.kernels import lines
 from maco_lib.kernels.decode import MAX_ROWS, MAX_TILE_ROWS, decode, fits, readable, tile_rows_of
+from maco_lib.overlap.linear_techniques import decode_time
 
 EPS = 1e-6
 # (M, N, K): tiles of one stage and of many, several to a CTA, and M, N and K that nothing divides.
@@ -56,6 +57,7 @@ def test_all_ctas_take_about_as_many_rows():
 
 
 def test_what_there_is_no_room_for_is_not_for_it():
+    assert decode_time.MAX_ROWS == MAX_ROWS
     assert fits(64, 8192, 2) and fits(1, 4, 8)
     assert not fits(MAX_ROWS + 1, 8192, 2), "rows"
     assert not fits(64, 8192, 8), "lines"

@@ -6,28 +6,14 @@
 //   8          loads the weight rows of its CTA
 //   9          loads x, which all CTAs of the cluster need: each some of its boxes, for all of them
 // For wgmma the weight's rows are the 64 rows of a matrix, of which what is beyond `tile_rows` is not looked at.
-// hopper.cuh comes before this file. Defined at compile time: BN (rows of x, padded), CTAS (of a cluster), BOXES,
-// RANKS, BF16, WGMMA, LAUNCH and HALF (as in lines.py).
+// hopper.cuh and decode_stages.cuh come before this file. Defined at compile time: BN (rows of x, padded), CTAS (of a
+// cluster), BOXES, RANKS, BF16, WGMMA, LAUNCH and HALF (as in lines.py).
 
-constexpr u32 BK = 64, ROW_BYTES = BK * 2;
-constexpr int NUM_CONSUMERS = 256, GROUP = 128;
 constexpr u32 LINE_ELEMENTS = 4;  // 8 bytes of data
 // Sums of the second warpgroup, on their way to the first.
 constexpr u32 SUMS_BYTES = BN / 2 * GROUP * 4;
 
 struct Inboxes { u64 of[RANKS]; };  // of each rank, beginning with the next one, own last
-
-// The stages, in turn. A thread goes through all of them or, as a warpgroup does, through every second one.
-struct Stages {
-    u32 operands, barriers, stage_bytes, count, at, parity;
-    __device__ __forceinline__ void next(u32 step) {
-        at += step;
-        if (at >= count) at -= count, parity ^= 1;
-    }
-    __device__ __forceinline__ u32 weight() const { return operands + at * stage_bytes; }
-    __device__ __forceinline__ u32 full() const { return barriers + 16 * at; }
-    __device__ __forceinline__ u32 empty() const { return full() + 8; }
-};
 
 __device__ __forceinline__ void load_box_to_all(u32 to, const TensorMap& map, int column, int row, u32 barrier) {
     asm volatile(
@@ -50,48 +36,6 @@ __device__ __forceinline__ void put_line(u64 at, u64 data, u32 epoch) {
     asm volatile("st.relaxed.sys.global.v2.b64 [%0], {%1, %2};" ::"l"(at), "l"(low), "l"(high) : "memory");
 }
 
-__device__ __forceinline__ void wgmma(float (&sum)[BN / 2], u64 a, u64 b, u32 add) { WGMMA; }
-// A warpgroup's stages of a tile, from `first` on; of `left` stages in all from the tile's first on.
-__device__ __forceinline__ void multiply(float (&sum)[BN / 2], Stages& stages, u32 tile_rows, int first, int num_steps,
-                                         int left) {
-#pragma unroll
-    for (int i = 0; i < BN / 2; i++) sum[i] = 0;
-    for (int step = first; step < num_steps; step += 2, stages.next(2)) {
-        const u64 a = matrix(stages.weight()), b = matrix(stages.weight() + BOXES * tile_rows * ROW_BYTES);
-        wait(stages.full(), stages.parity);
-#pragma unroll
-        for (int i = 0; i < BN / 2; i++) asm volatile("" : "+f"(sum[i])::"memory");
-        asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
-#pragma unroll
-        for (u32 box = 0; box < BOXES; box++)
-#pragma unroll
-            for (u32 k = 0; k < 4; k++)
-                wgmma(sum, a + box * (tile_rows * ROW_BYTES / 16) + 2 * k, b + box * (BN * ROW_BYTES / 16) + 2 * k, 1);
-        asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
-        asm volatile("wgmma.wait_group.sync.aligned 0;" ::: "memory");
-#pragma unroll
-        for (int i = 0; i < BN / 2; i++) asm volatile("" : "+f"(sum[i])::"memory");
-        // Only where it will be filled again: so nothing comes to a CTA that has gone.
-        if (step + (int)stages.count < left && threadIdx.x % GROUP < CTAS)
-            arrive_at(stages.empty(), threadIdx.x % GROUP);
-    }
-}
-
-// The stages that a CTA's tiles take, for one that loads them.
-struct Walk {
-    Stages stages;
-    int num_steps, tile, step, number;
-    __device__ __forceinline__ void next() {
-        number++;
-        stages.next(1);
-        if (++step == num_steps) step = 0, tile += gridDim.x;
-    }
-    // Until all CTAs of the cluster have multiplied what the stage holds.
-    __device__ __forceinline__ void wait_until_free() const {
-        if (number >= (int)stages.count) wait(stages.empty(), stages.parity ^ 1);
-    }
-};
-
 extern "C" __global__ void __cluster_dims__(CTAS, 1, 1) __launch_bounds__(NUM_CONSUMERS + 64, 1) decode_kernel(
     const __grid_constant__ TensorMap weight_map, const __grid_constant__ TensorMap x_map,
     const __grid_constant__ Inboxes inboxes, const u64* counter, const unsigned short* __restrict__ bias,
@@ -108,10 +52,7 @@ extern "C" __global__ void __cluster_dims__(CTAS, 1, 1) __launch_bounds__(NUM_CO
     const int first_of_cluster = blockIdx.x - cta;
     const int num_all = (num_tiles - first_of_cluster + (int)gridDim.x - 1) / (int)gridDim.x * num_steps;
     if (threadIdx.x == NUM_CONSUMERS) {
-        for (int s = 0; s < num_stages; s++) {
-            barrier_init(barriers + 16 * s, 1);
-            barrier_init(barriers + 16 * s + 8, CTAS);
-        }
+        stages.init();
         asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
         fence_async_shared();
     }
@@ -119,30 +60,12 @@ extern "C" __global__ void __cluster_dims__(CTAS, 1, 1) __launch_bounds__(NUM_CO
     if (threadIdx.x == 0) launches = *(const volatile u64*)counter / LAUNCH;
     asm volatile("barrier.cluster.arrive.release;" ::: "memory");
 
-    if (threadIdx.x == NUM_CONSUMERS) {  // needs no other CTA to begin
-        u64 policy;
-        asm volatile("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
-        for (Walk walk{stages, num_steps, first_of_cluster, 0, 0}; walk.number < num_all; walk.next()) {
-            const u32 full = walk.stages.full();
-            walk.wait_until_free();
-            expect(full, stage_bytes);
-#pragma unroll
-            for (u32 box = 0; box < BOXES; box++)
-                load_box_once(walk.stages.weight() + box * tile_rows * ROW_BYTES, weight_map,
-                              (walk.step * BOXES + box) * BK, (walk.tile + cta) * tile_rows, full, policy);
-        }
-    }
+    if (threadIdx.x == NUM_CONSUMERS)  // needs no other CTA to begin
+        load_weights(weight_map, stages, tile_rows, cta, first_of_cluster, num_steps, num_all);
     __syncwarp();
     asm volatile("barrier.cluster.wait.acquire;" ::: "memory");
     if (threadIdx.x == NUM_CONSUMERS + 32) {
-        for (Walk walk{stages, num_steps, first_of_cluster, 0, 0}; walk.number < num_all; walk.next()) {
-            const u32 x = walk.stages.weight() + BOXES * tile_rows * ROW_BYTES;
-            walk.wait_until_free();
-#pragma unroll
-            for (u32 box = 0; box < BOXES; box += CTAS)
-                load_box_to_all(x + (box + cta) * BN * ROW_BYTES, x_map, (walk.step * BOXES + box + cta) * BK, 0,
-                                walk.stages.full());
-        }
+        load_x(x_map, stages, tile_rows, cta, first_of_cluster, num_steps, num_all);
         asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
     } else if (threadIdx.x < NUM_CONSUMERS) {
         const int group = threadIdx.x / GROUP, thread = threadIdx.x % GROUP, lane = threadIdx.x % 32;
@@ -158,7 +81,8 @@ extern "C" __global__ void __cluster_dims__(CTAS, 1, 1) __launch_bounds__(NUM_CO
             if (group == 1) {
 #pragma unroll
                 for (int i = 0; i < BN / 2; i++)
-                    asm volatile("st.shared.f32 [%0], %1;" ::"r"(sums + (i * GROUP + thread) * 4), "f"(sum[i]) : "memory");
+                    asm volatile("st.shared.f32 [%0], %1;" ::"r"(sums + (i * GROUP + thread) * 4), "f"(sum[i])
+                                 : "memory");
             }
             consumers_meet();
             if (group == 0) {
@@ -172,7 +96,8 @@ extern "C" __global__ void __cluster_dims__(CTAS, 1, 1) __launch_bounds__(NUM_CO
 #pragma unroll
                 for (int i = 0; i < BN / 2; i++) {
                     float other;
-                    asm volatile("ld.shared.f32 %0, [%1];" : "=f"(other) : "r"(sums + (i * GROUP + thread) * 4) : "memory");
+                    asm volatile("ld.shared.f32 %0, [%1];" : "=f"(other) : "r"(sums + (i * GROUP + thread) * 4)
+                                 : "memory");
                     sum[i] += other;
                 }
 #pragma unroll
@@ -185,7 +110,8 @@ extern "C" __global__ void __cluster_dims__(CTAS, 1, 1) __launch_bounds__(NUM_CO
                         asm volatile("st.shared.u16 [%0], %1;" ::"r"(at + pitch), "h"((unsigned short)two) : "memory");
                     }
                     if (inner + 8 < tile_rows) {
-                        asm volatile("st.shared.u16 [%0], %1;" ::"r"(at + 16), "h"((unsigned short)(one >> 16)) : "memory");
+                        asm volatile("st.shared.u16 [%0], %1;" ::"r"(at + 16), "h"((unsigned short)(one >> 16))
+                                     : "memory");
                         asm volatile("st.shared.u16 [%0], %1;" ::"r"(at + pitch + 16), "h"((unsigned short)(two >> 16))
                                      : "memory");
                     }

@@ -1,11 +1,12 @@
 """A matmul of few rows, at the pace at which its weight can be read, that sends its product to the peers.
 
 What a row-parallel layer does at the sizes of decoding is to read its weight; the product is small. A CUDA kernel
-(`decode.cu`) for Hopper: every CTA takes as many of the weight's rows as there are for each, a multiple of 8 and seldom
-the 64 that wgmma multiplies at a time (tensor cores are idle here anyway), and the whole of K, so there is nothing to
-be added up between CTAs. TMA reads many stages ahead; x's rows, which all need, come once for a cluster. The product is
-summed in float32 in one order and rounded once; it goes to all inboxes, in lines (`kernels.lines`), straight from the
-CTA that has it. `kernels.sum_norm` takes it from there, and may be launched before this kernel has ended.
+(`decode.cu`, `decode_stages.cuh`) for Hopper: every CTA takes as many of the weight's rows as there are for each, a
+multiple of 8 and seldom the 64 that wgmma multiplies at a time (tensor cores are idle here anyway), and the whole of K,
+so there is nothing to be added up between CTAs. TMA reads many stages ahead; x's rows, which all need, come once for a
+cluster. The product is summed in float32 in one order and rounded once; it goes to all inboxes, in lines
+(`kernels.lines`), straight from the CTA that has it. `kernels.sum_norm` takes it from there, and may be launched before
+this kernel has ended.
 """
 
 import ctypes
@@ -21,7 +22,7 @@ from maco_lib.kernels.compiled import SHARED_BYTES, tensor_map, wgmma
 from maco_lib.kernels.lines import HALF_BYTES, LINE_BYTES, MAX_CTAS
 
 FOLDER = pathlib.Path(__file__).parent
-SOURCES = (FOLDER / "hopper.cuh", FOLDER / "decode.cu")
+SOURCES = (FOLDER / "hopper.cuh", FOLDER / "decode_stages.cuh", FOLDER / "decode.cu")
 MAX_ROWS = 64
 DTYPES = tuple(compiled.DTYPES)
 # Columns of a box, and rows of a weight that a CTA multiplies at a time.
@@ -121,7 +122,8 @@ def decode(
     """x @ weight.T + bias, (M, N), into the inboxes of all ranks, from where `sum_norm` takes it.
 
     x: (M, K), weight: (N, K), bf16 or fp16, `readable` and of a shape that `fits`; bias: (N,), contiguous. inboxes,
-    counter: as in `one_shot`. cluster, boxes: as in `Constants`; by default what was fastest on an H200.
+    counter: as in `one_shot`. cluster, boxes: as in `Constants`; by default what was fastest on an H200; ValueError where two stages of
+    them have no room.
     """
     (num_rows, k), num_columns = x.shape, len(weight)
     padded_rows = max(8, 1 << (num_rows - 1).bit_length())
@@ -133,7 +135,10 @@ def decode(
         tensor_map(weight.data_ptr(), *weight.shape, weight.stride(0), tile_rows, BK, x.dtype, PROMOTION),
         tensor_map(x.data_ptr(), *x.shape, x.stride(0), padded_rows, BK, x.dtype, PROMOTION),
     )
-    sizes = (tile_rows, constants.num_stages(tile_rows), num_tiles, num_steps, num_rows, num_columns)
+    num_stages = constants.num_stages(tile_rows)
+    if num_stages < 2:
+        raise ValueError(f"boxes = {boxes}: there is no room for two stages of {num_rows} rows; take fewer")
+    sizes = (tile_rows, num_stages, num_tiles, num_steps, num_rows, num_columns)
     compiled.launch(
         kernel, min(num_ctas, -(-num_tiles // constants.cluster) * constants.cluster), NUM_THREADS,
         constants.shared_bytes(tile_rows),

@@ -122,8 +122,8 @@ def decode(
     """x @ weight.T + bias, (M, N), into the inboxes of all ranks, from where `sum_norm` takes it.
 
     x: (M, K), weight: (N, K), bf16 or fp16, `readable` and of a shape that `fits`; bias: (N,), contiguous. inboxes,
-    counter: as in `one_shot`. cluster, boxes: as in `Constants`; by default what was fastest on an H200; ValueError where two stages of
-    them have no room.
+    counter: as in `one_shot`. cluster, boxes: as in `Constants`; by default what was fastest on an H200. Raises
+    ValueError where there is no room for two stages of so many boxes.
     """
     (num_rows, k), num_columns = x.shape, len(weight)
     padded_rows = max(8, 1 << (num_rows - 1).bit_length())

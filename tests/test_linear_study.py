@@ -23,7 +23,7 @@ from maco_lib.experiments.linear_all_reduce_methods import (
 )
 from maco_lib.machine import Machine
 from maco_lib.overlap.linear_techniques.decode_time import MAX_ROWS
-from maco_lib.study import evidence, figures, linear_persistent, linear_promises, report
+from maco_lib.study import evidence, figures, linear, linear_persistent, linear_promises, report
 from maco_lib.study.figures import style
 from maco_lib.study.sections.linear_all_reduce import ENDURANCE, LINEAR, SECTION, TIMELINE
 from maco_lib.study.spec import check_rows
@@ -208,6 +208,16 @@ def test_a_speedup_that_the_matmul_alone_rules_out_is_said_to_be_out_of_reach(ma
     assert "out of reach" not in text
     near = linear_promises.targets(with_table(machine, rows.assign(t_matmul_us=rows["t_base_us"] / 1.2)))
     assert near.count("(out of reach with cuBLAS's matmul alone") == near.count(" = 1.20×)") == 4
+
+
+def test_the_rate_at_which_the_weight_is_read_is_told_beside_the_matmuls(machine):
+    rows = stored.linear_all_reduce()
+    few = (rows["m"] <= MAX_ROWS) & (rows["operation"] == CHAIN)
+    rows.loc[few, "t_matmul_us"] = rows["n"] * rows["k"] / rows["tp"] * 2 / 3.5e6  # at 3500 GB/s
+    text = linear.weight_rates(with_table(machine, rows))
+    assert "torch's matmul alone at 3500 to 3500 GB/s" in text and "a copy within the memory moves" in text
+    with pytest.raises(evidence.Missing, match="finished"):
+        linear.weight_rates(with_table(machine, rows[~few]))
 
 
 def test_the_persistent_kernel_is_told_by_what_keeps_it_short(machine):

@@ -1,13 +1,15 @@
 """Section 5's tables: every layer and number of rows by every method, the planner's choices, and what failed."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import pandas as pd
 
 from maco_lib.experiments.linear_all_reduce_methods import BASE, CHAIN, LAYERS, MATMUL
+from maco_lib.overlap.linear_techniques.decode_time import ITEMSIZE, MAX_ROWS
 from maco_lib.study.criteria import LINEAR_TOLERANCE
 from maco_lib.study.evidence import Evidence, Missing
-from maco_lib.study.figures.style import look
+from maco_lib.study.figures.style import digits, look
 from maco_lib.study.report_tables import ABSENT, interval, table, us
 
 PLANNER, UNTUNED = "auto", "auto_untuned"
@@ -120,6 +122,27 @@ def chain(machine: Evidence) -> str:
         ])  # fmt: skip
     return table(body, ["layer", "M", "matmul alone", "sequential", "fastest peer", "ours", "planner",
                         "over sequential", "over the fastest peer"])  # fmt: skip
+
+
+def weight_rates(machine: Evidence) -> str:
+    """How fast the chain passes over its weight, where reading that is the longest part; beside it the matmul alone."""
+    found = [cell for cell in cells(machine, CHAIN) if cell.m <= MAX_ROWS and cell.best is not None]
+    if not found:
+        raise Missing(f"the chain finished no point of {MAX_ROWS} rows or fewer")
+
+    def rates(times_us: Iterable[float]) -> str:
+        sizes = (row["n"] * row["k"] / row["tp"] * ITEMSIZE for row in (cell.rows.iloc[0] for cell in found))
+        values = [size / us / 1e3 for size, us in zip(sizes, times_us, strict=True)]
+        return f"{digits(min(values))} to {digits(max(values))} GB/s"
+
+    ours = rates(cell.best["time_us"] for cell in found)
+    alone = rates(cell.rows["t_matmul_us"].iloc[0] for cell in found)
+    text = f"up to {MAX_ROWS} rows the whole chain passes over its weight at {ours}, torch's matmul alone at {alone}"
+    try:
+        copies = machine.table("environment").query("quantity == 'memory_copy'")["value"].dropna()
+    except Missing:
+        return text
+    return text if copies.empty else f"{text}; a copy within the memory moves {digits(copies.median())} GB/s"
 
 
 def planner(machine: Evidence) -> list[str]:

@@ -91,6 +91,11 @@ def test_no_network_leaves_nothing_that_looks_ready(checkout):
         assert not (checkout / ".venv" / "maco-lock").exists()
 
 
+def interruptible() -> None:
+    """In the child, as from a terminal: what a script starts in the background ignores SIGINT, as its children do."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 def test_interrupt_ends_the_installation(checkout):
     bare_python(checkout)
     command(checkout, "nvidia-smi", "exit 9")
@@ -98,7 +103,7 @@ def test_interrupt_ends_the_installation(checkout):
         index = f"http://127.0.0.1:{silent.getsockname()[1]}/"
         silent.settimeout(60)
         settings = surroundings(checkout, PIP_INDEX_URL=index, PIP_FIND_LINKS="", PIP_CONFIG_FILE=os.devnull)
-        running = subprocess.Popen(**settings, stderr=subprocess.PIPE, start_new_session=True)
+        running = subprocess.Popen(**settings, stderr=subprocess.PIPE, start_new_session=True, preexec_fn=interruptible)
         silent.accept()
         begun = [running, *psutil.Process(running.pid).children(recursive=True)]
         os.killpg(running.pid, signal.SIGINT)

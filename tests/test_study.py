@@ -1,6 +1,7 @@
 """The machinery between a point and a table: resume, repeats, failure, kills, damaged files, machine folders."""
 
 import dataclasses
+import functools
 import os
 import pathlib
 import signal
@@ -181,7 +182,11 @@ launch.measure(store, "here", toy.DATASET, toy.ToyParameters(sizes=[1, 2, 3], se
 @pytest.mark.parametrize("victim", ["runner", "runner, interrupted", "rank"])
 def test_nothing_survives_a_kill_and_the_next_run_resumes(store, tmp_path, victim):
     environment = {**os.environ, "MACO_ROOT": str(tmp_path), "PYTHONPATH": str(CHECKOUT)}
-    runner = subprocess.Popen([sys.executable, "-c", RUN], env=environment, cwd=CHECKOUT, stderr=subprocess.DEVNULL)
+    # As from a terminal: what a script starts in the background ignores SIGINT, and so do its children.
+    interruptible = functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+    runner = subprocess.Popen(
+        [sys.executable, "-c", RUN], env=environment, cwd=CHECKOUT, stderr=subprocess.DEVNULL, preexec_fn=interruptible
+    )
     journal = store.journal("here", "toy")
     deadline = time.monotonic() + 60
     while not journal.exists() and time.monotonic() < deadline:

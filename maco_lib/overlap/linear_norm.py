@@ -21,11 +21,10 @@ from maco_lib.comm.symmetric import ALIGNMENT
 from maco_lib.overlap import streams
 from maco_lib.overlap.linear import linear_all_reduce, result_shape, usable_backend
 from maco_lib.overlap.linear_plan import LinearPlan
+from maco_lib.overlap.linear_techniques.decode import LINES, unsuited
 from maco_lib.overlap.linear_techniques.problem import flattened
 from maco_lib.overlap.validation import check_agreement, group_name, require_operands, unavailable
 
-# Needs what the kernel needs.
-LINES = "maco_ll"
 # What the kinds of kernel are chosen by: the second way over NVLink, the wait for a flag beyond that for a line, and
 # what all SMs together write to the peers.
 WAY_US, FLAG_US, BYTES_PER_US = 1.5, 2.0, 350e3
@@ -175,11 +174,7 @@ def kind(num_rows: int, row_bytes: int, num_ranks: int) -> tuple[bool, bool] | N
 
 def sends(x: torch.Tensor, weight: torch.Tensor, num_ranks: int) -> bool:
     """Whether the matmul is to send its product itself, one-shot in lines; the same on every rank."""
-    if torch.cuda.get_device_capability(x.device)[0] != 9:
-        return False
-    from maco_lib.kernels.decode import DTYPES, fits
-
-    if x.dtype not in DTYPES or not fits(len(x), len(weight), num_ranks):
+    if unsuited(len(x), len(weight), x.dtype, x.device, num_ranks):
         return False
     times = kinds(len(x), len(weight) * x.itemsize, num_ranks)
     in_lines = times.pop((False, False), math.inf)

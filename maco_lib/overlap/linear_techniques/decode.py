@@ -16,19 +16,25 @@ from maco_lib.overlap.linear_techniques.problem import Problem
 LINES = "maco_ll"
 
 
-def unavailable(problem: Problem) -> str:
-    """Why the kernels cannot run this problem, or ""; the same on every rank."""
-    (num_rows, num_columns), device = problem.result.shape, problem.result.device
+def unsuited(num_rows: int, num_columns: int, dtype: torch.dtype, device: torch.device, num_ranks: int) -> str:
+    """Why the kernels are not for a result (num_rows, num_columns), or ""; the same on every rank."""
     if device.type != "cuda" or torch.cuda.get_device_capability(device)[0] != 9:
         return f"it is for Hopper GPUs, x is on {device}"
     from maco_lib.kernels.decode import DTYPES, MAX_ROWS, fits
 
-    if problem.result.dtype not in DTYPES:
-        return f"it is for {' and '.join(map(str, DTYPES))}, x is of {problem.result.dtype}"
-    if not fits(num_rows, num_columns, problem.group.size()):
+    if dtype not in DTYPES:
+        return f"it is for {' and '.join(map(str, DTYPES))}, x is of {dtype}"
+    if not fits(num_rows, num_columns, num_ranks):
         limits = f"up to {MAX_ROWS} rows, N a multiple of 4, and room for every rank's product"
         return f"a result of ({num_rows}, {num_columns}) is not for it: {limits}"
-    return validation.unavailable(LINES, device, problem.group)
+    return ""
+
+
+def unavailable(problem: Problem) -> str:
+    """Why the kernels cannot run this problem, or ""; the same on every rank."""
+    result, group = problem.result, problem.group
+    why = unsuited(*result.shape, result.dtype, result.device, group.size())
+    return why or validation.unavailable(LINES, result.device, group)
 
 
 def in_whole_lines(tensor: torch.Tensor) -> torch.Tensor:

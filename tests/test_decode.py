@@ -9,8 +9,8 @@ pytest.importorskip("triton")
 pytest.importorskip("cuda.bindings")
 
 from maco_lib.kernels import lines
-from maco_lib.kernels.decode import MAX_ROWS, MAX_TILE_ROWS, decode, fits, readable, tile_rows_of
-from maco_lib.overlap.linear_techniques import decode_time
+from maco_lib.kernels.decode import decode, fits, readable
+from maco_lib.kernels.decode_tiles import MAX_ROWS
 
 EPS = 1e-6
 # (M, N, K): tiles of one stage and of many, several to a CTA, and M, N and K that nothing divides.
@@ -47,17 +47,7 @@ class Example:
         return float((product.double() - exact).norm() / exact.norm())
 
 
-def test_all_ctas_take_about_as_many_rows():
-    for num_columns in (4096, 5120, 8192):
-        rows = tile_rows_of(num_columns, 132)
-        assert rows % 8 == 0 and 120 <= num_columns / rows <= 132, (num_columns, rows)
-    for num_columns in (1, 100, 8448, 8449, 100_000):
-        rows = tile_rows_of(num_columns, 132)
-        assert 0 < rows <= MAX_TILE_ROWS and rows % 8 == 0
-
-
 def test_what_there_is_no_room_for_is_not_for_it():
-    assert decode_time.MAX_ROWS == MAX_ROWS
     assert fits(64, 8192, 2) and fits(1, 4, 8)
     assert not fits(MAX_ROWS + 1, 8192, 2), "rows"
     assert not fits(64, 8192, 8), "lines"

@@ -6,8 +6,10 @@ import torch.distributed as dist
 from ranks import run_ranks
 from test_linear_persistent import Example, error
 
+from maco_lib.kernels.decode_tiles import MAX_ROWS, MAX_TILE_ROWS, tile_rows_of
 from maco_lib.overlap import LinearPlan, linear_all_reduce
-from maco_lib.overlap.linear_techniques.decode_time import MAX_ROWS, predicted_us
+from maco_lib.overlap.linear_techniques.decode import in_whole_lines
+from maco_lib.overlap.linear_techniques.decode_time import predicted_us
 
 DECODE = LinearPlan("decode")
 NUM_GPUS = max(2, torch.cuda.device_count())
@@ -29,7 +31,7 @@ def right(rank: int, num_ranks: int) -> None:
             dist.all_gather(everyones, result)
             assert all(torch.equal(each, result) for each in everyones), (shape, dtype)
             assert all(torch.equal(run(example), result) for _ in range(50)), (shape, dtype)
-    for wrong, message in (((MAX_ROWS + 1, 64, 64), "up to 64 rows"), ((4, 66, 64), "multiple of 4")):
+    for wrong, message in (((MAX_ROWS + 1, 64, 64), f"up to {MAX_ROWS} rows"), ((4, 66, 64), "multiple of 4")):
         with pytest.raises(ValueError, match=f"'decode': a result of .*{message}"):
             run(Example(rank, *wrong, torch.bfloat16))
     with pytest.raises(ValueError, match="'decode'.*float32"):
@@ -59,20 +61,23 @@ def test_decode_on_every_gpu(program):
     run_ranks(program, num_ranks=NUM_GPUS, backend="nccl", timeout_s=120)
 
 
-def refused(rank: int, num_ranks: int) -> None:
-    x, weight = torch.ones(4, 8, dtype=torch.bfloat16), torch.ones(16, 8, dtype=torch.bfloat16)
-    with pytest.raises(ValueError, match="'decode'.*Hopper GPUs, x is on cpu"):
-        linear_all_reduce(x, weight, plan=DECODE)
+def test_all_ctas_take_about_as_many_rows_of_the_weight():
+    for num_columns in (4096, 5120, 8192):
+        rows = tile_rows_of(num_columns, 132)
+        assert rows % 8 == 0 and 120 <= num_columns / rows <= 132, (num_columns, rows)
+    for num_columns in (1, 100, 8448, 8449, 100_000):
+        rows = tile_rows_of(num_columns, 132)
+        assert 0 < rows <= MAX_TILE_ROWS and rows % 8 == 0
 
 
-def test_it_is_refused_where_there_is_no_hopper_gpu():
-    run_ranks(refused)
-
-
-def test_a_plan_with_it_takes_no_backend():
-    assert str(DECODE) == "decode"
-    with pytest.raises(ValueError, match="backend = 'nccl': decode sums by itself"):
-        LinearPlan("decode", "nccl")
+def test_operands_are_laid_out_for_tma_with_zeros_where_columns_lack():
+    for shape, num_columns in (((33, 77), 80), ((1, 77), 80), ((5, 16), 16), ((4, 0), 8)):
+        tensor = torch.randn(*shape).bfloat16()
+        laid_out = in_whole_lines(tensor)
+        assert laid_out.shape == (shape[0], num_columns) and laid_out.stride() == (num_columns, 1)
+        assert torch.equal(laid_out[:, : shape[1]], tensor) and not laid_out[:, shape[1] :].any()
+    kept = torch.randn(4, 24).bfloat16()[:, :17]
+    assert in_whole_lines(kept) is kept and in_whole_lines(kept.t()).is_contiguous()
 
 
 def test_its_time_is_that_of_reading_and_of_sending():

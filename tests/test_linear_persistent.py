@@ -7,6 +7,7 @@ from ranks import run_ranks
 
 from maco_lib.kernels.tile_order import TileOrder
 from maco_lib.overlap import LinearPlan, linear_all_reduce
+from maco_lib.overlap.linear_plan import SUMMING
 from maco_lib.overlap.linear_techniques import persistent
 from maco_lib.overlap.linear_techniques.persistent_time import (
     TILINGS,
@@ -135,18 +136,20 @@ def test_persistent_on_every_gpu(program):
 
 def refused(rank: int, num_ranks: int) -> None:
     x, weight = torch.ones(4, 8, dtype=torch.bfloat16), torch.ones(16, 8, dtype=torch.bfloat16)
-    with pytest.raises(ValueError, match="'persistent'.*Hopper GPUs, x is on cpu"):
-        linear_all_reduce(x, weight, plan=PERSISTENT)
+    for technique in SUMMING:
+        with pytest.raises(ValueError, match=f"'{technique}'.*Hopper GPUs, x is on cpu"):
+            linear_all_reduce(x, weight, plan=LinearPlan(technique))
 
 
-def test_it_is_refused_where_there_is_no_hopper_gpu():
+def test_what_sums_by_itself_is_refused_where_there_is_no_hopper_gpu():
     run_ranks(refused)
 
 
-def test_a_plan_with_it_takes_no_backend():
-    assert str(PERSISTENT) == "persistent"
-    with pytest.raises(ValueError, match="backend = 'nccl'"):
-        LinearPlan("persistent", "nccl")
+@pytest.mark.parametrize("technique", SUMMING)
+def test_a_plan_that_sums_by_itself_takes_no_backend(technique):
+    assert str(LinearPlan(technique)) == technique
+    with pytest.raises(ValueError, match=f"backend = 'nccl': {technique} sums by itself"):
+        LinearPlan(technique, "nccl")
 
 
 @pytest.mark.parametrize("num_ranks", [2, 4, 8])

@@ -21,8 +21,8 @@ from maco_lib.experiments.linear_all_reduce_methods import (
     MATMUL,
     METHODS,
 )
+from maco_lib.kernels.decode_tiles import MAX_ROWS
 from maco_lib.machine import Machine
-from maco_lib.overlap.linear_techniques.decode_time import MAX_ROWS
 from maco_lib.study import evidence, figures, linear, linear_persistent, linear_promises, report
 from maco_lib.study.figures import style
 from maco_lib.study.sections.linear_all_reduce import ENDURANCE, LINEAR, SECTION, TIMELINE

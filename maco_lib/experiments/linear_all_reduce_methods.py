@@ -3,8 +3,8 @@
 from dataclasses import dataclass, field
 from typing import Any
 
+from maco_lib.kernels.decode_tiles import MAX_ROWS
 from maco_lib.models import MODELS
-from maco_lib.overlap.linear_techniques.decode_time import MAX_ROWS
 
 # The two operations. The second goes on as a decoder layer does: residual added, RMSNorm, both results wanted.
 MATMUL, CHAIN = "matmul_all_reduce", "matmul_all_reduce_norm"

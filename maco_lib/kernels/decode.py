@@ -5,8 +5,8 @@ What a row-parallel layer does at the sizes of decoding is to read its weight; t
 multiple of 8 and seldom the 64 that wgmma multiplies at a time (tensor cores are idle here anyway), and the whole of K,
 so there is nothing to be added up between CTAs. TMA reads many stages ahead; x's rows, which all need, come once for a
 cluster. The product is summed in float32 in one order and rounded once; it goes to all inboxes, in lines
-(`kernels.lines`), straight from the CTA that has it. `kernels.sum_norm` takes it from there, and may be launched before
-this kernel has ended.
+(`kernels.lines`), straight from the CTA that has it. `kernels.sum_norm` or `one_shot.take_sum` takes it from
+there, launched before this kernel has ended.
 """
 
 import ctypes
@@ -19,14 +19,15 @@ from cuda.bindings import driver
 
 from maco_lib.kernels import compiled
 from maco_lib.kernels.compiled import SHARED_BYTES, tensor_map, wgmma
+from maco_lib.kernels.decode_tiles import MAX_ROWS, MAX_TILE_ROWS, tile_rows_of
 from maco_lib.kernels.lines import HALF_BYTES, LINE_BYTES, MAX_CTAS
 
 FOLDER = pathlib.Path(__file__).parent
 SOURCES = (FOLDER / "hopper.cuh", FOLDER / "decode_stages.cuh", FOLDER / "decode.cu")
-MAX_ROWS = 64
 DTYPES = tuple(compiled.DTYPES)
-# Columns of a box, and rows of a weight that a CTA multiplies at a time.
-BK, MAX_TILE_ROWS, MAX_STAGES = 64, 64, 32
+# Columns of a box.
+BK = 64
+MAX_STAGES = 32
 NUM_THREADS = 320
 # For the kernel that follows and is there before this one has ended.
 LEFT_BYTES = 4 * 1024
@@ -90,12 +91,6 @@ def kernel_of(constants: Constants, device_index: int) -> tuple[object, int]:
     return kernel, compiled.checked(driver.cuOccupancyMaxActiveClusters(kernel, config)) * constants.cluster
 
 
-def tile_rows_of(num_columns: int, num_ctas: int) -> int:
-    """How many of the weight's rows a CTA takes at a time, so that all take about as many."""
-    tiles_each = -(-num_columns // (MAX_TILE_ROWS * num_ctas))
-    return -(-num_columns // (num_ctas * tiles_each * 8)) * 8
-
-
 def fits(num_rows: int, num_columns: int, num_ranks: int) -> bool:
     """Whether the kernel and the inboxes have room for a product of this shape."""
     return 0 < num_rows <= MAX_ROWS and num_columns % 4 == 0 and num_ranks * num_rows * num_columns * 4 <= LINE_BYTES
@@ -119,7 +114,7 @@ def decode(
     cluster: int = 2,
     boxes: int = 2,
 ) -> None:
-    """x @ weight.T + bias, (M, N), into the inboxes of all ranks, from where `sum_norm` takes it.
+    """x @ weight.T + bias, (M, N), into the inboxes of all ranks, from where `sum_norm` or `take_sum` takes it.
 
     x: (M, K), weight: (N, K), bf16 or fp16, `readable` and of a shape that `fits`; bias: (N,), contiguous. inboxes,
     counter: as in `one_shot`. cluster, boxes: as in `Constants`; by default what was fastest on an H200. Raises

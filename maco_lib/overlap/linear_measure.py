@@ -10,11 +10,11 @@ from collections.abc import Sequence
 import torch
 import torch.distributed as dist
 
+from maco_lib.kernels.decode_tiles import MAX_ROWS
 from maco_lib.overlap.costs import Curve
 from maco_lib.overlap.linear_model import FORETOLD, MIN_POINTS, LinearCosts, MatmulTime, Overlapped, without
 from maco_lib.overlap.linear_plan import LinearPlan, candidates
 from maco_lib.overlap.linear_techniques.chunked import cut
-from maco_lib.overlap.linear_techniques.decode_time import MAX_ROWS
 from maco_lib.overlap.linear_techniques.problem import EVERYTHING, Problem
 from maco_lib.overlap.linear_techniques.signalled import bands
 from maco_lib.overlap.measure import Grid, median_us

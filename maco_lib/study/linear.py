@@ -6,7 +6,8 @@ from dataclasses import dataclass
 import pandas as pd
 
 from maco_lib.experiments.linear_all_reduce_methods import BASE, CHAIN, LAYERS, MATMUL
-from maco_lib.overlap.linear_techniques.decode_time import ITEMSIZE, MAX_ROWS
+from maco_lib.kernels.decode_tiles import MAX_ROWS
+from maco_lib.overlap.linear_techniques.decode_time import ITEMSIZE
 from maco_lib.study.criteria import LINEAR_TOLERANCE
 from maco_lib.study.evidence import Evidence, Missing
 from maco_lib.study.figures.style import digits, look

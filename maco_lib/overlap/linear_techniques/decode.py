@@ -2,12 +2,13 @@
 
 `kernels.decode` puts the product into the inboxes of all ranks; `kernels.one_shot.take_sum`, there before the matmul
 has ended, adds up what arrives. No launch, and no way through memory, between the two: what is left of the all-reduce
-is one way over the link. On Hopper GPUs, up to 64 rows. Above 2 ranks the bytes count, of which it moves 2 (P - 1) S.
+is one way over the link. On Hopper GPUs, up to `MAX_ROWS`. Above 2 ranks the bytes count: it moves 2 (P - 1) S.
 """
 
 import torch
 
 from maco_lib.comm.mailbox import mailbox
+from maco_lib.kernels.decode_tiles import MAX_ROWS
 from maco_lib.overlap import streams, validation
 from maco_lib.overlap.linear_techniques.persistent import MULTIPLE, for_tma
 from maco_lib.overlap.linear_techniques.problem import Problem
@@ -20,7 +21,7 @@ def unsuited(num_rows: int, num_columns: int, dtype: torch.dtype, device: torch.
     """Why the kernels are not for a result (num_rows, num_columns), or ""; the same on every rank."""
     if device.type != "cuda" or torch.cuda.get_device_capability(device)[0] != 9:
         return f"it is for Hopper GPUs, x is on {device}"
-    from maco_lib.kernels.decode import DTYPES, MAX_ROWS, fits
+    from maco_lib.kernels.decode import DTYPES, fits
 
     if dtype not in DTYPES:
         return f"it is for {' and '.join(map(str, DTYPES))}, x is of {dtype}"
@@ -38,9 +39,12 @@ def unavailable(problem: Problem) -> str:
 
 
 def in_whole_lines(tensor: torch.Tensor) -> torch.Tensor:
-    """`tensor` as TMA can read it, a copy where it is laid out otherwise, with columns of zeros up to 16 bytes."""
-    tensor = for_tma(tensor)
-    return torch.nn.functional.pad(tensor, (0, -tensor.shape[1] % MULTIPLE)) if tensor.stride(0) % MULTIPLE else tensor
+    """`tensor` as TMA can read it: a copy where it is laid out otherwise, with columns of zeros up to 16 bytes, also
+    where it has none (of a rank with K = 0)."""
+    tensor, num_columns = for_tma(tensor), tensor.shape[1]
+    if num_columns and tensor.stride(0) % MULTIPLE == 0:
+        return tensor
+    return torch.nn.functional.pad(tensor, (0, -num_columns % MULTIPLE if num_columns else MULTIPLE))
 
 
 def run(problem: Problem) -> None:

@@ -2,13 +2,10 @@
 
     T = what is left when nothing is to be read or sent + the weight / the rate of reading + lines / the rate of sending
 
-The constants were set by runs on 2 H200s before table `linear_all_reduce` of h200-x2 was measured; calibration scales
-the whole.
+The constants were set by runs of some shapes on 2 H200s, not by table `linear_all_reduce`; calibration scales it all.
 """
 
 ITEMSIZE = 2
-# Rows that `kernels.decode` multiplies.
-MAX_ROWS = 64
 FIXED_US, READ_BYTES_PER_US, SENT_BYTES_PER_US = 5.5, 4.6e6, 450e3
 
 

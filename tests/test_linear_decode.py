@@ -41,13 +41,19 @@ def right(rank: int, num_ranks: int) -> None:
 def captured(rank: int, num_ranks: int) -> None:
     """Layer after layer with nothing between, other collectives of the same inboxes among them."""
     examples = [Example(rank, *shape, torch.bfloat16, residual=True) for shape in SHAPES]
-    wanted = [run(example) for example in examples]
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+
+    def layers():
         results = []
         for example in examples * 3:
             results.append(run(example))
             linear_all_reduce(example.x, example.weight, plan=LinearPlan(backend="maco_ll"))
+        return results
+
+    wanted = layers()[: len(SHAPES)]
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+        results = layers()
     for _ in range(50):
         for result in results:
             result.zero_()

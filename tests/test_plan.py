@@ -12,7 +12,7 @@ from ranks import run_ranks
 
 from maco_lib import comm
 from maco_lib.overlap import Plan, calibrate, decisions, overlap, start, tune
-from maco_lib.overlap.plan import MAX_CANDIDATES, choose, overlapping, sequential, shortlist
+from maco_lib.overlap.plan import LEFT_TO, MAX_CANDIDATES, choose, overlapping, sequential, shortlist
 
 CPU = torch.device("cpu")
 SEQUENTIAL, OVERLAPPED = sequential("cpu"), Plan("gloo", urgent=False)
@@ -44,7 +44,18 @@ def test_a_plan_says_what_it_does():
     for other in ({"compute_first": True}, {"overlapped": False}):
         with pytest.raises(ValueError, match="leads = True"):
             Plan(leads=True, **other)
+    assert str(Plan("maco_staged_12", urgent=False, leaves=12)) == "maco_staged_12, overlapped, leaving 12 SMs"
+    assert not Plan(leaves=12).on("cpu").leaves
+    for wrong in ({"leaves": -1}, {"leaves": 4, "overlapped": False}):
+        with pytest.raises(ValueError, match=f"leaves = {wrong['leaves']}"):
+            Plan(**wrong)
     assert Plan().on("cpu") == OVERLAPPED
+
+
+def test_sms_are_left_to_a_backend_that_holds_many_to_the_end():
+    assert {plan.backend: plan.leaves for plan in overlapping("cuda", comm.BACKENDS) if plan.leaves} == LEFT_TO
+    assert not any(plan.leaves for plan in overlapping("cpu", ["gloo", *LEFT_TO]))
+    assert {name: comm.backend(name).num_ctas for name in LEFT_TO} == LEFT_TO
 
 
 def test_the_shortlist_is_short_and_has_what_it_is_judged_against():
@@ -111,6 +122,7 @@ def wrong_use_is_refused(rank: int, num_ranks: int) -> None:
     assert "plan = 'fastest'" in message(lambda: overlap(int, x, plan="fastest"))
     assert "use overlap" in message(lambda: start(x, plan="auto"))
     assert "use overlap" in message(lambda: start(x, plan=Plan(compute_first=True)))
+    assert "use overlap" in message(lambda: start(x, plan=Plan(leaves=4)))
     for plan in (Plan(), "auto"):
         assert "reduce_scatter has no plans" in message(lambda: overlap(int, x, "reduce_scatter", plan=plan))  # noqa: B023
         assert "priority = -1" in message(lambda: overlap(int, x, plan=plan, priority=-1))  # noqa: B023

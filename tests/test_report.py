@@ -322,7 +322,7 @@ def test_what_sms_cost_is_told_from_the_table_and_its_absence_too(tmp_path, fres
     machine, _ = evidence.load(store, "h200-x2")
     text = sharing.told(machine)
     assert lines_with(text, "| 4 ", "40% (4 µs of 10 µs); held for 100%: 1.15×", "40% (80 µs of 200 µs)")
-    assert "cuBLAS carve-out: n = 1024: 4 taken 1.10×, 32 taken 1.10×" in text
+    assert "cuBLAS told to leave them: n = 1024: 4 taken 1.10×, 32 taken 1.10×" in text
     assert "green context: RuntimeError: no green contexts here" in text
     assert "the planner was not measured on h200-x2" in text_of(store)
 

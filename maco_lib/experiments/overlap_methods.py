@@ -36,6 +36,7 @@ METHODS: dict[str, dict[str, Plan | str]] = {
                 "copy_engine",
             )
         },
+        "maco_staged_12_left": Plan("maco_staged_12", leaves=12),
         "auto": "auto",
     },  # fmt: skip
     "published": {

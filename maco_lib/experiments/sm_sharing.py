@@ -16,9 +16,10 @@ from maco_lib.comm import DTYPES
 from maco_lib.experiments import worker
 from maco_lib.experiments.worker import Context, Result, samples_of
 from maco_lib.overlap import streams
+from maco_lib.overlap.sm_limit import leaving
 from maco_lib.timing import Arm, interleave
 
-NUM_SMS = (4, 8, 16, 32)
+NUM_SMS = (4, 8, 12, 16, 32)
 # Of the time of the matmul alone.
 HOLDS = (0.2, 0.4, 0.6, 0.8, 1.0)
 # Between the kernel that holds SMs and the matmul, so that the former is there first.
@@ -52,8 +53,8 @@ def measure(point: dict[str, Any], context: Context) -> Result:
             arms = [Arm(str(way), matmul, functools.partial(torch.set_num_threads, cores - way[1])) for way in ways]
         else:
             ways += [(technique, num_sms, 1.0) for num_sms in NUM_SMS]
-            arms += [Arm(str(way), {"carveout": carved, "green_context": confined}[technique](matmul, way[1], device))
-                     for way in ways[1:]]  # fmt: skip
+            take = {"sm_target": told, "carveout": carved, "green_context": confined}[technique]
+            arms += [Arm(str(way), take(matmul, way[1], device)) for way in ways[1:]]
         timings = timed(arms)
     except (RuntimeError, ValueError, AttributeError) as failure:
         error, timings = f"{type(failure).__name__}: {failure}", {}
@@ -100,8 +101,18 @@ def held(matmul: Callable, num_sms: int, hold_us: float, device: torch.device) -
     return run
 
 
+def told(matmul: Callable, num_sms: int, device: torch.device) -> Callable[[], None]:
+    """The matmul, cuBLAS having been told to leave `num_sms` SMs (`sm_limit`)."""
+
+    def run() -> None:
+        with leaving(num_sms, device):
+            matmul()
+
+    return run
+
+
 def carved(matmul: Callable, num_sms: int, device: torch.device) -> Callable[[], None]:
-    """The matmul, cuBLAS having been asked to leave `num_sms` SMs free."""
+    """The matmul under torch's own setting, which torch passes on to cuBLASLt only."""
 
     def run() -> None:
         torch._C._set_sm_carveout_experimental(num_sms)

@@ -91,19 +91,30 @@ def tensor_map(
 
 
 def launch(
-    kernel: object, num_ctas: int, num_threads: int, shared_bytes: int, arguments: list, device: torch.device
+    kernel: object,
+    num_ctas: int,
+    num_threads: int,
+    shared_bytes: int,
+    arguments: list,
+    device: torch.device,
+    early: bool = False,
 ) -> None:
     """Launch on the current stream. arguments: tensor maps, ctypes scalars and arrays, and tensors, given by their
-    address (None: 0), in the order of the kernel's parameters."""
+    address (None: 0), in the order of the kernel's parameters. early: before the kernel in front has ended, for which
+    this one waits itself (programmatic dependent launch)."""
     values = [pointer(each) if each is None or isinstance(each, torch.Tensor) else each for each in arguments]
     places = [int(each.getPtr()) if hasattr(each, "getPtr") else ctypes.addressof(each) for each in values]
     packed = (ctypes.c_void_p * len(places))(*places)
-    stream = torch.cuda.current_stream(device).cuda_stream
-    checked(
-        driver.cuLaunchKernel(
-            kernel, num_ctas, 1, 1, num_threads, 1, 1, shared_bytes, stream, ctypes.addressof(packed), 0
-        )
-    )
+    config = driver.CUlaunchConfig()
+    config.gridDimX, config.gridDimY, config.gridDimZ = num_ctas, 1, 1
+    config.blockDimX, config.blockDimY, config.blockDimZ = num_threads, 1, 1
+    config.sharedMemBytes, config.hStream = shared_bytes, torch.cuda.current_stream(device).cuda_stream
+    if early:
+        attribute = driver.CUlaunchAttribute()
+        attribute.id = driver.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
+        attribute.value.programmaticStreamSerializationAllowed = 1
+        config.attrs, config.numAttrs = [attribute], 1
+    checked(driver.cuLaunchKernelEx(config, kernel, ctypes.addressof(packed), 0))
 
 
 def pointer(tensor: torch.Tensor | None) -> ctypes.c_uint64:

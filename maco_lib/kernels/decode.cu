@@ -56,6 +56,7 @@ extern "C" __global__ void __cluster_dims__(CTAS, 1, 1) __launch_bounds__(NUM_CO
         asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
         fence_async_shared();
     }
+    asm volatile("griddepcontrol.wait;" ::: "memory");  // for what the kernel before has written
     // Before the next kernel, which counts on, is let in.
     if (threadIdx.x == 0) launches = *(const volatile u64*)counter / LAUNCH;
     asm volatile("barrier.cluster.arrive.release;" ::: "memory");

@@ -5,8 +5,8 @@ What a row-parallel layer does at the sizes of decoding is to read its weight; t
 multiple of 8 and seldom the 64 that wgmma multiplies at a time (tensor cores are idle here anyway), and the whole of K,
 so there is nothing to be added up between CTAs. TMA reads many stages ahead; x's rows, which all need, come once for a
 cluster. The product is summed in float32 in one order and rounded once; it goes to all inboxes, in lines
-(`kernels.lines`), straight from the CTA that has it. `kernels.sum_norm` or `one_shot.take_sum` takes it from
-there, launched before this kernel has ended.
+(`kernels.lines`), straight from the CTA that has it. `kernels.sum_norm` or `one_shot.take_sum` takes it from there.
+Either is launched before this kernel has ended, and this one before the one in front of it has.
 """
 
 import ctypes
@@ -138,5 +138,5 @@ def decode(
         kernel, min(num_ctas, -(-num_tiles // constants.cluster) * constants.cluster), NUM_THREADS,
         constants.shared_bytes(tile_rows),
         [*maps, (ctypes.c_uint64 * len(inboxes))(*inboxes), counter, bias, *map(ctypes.c_int32, sizes)],
-        x.device,
+        x.device, early=True,
     )  # fmt: skip

@@ -12,6 +12,8 @@ P = TypeVar("P")
 DEFAULT_BACKEND = {"cpu": "gloo", "cuda": "nccl"}
 # What a user's work is tried with before one plan is kept: each costs a few calls.
 MAX_CANDIDATES = 7
+# SMs that a backend's CTAs are on to the end of a matmul: too many to take from one that does not know.
+LEFT_TO = {"maco_staged_12": 12}
 # A plan replaces a simpler one if it is faster by more than this, as in `stats.verdict`.
 MARGIN = 0.01
 
@@ -25,8 +27,8 @@ class Plan:
     the highest priority (GPUs). compute_first: the computation is issued first, so that it is first to get SMs. leads:
     the all-reduce keeps the current stream and the computation moves to a side stream, so that the all-reduce is first
     to get SMs even where the GPU has work queued; a side stream begins some µs later than the stream it waits for
-    (table `overlap_eager`).
-    Raises ValueError if both are to be first.
+    (table `overlap_eager`). leaves: so many SMs are left alone by the computation's matmuls (`sm_limit`).
+    Raises ValueError if both are to be first, and on `leaves` below 0 or where nothing overlaps.
     """
 
     backend: str = ""
@@ -34,8 +36,11 @@ class Plan:
     urgent: bool = True
     compute_first: bool = False
     leads: bool = False
+    leaves: int = 0
 
     def __post_init__(self) -> None:
+        if self.leaves < 0 or self.leaves and not self.overlapped:
+            raise ValueError(f"leaves = {self.leaves} in {self}: it is a number of SMs, for overlapped plans")
         if self.leads and (self.compute_first or not self.overlapped):
             raise ValueError(f"leads = True in {self}: it is for overlapped plans without compute_first")
 
@@ -46,6 +51,7 @@ class Plan:
             backend=self.backend or DEFAULT_BACKEND[kind],
             urgent=self.urgent and kind == "cuda",
             leads=self.leads and kind == "cuda",
+            leaves=self.leaves if kind == "cuda" else 0,
         )
 
     def __str__(self) -> str:
@@ -53,6 +59,7 @@ class Plan:
         words = [self.backend or "default backend", "overlapped" if self.overlapped else "sequential"]
         if self.overlapped:
             words += ["urgent"] * self.urgent + ["computation first"] * self.compute_first + ["leading"] * self.leads
+            words += [f"leaving {self.leaves} SMs"] * bool(self.leaves)
         return ", ".join(words)
 
 
@@ -65,6 +72,7 @@ def overlapping(kind: str, backends: Iterable[str]) -> list[Plan]:
     """The overlapping plans that are calibrated on a `kind` of device with these backends."""
     plans = [Plan(backend, urgent=False, leads=True).on(kind) for backend in backends]
     if kind == "cuda":
+        plans += [replace(plan, leaves=LEFT_TO[plan.backend]) for plan in plans if plan.backend in LEFT_TO]
         # What order and priority do is shown by the default collective; the SMs go to whoever comes first.
         plans += [Plan(DEFAULT_BACKEND[kind], compute_first=True), Plan(DEFAULT_BACKEND[kind])]
     return plans

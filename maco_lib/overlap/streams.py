@@ -19,6 +19,7 @@ from torch.utils._pytree import tree_leaves
 from maco_lib import comm
 from maco_lib.comm import c10d
 from maco_lib.overlap.plan import Plan
+from maco_lib.overlap.sm_limit import leaving
 from maco_lib.overlap.validation import check_agreement, require_plan, result_shape, validate
 
 R = TypeVar("R")
@@ -126,6 +127,8 @@ def run_plan(
 
     When `compute` raises, the collective is run and waited for all the same before the error goes on.
     """
+    if plan.leaves and result.device.type == "cuda":
+        compute = functools.partial(run_leaving, compute, plan.leaves, result.device)
     if plan.leads and result.device.type == "cuda":
         return run_leading(compute, run, result.device)
     forks = plan.overlapped and result.device.type == "cuda"
@@ -136,6 +139,11 @@ def run_plan(
         return compute()
     finally:
         (handle or issue()).wait()
+
+
+def run_leaving(compute: Callable[[], R], num_sms: int, device: torch.device) -> R:
+    with leaving(num_sms, device):
+        return compute()
 
 
 def run_leading(compute: Callable[[], R], run: Run, device: torch.device) -> R:

@@ -98,8 +98,8 @@ def require_plan(
     if not isinstance(plan, Plan):
         valid = "a Plan, 'auto' or None" if computes else "a Plan or None ('auto' needs the computation: use overlap)"
         raise ValueError(f"plan = {plan!r} is not {valid}")
-    if (plan.compute_first or plan.leads) and not computes:
-        raise ValueError(f"plan = {plan!r}: start has no computation to order it by, use overlap")
+    if (plan.compute_first or plan.leads or plan.leaves) and not computes:
+        raise ValueError(f"plan = {plan!r}: start has no computation to order it by or take SMs from, use overlap")
     plan = plan.on(tensor.device.type)
     backend(plan.backend)
     if num_ranks > 1 and (why := unavailable(plan.backend, tensor.device, group or dist.group.WORLD)):

@@ -1,0 +1,44 @@
+"""Have cuBLAS leave SMs to a collective.
+
+Its kernels on Hopper GPUs give every CTA its tiles in advance, one CTA to an SM. One that finds its SM taken comes
+late, and the matmul with it; one that knows how many SMs there are spreads its tiles over those (table `sm_sharing`).
+"""
+
+import contextlib
+import ctypes
+import functools
+from collections.abc import Iterator
+
+import torch
+
+
+@functools.cache
+def library() -> ctypes.CDLL:
+    """The cuBLAS that torch has loaded; OSError where it has none by that name."""
+    torch.cuda.current_blas_handle()  # loads it
+    return ctypes.CDLL(f"libcublas.so.{torch.version.cuda.split('.')[0]}")
+
+
+def set_target(num_sms: int) -> None:
+    """cublasSetSmCountTarget on this thread's handle for the current GPU; 0: all SMs. RuntimeError with its status."""
+    handle = ctypes.c_void_p(torch.cuda.current_blas_handle())
+    if status := library().cublasSetSmCountTarget(handle, ctypes.c_int(num_sms)):
+        raise RuntimeError(f"cublasSetSmCountTarget({num_sms}) failed with status {status}")
+
+
+@contextlib.contextmanager
+def leaving(num_sms: int, device: torch.device) -> Iterator[None]:
+    """Matmuls that this thread issues within leave `num_sms` SMs of `device` alone; on other devices nothing changes.
+
+    Those by cuBLAS: not other libraries', nor cuBLASLt's (as with a bias), for which torch has a setting of its own.
+    Raises ValueError on a number that the GPU does not have to leave.
+    """
+    with torch.cuda.device(device):
+        total = torch.cuda.get_device_properties(device).multi_processor_count
+        if not 0 <= num_sms < total:
+            raise ValueError(f"num_sms = {num_sms} to be left of the {total} of {device}")
+        set_target(total - num_sms)
+        try:
+            yield
+        finally:
+            set_target(0)

@@ -1,0 +1,49 @@
+"""cuBLAS leaves SMs: told so within, not after, and the product is right."""
+
+import ctypes
+
+import pytest
+import torch
+
+from maco_lib.overlap.sm_limit import leaving, library
+
+
+def target() -> int:
+    value = ctypes.c_int(-1)
+    assert library().cublasGetSmCountTarget(ctypes.c_void_p(torch.cuda.current_blas_handle()), ctypes.byref(value)) == 0
+    return value.value
+
+
+@pytest.mark.gpu(num_gpus=1)
+def test_cublas_is_told_within_and_no_longer_after_even_an_error():
+    device = torch.device("cuda", 0)
+    total = torch.cuda.get_device_properties(device).multi_processor_count
+    with leaving(12, device):
+        assert target() == total - 12
+    assert target() == 0
+    with pytest.raises(KeyError), leaving(4, device):
+        raise KeyError("in the computation")
+    assert target() == 0
+    for wrong in (-1, total):
+        with pytest.raises(ValueError, match=f"num_sms = {wrong} .* of the {total}"), leaving(wrong, device):
+            pass
+
+
+@pytest.mark.gpu(num_gpus=1)
+def test_a_matmul_that_leaves_most_sms_takes_longer_and_is_right():
+    device = torch.device("cuda", 0)
+    a, b = (torch.randn(4096, 4096, device=device).bfloat16() for _ in range(2))
+    plain = a @ b
+
+    def took(num_sms: int) -> float:
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        with leaving(num_sms, device):
+            assert torch.equal(a @ b, plain) or float(((a @ b).double() - plain.double()).norm()) < 1e-2 * plain.norm()
+            begin.record()
+            for _ in range(20):
+                a @ b
+            end.record()
+        end.synchronize()
+        return begin.elapsed_time(end)
+
+    assert took(100) > 1.5 * took(0)

@@ -81,15 +81,16 @@ def overlapping(kind: str, backends: Iterable[str]) -> list[Plan]:
 def shortlist(predicted: Mapping[Plan, float], kind: str) -> list[Plan]:
     """The plans worth a measurement, at most `MAX_CANDIDATES`: `predicted` has the time of each.
 
-    The default sequential one, the best other sequential one, then the best overlapping ones, one of each backend.
+    The default sequential one, the best other sequential one, then the best overlapping ones, one of each backend and
+    number of SMs left to it.
     """
     by_time = sorted(predicted, key=lambda plan: (predicted[plan], str(plan)))
     best_sequential = next(plan for plan in by_time if not plan.overlapped)
     chosen = list(dict.fromkeys([sequential(kind), best_sequential]))
-    of_backend: dict[str, Plan] = {}
+    of_backend: dict[tuple[str, int], Plan] = {}
     for plan in by_time:
         if plan.overlapped:
-            of_backend.setdefault(plan.backend, plan)
+            of_backend.setdefault((plan.backend, plan.leaves), plan)
     return [*chosen, *of_backend.values()][:MAX_CANDIDATES]
 
 

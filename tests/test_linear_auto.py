@@ -14,7 +14,7 @@ from ranks import run_ranks
 
 from maco_lib.overlap import LinearPlan, RowParallelLinear, decisions, linear_all_reduce, tune_linear
 from maco_lib.overlap.costs import Curve
-from maco_lib.overlap.linear_auto import nearby
+from maco_lib.overlap.linear_auto import LinearPlanner, nearby
 from maco_lib.overlap.linear_model import LinearCosts, MatmulTime, Overlapped, Sides, shortlist, whole_waves
 from maco_lib.overlap.linear_plan import TECHNIQUES, candidates
 from maco_lib.overlap.linear_techniques import decode_time
@@ -142,6 +142,23 @@ def test_rows_between_tuned_ones_take_an_overlapping_plan_only_if_both_sides_do(
     decode = LinearPlan("decode")
     assert nearby({64: decode}, 40) == decode and nearby({64: decode}, 65) is None
     assert nearby({64: decode, 128: NCCL}, 70) == NCCL and nearby({32: PUSH, 64: decode}, 60) == PUSH
+
+
+def test_a_predicted_plan_is_one_for_the_rows_of_the_call_not_only_for_the_power_of_two_beside_them(monkeypatch):
+    decode, asked = LinearPlan("decode"), []
+
+    def predict_power(self, layer, num_rows):
+        asked.append(num_rows)
+        return decode if num_rows <= 64 else PUSH
+
+    monkeypatch.setattr(LinearPlanner, "predict_power", predict_power)
+    planner = object.__new__(LinearPlanner)
+    planner.default = NCCL
+    wanted = {1: decode, 3: decode, 64: decode, 65: PUSH, 75: PUSH, 90: PUSH, 91: PUSH, 128: PUSH}
+    assert {num_rows: planner.predict(None, num_rows) for num_rows in wanted} == wanted
+    assert asked == [1, 4, 64, 64, 128, 64, 128, 64, 128, 128, 128]
+    monkeypatch.setattr(LinearPlanner, "predict_power", lambda self, layer, num_rows: decode)
+    assert planner.predict(None, 75) == NCCL
 
 
 def test_measured_plans_replace_the_simpler_ones_only_when_faster():

@@ -4,8 +4,8 @@ How the plan of a call is found, the same on every rank:
 
     tuned       M was tuned: its plan. Between or beside tuned Ms that differ from M by a factor of 2 at most, of those
                 whose plans are for M: the nearest one's, the nearest sequential one's if any of them is sequential.
-    predicted   elsewhere: by the calibrated model, for M rounded to a power of two. An overlapping plan is taken only
-                if its gain exceeds the model's errors (`LinearCosts.choose`).
+    predicted   elsewhere: by the calibrated model, for M rounded to a power of two whose plan is for M. An overlapping
+                plan is taken only if its gain exceeds the model's errors (`LinearCosts.choose`).
     default     matmul, then NCCL or gloo: where K differs between the ranks, for types that are not calibrated, and
                 while a graph is captured if no call of the same kind has run with the plan before.
 
@@ -127,17 +127,22 @@ class LinearPlanner:
         return record(LinearDecision(key, num_bytes, dtype, self.group.size(), how, chosen=self.default, **place))
 
     def predict(self, layer: Layer, num_rows: int) -> LinearPlan:
-        """The model's plan for about so many rows."""
-        rounded = 2 ** round(math.log2(num_rows))
-        if rounded not in layer.predicted:
-            decision = layer.predicted[rounded] = self.decide(layer, rounded, "predicted")
-            predicted = self.predicted_us(layer, rounded)
+        """The model's plan for about so many rows: of the nearer power of two beside them whose plan is for them."""
+        exponent = math.log2(num_rows)
+        powers = sorted({math.floor(exponent), math.ceil(exponent)}, key=lambda power: abs(power - exponent))
+        plans = (self.predict_power(layer, 2**power) for power in powers)
+        return next((plan for plan in plans if cuts(plan, num_rows)), self.default)
+
+    def predict_power(self, layer: Layer, num_rows: int) -> LinearPlan:
+        if num_rows not in layer.predicted:
+            decision = layer.predicted[num_rows] = self.decide(layer, num_rows, "predicted")
+            predicted = self.predicted_us(layer, num_rows)
             if predicted and layer.even:
-                plans = self.plans(layer, rounded)
-                decision.t_comp_us = self.costs.matmul(rounded, layer.n, layer.k)
+                plans = self.plans(layer, num_rows)
+                decision.t_comp_us = self.costs.matmul(num_rows, layer.n, layer.k)
                 decision.predicted_us = {plan: us for plan, us in predicted.items() if plan in plans}
-                decision.chosen = self.costs.choose(rounded, layer.n, layer.k, plans, self.default)
-        return layer.predicted[rounded].chosen
+                decision.chosen = self.costs.choose(num_rows, layer.n, layer.k, plans, self.default)
+        return layer.predicted[num_rows].chosen
 
     def plan(self, num_rows: int, weight: torch.Tensor, operands: tuple[bool, ...]) -> LinearPlan:
         """The plan of a call; operands: whether it has a bias and a residual. Collective as `layer`."""

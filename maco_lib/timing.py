@@ -27,9 +27,10 @@ import torch.distributed as dist
 from maco_lib.clock import ClockReadings, lowest_mhz
 
 PROTOCOLS = ("device", "published")
-# A replay much shorter than the launch of a graph (several µs) would measure the launch: fill it with more runs.
-MIN_REPLAY_US = 200.0
-MAX_REPEATS = 16
+# A replay takes some µs to start, whatever is in it: it is filled with runs until they take much longer. Not with more
+# than so many, as a run may sum in place.
+MIN_REPLAY_US = 1000.0
+MAX_REPEATS = 32
 # Replays issued behind one backlog: what is launched must fit in the GPU's queue of about a thousand. An eager run, of
 # some fifteen launches and waits, counts twice.
 MAX_BURST = 40
@@ -126,9 +127,9 @@ def interleave(
         if on_device:
             samplers[arm.name] = DeviceSampler(arm, estimates_us[arm.name], group, device, captured)
         else:
-            samplers[arm.name] = HostSampler(arm, group, device, num_discarded)
+            samplers[arm.name] = HostSampler(arm, estimates_us[arm.name], group, device, num_discarded)
     if iterations is None:
-        round_us = sum(samplers[arm.name].repeats * estimates_us[arm.name] for arm in arms)
+        round_us = sum(sampler.repeats * sampler.about_us for sampler in samplers.values())
         iterations = decided(min(max_iterations, max(min_iterations, int(budget_s * 1e6 / round_us))), group)
     num_blocks = min(num_blocks, iterations)
     per_block = -(-iterations // num_blocks)
@@ -192,8 +193,10 @@ class HostSampler:
 
     timing, repeats, num_late = "host", 1, 0
 
-    def __init__(self, arm: Arm, group: dist.ProcessGroup | None, device: torch.device, num_discarded: int):
-        self.arm = arm
+    def __init__(
+        self, arm: Arm, about_us: float, group: dist.ProcessGroup | None, device: torch.device, num_discarded: int
+    ):
+        self.arm, self.about_us = arm, about_us
         self.device = device
         self.num_discarded = num_discarded
         self.clocks: list[float] = []
@@ -217,27 +220,49 @@ class HostSampler:
 
 
 class DeviceSampler:
-    """CUDA events around graph replays (or eager runs) that wait behind a backlog."""
+    """CUDA events around graph replays (or eager runs) that wait behind a backlog.
+
+    about_us: of an eager run, which may take the host longer than the GPU; of a replay of one run, if it is replayed.
+    """
 
     def __init__(
         self, arm: Arm, about_us: float, group: dist.ProcessGroup | None, device: torch.device, captured: bool
     ):
-        self.arm = arm
-        self.device = device
+        self.arm, self.about_us = arm, about_us
+        self.group, self.device = group, device
         self.barrier = Barrier(group, device)
-        self.repeats = min(MAX_REPEATS, max(1, round(MIN_REPLAY_US / about_us)))
-        self.graph, why = capture(arm.run, self.repeats) if captured else (None, "")
-        if first_error(why, group):
-            self.graph = None
-        self.timing = "backlog" if self.graph is None else "graph"
-        self.max_burst = max(1, MAX_BURST // (2 * self.repeats)) if self.graph is None else MAX_BURST
-        self.num_late = 0
+        self.graph: torch.cuda.CUDAGraph | None = None
+        self.repeats, self.num_late = 1, 0
         self.backlog_us = self.issue_us = 0.0
         self.clocks: list[float] = []
-        # Two bursts without backlog warm the replay up; the second shows how long the host takes to issue a sample.
+        if captured and self.capture(1):
+            self.warm_up()
+            self.about_us = max(gather(float(np.median(self.burst(4))), group))
+            self.capture(self.fitting())
+        if self.graph is None:
+            self.timing, self.repeats = "backlog", self.fitting()
+            self.max_burst = max(1, MAX_BURST // (2 * self.repeats))
+        else:
+            self.timing, self.max_burst = "graph", MAX_BURST
+        self.warm_up()
+
+    def fitting(self) -> int:
+        """How many runs make a sample; the same on every rank, as `about_us` is."""
+        return min(MAX_REPEATS, max(1, round(MIN_REPLAY_US / self.about_us)))
+
+    def capture(self, repeats: int) -> bool:
+        """Replay so many runs from now on; False, and none, where some rank cannot capture them."""
+        self.close()
+        graph, why = capture(self.arm.run, repeats)
+        self.graph, self.repeats = (None if first_error(why, self.group) else graph), repeats
+        return self.graph is not None
+
+    def warm_up(self) -> None:
+        """Two bursts without backlog; the second shows how long the host takes to issue a sample."""
+        self.backlog_us = 0.0
         self.burst(2)
         self.burst(4)
-        self.backlog_us = 2 * max(gather(self.issue_us, group))
+        self.backlog_us = 2 * max(gather(self.issue_us, self.group))
         self.num_late = 0
         self.clocks.clear()
 
@@ -277,6 +302,7 @@ class DeviceSampler:
         """Release the graph: it must be gone before its communicator is."""
         if self.graph is not None:
             self.graph.reset()
+            self.graph = None
 
 
 def capture(run: Callable[[], object], repeats: int) -> tuple[torch.cuda.CUDAGraph | None, str]:

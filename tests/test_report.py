@@ -25,6 +25,7 @@ from maco_lib.study import (
     transfer,
 )
 from maco_lib.study.files import CHECKOUT
+from maco_lib.study.store import DataError
 
 
 @pytest.fixture
@@ -322,7 +323,7 @@ def test_what_sms_cost_is_told_from_the_table_and_its_absence_too(tmp_path, fres
     machine, _ = evidence.load(store, "h200-x2")
     text = sharing.told(machine)
     assert lines_with(text, "| 4 ", "40% (4 µs of 10 µs); held for 100%: 1.15×", "40% (80 µs of 200 µs)")
-    assert "cuBLAS told to leave them: n = 1024: 4 taken 1.10×, 32 taken 1.10×" in text
+    assert "torch's carve-out: n = 1024: 4 taken 1.10×, 32 taken 1.10×" in text
     assert "green context: RuntimeError: no green contexts here" in text
     assert "the planner was not measured on h200-x2" in text_of(store)
 
@@ -364,3 +365,17 @@ def test_eager_code_is_told_beside_graphs_and_its_absence_too(tmp_path, fresh):
     store.write_record("h200-x2", "overlap", record)
     assert report.build(tmp_path) == []
     assert "section overlap was run without the table overlap_eager" in text_of(store)
+
+
+def test_the_report_says_how_many_runs_a_replay_held():
+    class Stored:
+        def samples(self, machine_name: str, table: str) -> pd.DataFrame:
+            if table != "overlap":
+                raise DataError(f"{table} has none")
+            arms = [("nccl", "graph", "2"), ("nccl", "graph", "2"), ("push", "graph", "8"), ("eager", "backlog", "32")]
+            same = {"point_key": "a", "launch": "b"}
+            rows = [{**same, "label_arm": arm, "label_timing": how, "label_repeats": runs} for arm, how, runs in arms]
+            return pd.DataFrame([*rows, {**rows[0], "launch": "c", "label_repeats": "1"}])
+
+    assert report.runs_in_a_replay(Stored(), "h200-x2", "overlap") == "1, 2, 8"
+    assert report.runs_in_a_replay(Stored(), "h200-x2", "bandwidth") == "–"

@@ -1,6 +1,8 @@
 """REPORT.md: the sections of the published study, written from stored data and figures only."""
 
+import functools
 import pathlib
+import statistics
 from collections.abc import Callable
 from typing import Any
 
@@ -120,7 +122,7 @@ def render(
         printed=published.printed,
         sections=SECTIONS,
         index=index,
-        measured=measured,
+        measured=functools.partial(measured, Store(root)),
     )
 
 
@@ -169,19 +171,38 @@ def index(machines: list[Evidence]) -> str:
     return report_tables.table(rows, ["figure", "notebook", "command", "minutes (section)", "hardware"])
 
 
-def measured(machines: list[Evidence]) -> str:
-    """Per machine and section: profile, when, launches, commits, and whether the code was modified."""
+def measured(store: Store, machines: list[Evidence]) -> str:
+    """Per machine and section: profile, when, hosts, launches, commits, whether code was modified, runs in a replay."""
     rows = []
     for machine in machines:
         for name, state in machine.sections.items():
             launches = machine.records[name].get("launches", {}).values()
             commits = sorted({commit_of(launch.get("git", {})) for launch in launches})
             ranks = sorted({launch["num_ranks"] for launch in launches if "num_ranks" in launch})
-            rows.append([machine.name, name, state.state, state.profile, state.at, str(len(launches)),
-                         ", ".join(map(str, ranks)), ", ".join(commits)])  # fmt: skip
+            hosts = {launch["machine"]["identity"] for launch in launches if "machine" in launch}
+            rows.append([machine.name, name, state.state, state.profile, state.at, str(len(hosts)), str(len(launches)),
+                         ", ".join(map(str, ranks)), runs_in_a_replay(store, machine.name, name),
+                         ", ".join(commits)])  # fmt: skip
     return report_tables.table(
-        rows, ["machine", "section", "state", "profile", "finished (UTC)", "launches", "ranks", "commit"]
-    )
+        rows,
+        ["machine", "section", "state", "profile", "finished (UTC)", "hosts", "launches", "ranks", "runs in a replay",
+         "commit"],
+    )  # fmt: skip
+
+
+def runs_in_a_replay(store: Store, machine_name: str, section_name: str) -> str:
+    """The least, the median and the most over all arms and launches of a section; "–" where nothing was replayed."""
+    counts = []
+    for dataset in SECTIONS[section_name].datasets:
+        try:
+            samples = store.samples(machine_name, dataset.name)
+        except DataError:
+            continue  # its table is told to be missing or damaged where it is shown
+        if "label_repeats" in samples:
+            replayed = samples[samples["label_timing"] == "graph"]
+            arms = replayed.drop_duplicates(["point_key", "launch", "label_arm"])
+            counts += arms["label_repeats"].astype(int).tolist()
+    return f"{min(counts)}, {statistics.median(counts):.0f}, {max(counts)}" if counts else report_tables.ABSENT
 
 
 def commit_of(git: dict[str, Any]) -> str:

@@ -12,7 +12,6 @@ from maco_lib.study.figures import style
 HELD = "held"
 # For as long as the matmul runs, by another way than a kernel that holds them.
 WHOLE = {
-    "sm_target": "cuBLAS told to leave them",
     "carveout": "torch's carve-out",
     "green_context": "green context",
     "threads": "fewer threads",
@@ -22,7 +21,6 @@ COLOURS = (style.BLUE, style.GREEN, style.ORANGE, style.VERMILLION, style.PURPLE
 MARKERS = ("o", "s", "^", "D", "v", "P")
 PANELS = 4  # side by side
 TICKS = {
-    "sm_target": "cuBLAS\ntold",
     "carveout": "carve-\nout",
     "green_context": "green\ncontext",
     "threads": "fewer threads",

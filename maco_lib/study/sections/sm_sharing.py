@@ -6,7 +6,7 @@ from maco_lib.machine import Machine
 from maco_lib.study.sections.memory import too_few_ranks
 from maco_lib.study.spec import Dataset, Point, SectionParameters
 
-TECHNIQUES = {"cuda": ("held", "sm_target", "carveout", "green_context"), "cpu": ("threads",)}
+TECHNIQUES = {"cuda": ("held", "carveout", "green_context"), "cpu": ("threads",)}
 EVERY = [name for names in TECHNIQUES.values() for name in names]
 
 

@@ -235,16 +235,21 @@ class DeviceSampler:
         self.repeats, self.num_late = 1, 0
         self.backlog_us = self.issue_us = 0.0
         self.clocks: list[float] = []
-        if captured and self.capture(1):
+        replayed = captured and self.capture(1)
+        if replayed:
             self.warm_up()
-            self.about_us = max(gather(float(np.median(self.burst(4))), group))
-            self.capture(self.fitting())
-        if self.graph is None:
+            self.about_us = max(gather(float(np.median(self.burst(3))), group))
+            if self.fitting() > 1:
+                replayed = self.capture(self.fitting())
+                self.warm_up()
+        if replayed:
+            self.timing, self.max_burst = "graph", MAX_BURST
+        else:
             self.timing, self.repeats = "backlog", self.fitting()
             self.max_burst = max(1, MAX_BURST // (2 * self.repeats))
-        else:
-            self.timing, self.max_burst = "graph", MAX_BURST
-        self.warm_up()
+            self.warm_up()
+        self.num_late = 0
+        self.clocks.clear()
 
     def fitting(self) -> int:
         """How many runs make a sample; the same on every rank, as `about_us` is."""
@@ -263,8 +268,6 @@ class DeviceSampler:
         self.burst(2)
         self.burst(4)
         self.backlog_us = 2 * max(gather(self.issue_us, self.group))
-        self.num_late = 0
-        self.clocks.clear()
 
     def sample(self, count: int) -> list[float]:
         values = []

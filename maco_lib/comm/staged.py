@@ -3,7 +3,8 @@
 A kernel of a few CTAs sums every share in place (`kernels.add_share`); the copy engine then gives the sums to all, and
 no SM is held. A persistent matmul (cuBLAS's on Hopper) gives every CTA its tiles in advance: one of several rounds of
 tiles (n = 4096 and more) loses next to nothing while 8 SMs come to it late, but not later than about two fifths of its
-time, and a round otherwise (table `sm_sharing`). Half of the all-reduce on SMs, at the beginning, fits into that.
+time, and a round otherwise (table `sm_sharing`). Half of the all-reduce on SMs, at the beginning, fits into that with 8
+CTAs; where 12 are needed, cuBLAS is told to leave them (`Plan.leaves`).
 
 Wins beside a computation that fills the GPU and takes longer than the all-reduce; alone, its copies cost some µs each.
 Sums are rounded at every addition, P - 1 times, as NCCL's are.

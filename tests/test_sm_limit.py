@@ -1,10 +1,12 @@
 """cuBLAS leaves SMs: told so within, not after, and the product is right."""
 
 import ctypes
+import types
 
 import pytest
 import torch
 
+from maco_lib.overlap import sm_limit
 from maco_lib.overlap.sm_limit import leaving, library
 
 
@@ -47,3 +49,15 @@ def test_a_matmul_that_leaves_most_sms_takes_longer_and_is_right():
         return begin.elapsed_time(end)
 
     assert took(100) > 1.5 * took(0)
+
+
+def test_it_is_told_where_cublas_cannot_be_told(monkeypatch):
+    def missing():
+        raise OSError("libcublas.so.none: no such file")
+
+    monkeypatch.setattr(sm_limit, "library", missing)
+    assert "libcublas.so.none" in sm_limit.unavailable()
+    monkeypatch.setattr(sm_limit, "library", object)
+    assert "cublasSetSmCountTarget" in sm_limit.unavailable()
+    monkeypatch.setattr(sm_limit, "library", lambda: types.SimpleNamespace(cublasSetSmCountTarget=print))
+    assert sm_limit.unavailable() == ""

@@ -10,7 +10,7 @@ import torch.distributed as dist
 
 from maco_lib import comm
 from maco_lib.comm import symmetric
-from maco_lib.overlap import model, streams
+from maco_lib.overlap import model, sm_limit, streams
 from maco_lib.overlap.costs import Curve
 from maco_lib.overlap.plan import DEFAULT_BACKEND, Plan, overlapping
 from maco_lib.stats import median_interval
@@ -80,7 +80,7 @@ def measure(
         where: {name: Curve(tuple(map(float, us)), tuple(us.values())) for name, us in of_backend.items()}
         for where, of_backend in times.items()
     }
-    plans = overlapping(device.type, usable)
+    plans = [plan for plan in overlapping(device.type, usable) if not (plan.leaves and sm_limit.unavailable())]
     samples = [beside(plans, *size, device, group, grid.budget_s) for size in grid.beside]
     stretches = {}
     for plan in plans:

@@ -12,7 +12,7 @@ P = TypeVar("P")
 DEFAULT_BACKEND = {"cpu": "gloo", "cuda": "nccl"}
 # What a user's work is tried with before one plan is kept: each costs a few calls.
 MAX_CANDIDATES = 7
-# SMs that a backend's CTAs are on to the end of a matmul: too many to take from one that does not know.
+# Backends that hold more SMs, or for longer, than a matmul that does not know of it can do without.
 LEFT_TO = {"maco_staged_12": 12}
 # A plan replaces a simpler one if it is faster by more than this, as in `stats.verdict`.
 MARGIN = 0.01

@@ -14,9 +14,18 @@ import torch
 
 @functools.cache
 def library() -> ctypes.CDLL:
-    """The cuBLAS that torch has loaded; OSError where it has none by that name."""
+    """The cuBLAS that torch has loaded; OSError where it has none, as on other makers' GPUs, or by another name."""
     torch.cuda.current_blas_handle()  # loads it
-    return ctypes.CDLL(f"libcublas.so.{torch.version.cuda.split('.')[0]}")
+    return ctypes.CDLL(f"libcublas.so.{(torch.version.cuda or 'none').split('.')[0]}")
+
+
+def unavailable() -> str:
+    """Why matmuls cannot be told to leave SMs here, or ""; for processes with a GPU."""
+    try:
+        library().cublasSetSmCountTarget  # noqa: B018
+    except (OSError, AttributeError) as error:
+        return f"only a cuBLAS that has cublasSetSmCountTarget leaves SMs: {error}"
+    return ""
 
 
 def set_target(num_sms: int) -> None:

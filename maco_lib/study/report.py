@@ -197,7 +197,7 @@ def runs_in_a_replay(store: Store, machine_name: str, section_name: str) -> str:
         try:
             samples = store.samples(machine_name, dataset.name)
         except DataError:
-            continue  # its table is told to be missing or damaged where it is shown
+            continue  # without raw samples there is nothing to count
         if "label_repeats" in samples:
             replayed = samples[samples["label_timing"] == "graph"]
             arms = replayed.drop_duplicates(["point_key", "launch", "label_arm"])

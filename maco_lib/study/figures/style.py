@@ -62,7 +62,7 @@ LOOKS: dict[str, Look] = {
     "maco_push_128_stream": Look("push, 128 CTAs, on a stream", VERMILLION, "D"),
     "maco_staged_8_stream": Look("staged, 8 CTAs, on a stream", PURPLE, "s"),
     "maco_staged_12_stream": Look("staged, 12 CTAs, on a stream", PURPLE, "h"),
-    "maco_staged_12_left": Look("staged, 12 CTAs, on SMs left to them", PURPLE, ">"),
+    "maco_staged_12_left": Look("staged, 12 CTAs, SMs reserved", PURPLE, ">"),
     "copy_engine_stream": Look("copy engine on a stream", ORANGE, "X"),
     "auto": Look("planner", VERMILLION, "*"),
     "auto_untuned": Look("planner, untuned", ORANGE, "*"),

@@ -2,6 +2,7 @@
 
 import dataclasses
 import sys
+import types
 
 import jinja2
 import pandas as pd
@@ -379,3 +380,6 @@ def test_the_report_says_how_many_runs_a_replay_held():
 
     assert report.runs_in_a_replay(Stored(), "h200-x2", "overlap") == "1, 2, 8"
     assert report.runs_in_a_replay(Stored(), "h200-x2", "bandwidth") == "–"
+    machines = [types.SimpleNamespace(name="h200-x2")]
+    assert "the median and the most over all arms: h200-x2 1, 2, 8." in report.replays(Stored(), machines, "overlap")
+    assert report.replays(Stored(), machines, "bandwidth") == ""

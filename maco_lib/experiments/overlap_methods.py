@@ -1,6 +1,6 @@
 """What section 1 compares, without torch: the published configurations and the methods of each protocol."""
 
-from maco_lib.overlap.plan import DEFAULT_BACKEND, Plan
+from maco_lib.overlap.plan import DEFAULT_BACKEND, LEFT_TO, Plan
 
 MIB = 2**20
 
@@ -36,7 +36,7 @@ METHODS: dict[str, dict[str, Plan | str]] = {
                 "copy_engine",
             )
         },
-        "maco_staged_12_left": Plan("maco_staged_12", leaves=12),
+        "maco_staged_12_left": Plan("maco_staged_12", leaves=LEFT_TO["maco_staged_12"]),
         "auto": "auto",
     },  # fmt: skip
     "published": {

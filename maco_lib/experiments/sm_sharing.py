@@ -101,7 +101,7 @@ def held(matmul: Callable, num_sms: int, hold_us: float, device: torch.device) -
 
 
 def carved(matmul: Callable, num_sms: int, device: torch.device) -> Callable[[], None]:
-    """The matmul under torch's own setting, which torch passes on to cuBLASLt only."""
+    """The matmul under torch's own setting of how many SMs to leave."""
 
     def run() -> None:
         torch._C._set_sm_carveout_experimental(num_sms)

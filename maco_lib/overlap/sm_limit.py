@@ -1,7 +1,7 @@
 """Have cuBLAS leave SMs to a collective.
 
 Its kernels on Hopper GPUs give every CTA its tiles in advance, one CTA to an SM. One that finds its SM taken comes
-late, and the matmul with it; one that knows how many SMs there are spreads its tiles over those (table `sm_sharing`).
+late, and the matmul with it (table `sm_sharing`); one that knows how many SMs there are spreads its tiles over those.
 """
 
 import contextlib

@@ -123,6 +123,7 @@ def render(
         sections=SECTIONS,
         index=index,
         measured=functools.partial(measured, Store(root)),
+        replays=functools.partial(replays, Store(root)),
     )
 
 
@@ -188,6 +189,18 @@ def measured(store: Store, machines: list[Evidence]) -> str:
         ["machine", "section", "state", "profile", "finished (UTC)", "hosts", "launches", "ranks", "runs in a replay",
          "commit"],
     )  # fmt: skip
+
+
+def replays(store: Store, machines: list[Evidence], section: str) -> str:
+    """How many runs the replays of a section held, and what few of them do to its times; "" where none was replayed."""
+    counts = {machine.name: runs_in_a_replay(store, machine.name, section) for machine in machines}
+    told = [f"{name} {runs}" for name, runs in counts.items() if runs != report_tables.ABSENT]
+    return (
+        f"Runs in a timed replay, the least, the median and the most over all arms: {'; '.join(told)}. "
+        "Where they were few, [short times are too long](#how-it-was-measured).\n"
+        if told
+        else ""
+    )
 
 
 def runs_in_a_replay(store: Store, machine_name: str, section_name: str) -> str:

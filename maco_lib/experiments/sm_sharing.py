@@ -16,6 +16,7 @@ from maco_lib.comm import DTYPES
 from maco_lib.experiments import worker
 from maco_lib.experiments.worker import Context, Result, samples_of
 from maco_lib.overlap import streams
+from maco_lib.overlap.sm_limit import leaving
 from maco_lib.timing import Arm, interleave
 
 NUM_SMS = (4, 8, 12, 16, 32)
@@ -52,7 +53,7 @@ def measure(point: dict[str, Any], context: Context) -> Result:
             arms = [Arm(str(way), matmul, functools.partial(torch.set_num_threads, cores - way[1])) for way in ways]
         else:
             ways += [(technique, num_sms, 1.0) for num_sms in NUM_SMS]
-            take = {"carveout": carved, "green_context": confined}[technique]
+            take = {"sm_target": told, "carveout": carved, "green_context": confined}[technique]
             arms += [Arm(str(way), take(matmul, way[1], device)) for way in ways[1:]]
         timings = timed(arms)
     except (RuntimeError, ValueError, AttributeError) as failure:
@@ -96,6 +97,16 @@ def held(matmul: Callable, num_sms: int, hold_us: float, device: torch.device) -
         head_start()
         matmul()
         current.wait_event(side.record_event())
+
+    return run
+
+
+def told(matmul: Callable, num_sms: int, device: torch.device) -> Callable[[], None]:
+    """The matmul, cuBLAS having been told to leave `num_sms` SMs (`sm_limit`)."""
+
+    def run() -> None:
+        with leaving(num_sms, device):
+            matmul()
 
     return run
 

@@ -11,12 +11,22 @@ from maco_lib.study.figures import style
 
 HELD = "held"
 # For as long as the matmul runs, by another way than a kernel that holds them.
-WHOLE = {"carveout": "torch's carve-out", "green_context": "green context", "threads": "fewer threads"}
+WHOLE = {
+    "sm_target": "cuBLAS told to leave them",
+    "carveout": "torch's carve-out",
+    "green_context": "green context",
+    "threads": "fewer threads",
+}
 
 COLOURS = (style.BLUE, style.GREEN, style.ORANGE, style.VERMILLION, style.PURPLE, style.SKY)
 MARKERS = ("o", "s", "^", "D", "v", "P")
 PANELS = 4  # side by side
-TICKS = {"carveout": "carve-\nout", "green_context": "green\ncontext", "threads": "fewer threads"}
+TICKS = {
+    "sm_target": "cuBLAS\ntold",
+    "carveout": "carve-\nout",
+    "green_context": "green\ncontext",
+    "threads": "fewer threads",
+}
 
 
 def slowdowns(rows: pd.DataFrame) -> pd.DataFrame:

@@ -135,7 +135,7 @@ def bandwidth_fit(tables: Mapping[str, pd.DataFrame], parameters: Any) -> pd.Dat
 BANDWIDTH = Dataset(
     name="bandwidth",
     program="maco_lib.experiments.bandwidth",
-    method_version=1,
+    method_version=2,
     schema=BANDWIDTH_SCHEMA,
     index=("collective", "backend", "bytes"),
     points=points,

@@ -214,7 +214,7 @@ def num_ranks(parameters: LinearParameters, machine: Machine) -> int:
 LINEAR = Dataset(
     name="linear_all_reduce",
     program="maco_lib.experiments.linear_all_reduce",
-    method_version=1,
+    method_version=2,
     schema=SCHEMA,
     index=("layer", "m", "n", "k", "tp", "operation", "method"),
     points=points,

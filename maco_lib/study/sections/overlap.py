@@ -178,7 +178,7 @@ def judge_launches(rows: pd.DataFrame) -> pd.DataFrame:
 OVERLAP = Dataset(
     name="overlap",
     program="maco_lib.experiments.overlap",
-    method_version=1,
+    method_version=2,
     schema=OVERLAP_SCHEMA,
     index=("configuration", "comm_bytes", "matmul_n", "protocol", "method"),
     points=points,

@@ -6,7 +6,7 @@ from maco_lib.machine import Machine
 from maco_lib.study.sections.memory import too_few_ranks
 from maco_lib.study.spec import Dataset, Point, SectionParameters
 
-TECHNIQUES = {"cuda": ("held", "carveout", "green_context"), "cpu": ("threads",)}
+TECHNIQUES = {"cuda": ("held", "sm_target", "carveout", "green_context"), "cpu": ("threads",)}
 EVERY = [name for names in TECHNIQUES.values() for name in names]
 
 
@@ -21,7 +21,7 @@ TIME = pa.Column(float, pa.Check.gt(0), nullable=True)
 SM_SHARING = Dataset(
     name="sm_sharing",
     program="maco_lib.experiments.sm_sharing",
-    method_version=1,
+    method_version=2,
     schema=pa.DataFrameSchema(
         {
             "point_key": pa.Column(str),

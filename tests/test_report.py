@@ -21,6 +21,7 @@ from maco_lib.study import (
     publish,
     published,
     report,
+    sections,
     sharing,
     techniques,
     transfer,
@@ -268,6 +269,21 @@ def test_minutes_are_those_of_the_launches(tmp_path, fresh):
     line = next(line for line in text_of(store).splitlines() if line.startswith("| overlap_published"))
     assert line.split("|")[4].strip() == "2.5"
     assert "0123456 (modified), acda2b9" in text_of(store)
+
+
+def test_launches_of_other_parameters_are_not_told(tmp_path, fresh):
+    store = stored.study(tmp_path)
+    _, table = sections.table("bandwidth")
+    rows = store.read("h200-x2", "bandwidth")
+    rows["point_key"] = [f"point {number}" for number in range(len(rows))]
+    launches = rows.assign(repeat=0, launch=["asked", *["earlier"] * (len(rows) - 1)], method_version=2)
+    store.write_table("h200-x2", table, rows.head(1), {"keys": ["point 0"]}, launches)
+    record = store.record("h200-x2", "bandwidth")
+    facts = {name: {"seconds": seconds} for name, seconds in (("asked", 60.0), ("earlier", 600.0))}
+    store.write_record("h200-x2", "bandwidth", {**record, "launches": facts})
+    machine, problems = evidence.load(store, "h200-x2")
+    assert list(machine.records["bandwidth"]["launches"]) == ["asked"] and not problems
+    assert machine.sections["bandwidth"].seconds == 60.0
 
 
 def lines_with(text: str, *parts: str) -> list[str]:

@@ -63,7 +63,9 @@ def load(store: Store, name: str) -> tuple[Evidence, list[str]]:
     sections, records, tables, reasons, versions, problems = {}, {}, {}, {}, {}, []
     for section in SECTIONS.values():
         try:
-            records[section.name] = store.record(name, section.name)
+            records[section.name] = record = store.record(name, section.name)
+            if record:
+                record["launches"] = reported_launches(store, name, section, record)
             sections[section.name] = state_of(store, name, section, machine, records[section.name])
         except DataError as error:
             problems.append(str(error))
@@ -87,6 +89,23 @@ def load(store: Store, name: str) -> tuple[Evidence, list[str]]:
                 sections[section.name] = SectionState(FAILED, str(error))
     hardware, kind = entry["hardware"], entry["kind"]
     return Evidence(name, hardware, kind, description, sections, versions, records, tables, reasons), problems
+
+
+def reported_launches(store: Store, name: str, section, record: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """The record's launches, without those that only rows of other parameters are of: such rows stay stored."""
+    reported, others = set(), set()
+    for dataset in section.datasets:
+        if dataset.name not in record.get("tables", {}):
+            continue
+        try:
+            rows = store.launches(name, dataset.name)
+        except DataError:
+            continue  # `load` tells what is wrong with the table
+        asked = rows["point_key"].isin(record["tables"][dataset.name]["keys"])
+        reported |= set(rows[asked]["launch"])
+        others |= set(rows[~asked]["launch"])
+    launches = record.get("launches", {})
+    return {launch: facts for launch, facts in launches.items() if launch not in others - reported}
 
 
 def state_of(store: Store, name: str, section, machine: Machine, record: dict[str, Any]) -> SectionState:

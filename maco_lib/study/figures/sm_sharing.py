@@ -20,7 +20,7 @@ WHOLE = {
 
 COLOURS = (style.BLUE, style.GREEN, style.ORANGE, style.VERMILLION, style.PURPLE, style.SKY)
 MARKERS = ("o", "s", "^", "D", "v", "P")
-PANELS = 4  # side by side
+PANELS = 2  # side by side
 TICKS = {
     "sm_target": "cuBLAS\ntold",
     "carveout": "carve-\nout",

@@ -12,7 +12,7 @@ from ranks import run_ranks
 
 from maco_lib import comm
 from maco_lib.overlap import Plan, calibrate, decisions, overlap, start, tune
-from maco_lib.overlap.plan import LEFT_TO, MAX_CANDIDATES, choose, overlapping, sequential, shortlist
+from maco_lib.overlap.plan import LEFT_TO, MAX_CANDIDATES, captured, choose, overlapping, sequential, shortlist
 
 CPU = torch.device("cpu")
 SEQUENTIAL, OVERLAPPED = sequential("cpu"), Plan("gloo", urgent=False)
@@ -82,6 +82,21 @@ def test_overlap_is_kept_only_where_it_beats_the_best_sequential_plan():
         (inf, inf, 90.0): overlapped,
     }.items():
         assert choose(dict(zip((default, other, overlapped), times, strict=True)), "cuda") == kept
+
+
+def test_without_the_lead_only_where_that_is_faster_beyond_noise():
+    lead, aside = Plan("maco_push_64", leads=True, urgent=False), Plan("maco_push_64")
+    for times, kept in {(90.0, 85.0): aside, (90.0, 89.5): lead, (90.0, 95.0): lead, (99.5, 98.0): aside}.items():
+        assert choose({sequential("cuda"): 100.0, lead: times[0], aside: times[1]}, "cuda") == kept
+
+
+def test_for_a_graph_every_leading_plan_is_also_tried_with_the_roles_exchanged():
+    plans = overlapping("cuda", list(comm.BACKENDS))
+    leading = [plan for plan in plans if plan.leads]
+    others = captured([sequential("cuda"), *plans])
+    assert [(plan.backend, plan.leaves) for plan in others] == [(plan.backend, plan.leaves) for plan in leading]
+    assert leading and all(plan.overlapped and plan.urgent and not plan.leads for plan in others)
+    assert captured([sequential("cpu"), *overlapping("cpu", ["gloo"])]) == []
 
 
 # -- running them ------------------------------------------------------------------------------------------------------

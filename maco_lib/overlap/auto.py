@@ -19,7 +19,7 @@ import torch.distributed as dist
 from maco_lib.overlap import streams
 from maco_lib.overlap.calibration import Calibration, calibrate
 from maco_lib.overlap.measure import in_symmetric_memory, median_us
-from maco_lib.overlap.plan import Decision, Plan, choose, record, sequential, shortlist
+from maco_lib.overlap.plan import Decision, Plan, captured, choose, record, sequential, shortlist
 from maco_lib.overlap.validation import require_plan, validate
 from maco_lib.timing import Arm, first_error, gather, interleave
 
@@ -217,6 +217,7 @@ class Planner:
         alone = interleave([Arm("compute", compute)], budget_s=budget_s / 10, **request)
         decision.t_comp_us = median_us(alone["compute"])
         plans = self.candidates(decision, tensor, which[-1])
+        plans += captured(plans)
         arms = []
         for plan in plans:
             issue = streams.planned_all_reduce(plan, tensor, self.group)

@@ -4,9 +4,9 @@ Without torch: `streams` runs a plan, `calibration` predicts its time, `auto` me
 """
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
-from typing import TypeVar
+from typing import Any, TypeVar
 
 P = TypeVar("P")
 DEFAULT_BACKEND = {"cpu": "gloo", "cuda": "nccl"}
@@ -94,18 +94,30 @@ def shortlist(predicted: Mapping[Plan, float], kind: str) -> list[Plan]:
     return [*chosen, *of_backend.values()][:MAX_CANDIDATES]
 
 
+def captured(plans: Iterable[Plan]) -> list[Plan]:
+    """What else is worth a measurement where a CUDA graph is replayed: those that lead, with the roles exchanged.
+
+    There a side stream begins on time, and either may be the faster (table `overlap_eager`).
+    """
+    return [replace(plan, leads=False, urgent=True) for plan in plans if plan.leads]
+
+
 def choose(measured: Mapping[Plan, float], kind: str) -> Plan:
-    """The plan to keep: overlapped only where that beats the best sequential one by more than `MARGIN`.
+    """The plan to keep: overlapped only where that beats the best sequential one by more than `MARGIN`, and not leading
+    only where that beats the best leading one by more: without a graph it takes longer (table `overlap_eager`).
 
     `measured`: time of each, among them `sequential(kind)`; NaN or inf for one that could not be measured.
     """
-    return keep(measured, sequential(kind))
+    return keep(measured, sequential(kind), lambda plan: (plan.overlapped, not plan.leads))
 
 
-def keep(measured: Mapping[P, float], kept: P) -> P:
-    """`choose` for any plans that say whether they are `overlapped`; `kept`: the default sequential one."""
-    for overlapped in (False, True):
-        rivals = [plan for plan in measured if plan.overlapped == overlapped and math.isfinite(measured[plan])]
+def keep(measured: Mapping[P, float], kept: P, rank_of: Callable[[P], Any] = lambda plan: plan.overlapped) -> P:
+    """The fastest plan, if it is faster by more than `MARGIN` than the fastest of those whose rank is lower.
+
+    kept: the default, of the lowest rank.
+    """
+    for rank in sorted(set(map(rank_of, measured))):
+        rivals = [plan for plan in measured if rank_of(plan) == rank and math.isfinite(measured[plan])]
         best = min(rivals, key=lambda plan: (measured[plan], str(plan)), default=kept)
         if measured[best] < (1 - MARGIN) * measured[kept] or not math.isfinite(measured[kept]):
             kept = best

@@ -13,10 +13,10 @@ from ranks import run_ranks
 from maco_lib.machine import Machine
 from maco_lib.study.launch import plan
 from maco_lib.study.sections import bandwidth, overlap
-from maco_lib.study.spec import check_rows
+from maco_lib.study.spec import check_rows, point_key
 
 CPU = Machine("cpu", 2, "cpu-2", "0" * 16, 24 * 2**30, {})
-# In data/h200-x2/overlap.csv: 1 MiB beside n = 1024, in the sweep of profile "full".
+# As data/h200-x2/overlap.csv had it before there was a planner: 1 MiB beside n = 1024, in the sweep of profile "full".
 POINT_OF_BEFORE = "890ca627df5765eb"
 GPUS = Machine("cuda", 4, "h200-x4", "0" * 16, 140 * 2**30, {})
 
@@ -43,7 +43,7 @@ def test_what_was_measured_before_the_planner_is_still_what_its_parameters_ask_f
     recorded = {"sweep_comm_bytes": [2**20], "sweep_matmul_n": [1024], "sweep_budget_s": 0.1}  # names no methods
     asked = plan(overlap.OVERLAP, overlap.OverlapParameters(**recorded, num_ranks=2), GPUS)
     assert "auto" not in ",".join(point["methods"] for point in asked)
-    assert overlap.OVERLAP.key(asked[-1]) == POINT_OF_BEFORE
+    assert point_key("overlap", 1, asked[-1]) == POINT_OF_BEFORE  # measured by method version 1
     assert all("auto" in point["methods"] for point in points(overlap, "full", GPUS) if point["protocol"] == "device")
 
 

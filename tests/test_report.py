@@ -102,6 +102,9 @@ def test_a_stale_section_says_what_is_stale(tmp_path, monkeypatch):
     monkeypatch.setattr(figures, "write", lambda *arguments: [])
     text = text_of(stored.study(tmp_path))
     assert "section overlap is STALE.** overlap: " in text
+    summary = text[text.index("### Findings") : text.index("## 1. ")]
+    names = "(stale: environment, overlap, "
+    assert summary.count("**h200-x2**") == summary.count(f"**h200-x2** {names}") == 3
 
 
 def test_a_damaged_file_is_named_and_the_other_sections_go_on(tmp_path, fresh):

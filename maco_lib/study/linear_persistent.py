@@ -106,8 +106,9 @@ def told(machine: Evidence) -> list[str]:
              f"the {TRANSFERS}, {counts[SUMS]} by the {SUMS}"]  # fmt: skip
     gains = [one.reach - one.fraction for one in short if one.cause == MATMUL_ITSELF]
     if gains:
-        parts.append(f"{len(gains)} do by this kernel's own matmul, where one as fast as cuBLAS's would add "
-                     f"{100 * min(gains):.1f} to {100 * max(gains):.1f} percentage points")  # fmt: skip
+        least, most = f"{100 * min(gains):.1f}", f"{100 * max(gains):.1f}"
+        parts.append(f"{len(gains)} by this kernel's own matmul: one as fast as cuBLAS's would add "
+                     f"{least if least == most else f'{least} to {most}'} percentage points")  # fmt: skip
     if counts[MODEL]:
         parts.append(f"{counts[MODEL]} would not if they took the time that the model predicts")
     return [*lines, f"{len(short)} of {len(found)} points fall short of {short[0].wanted:.0%}: {'; '.join(parts)}"]

@@ -116,6 +116,7 @@ def render(
         attempt=attempt,
         attempt_lines=attempt_lines,
         states=states,
+        stale=stale,
         picture=lambda machine, name: pictures[machine.name].get(name, ""),
         judged=judged,
         criteria=CRITERIA,
@@ -154,6 +155,12 @@ def states(machines: list[Evidence], section: str) -> str:
                 f"> **{machine.name}: section {section} is {state.state.upper()}.** {error} ({HINT} {section})"
             )
     return "\n>\n".join(lines)
+
+
+def stale(machine: Evidence) -> str:
+    """Which of its sections are not what is asked now: " (stale: overlap, bandwidth)", or ""."""
+    names = [name for name, state in machine.sections.items() if state.state == "stale"]
+    return f" (stale: {', '.join(names)})" if names else ""
 
 
 def index(machines: list[Evidence]) -> str:

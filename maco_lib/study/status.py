@@ -106,7 +106,8 @@ def stale_tables(
             continue
         if stored and stored["method_version"] != dataset.method_version:
             problems.append(
-                f"{dataset.name}: method version {stored['method_version']} is now {dataset.method_version}"
+                f"{dataset.name}: measured by method version {stored['method_version']}, now it is "
+                f"{dataset.method_version}"
             )
             continue
         points = plan(dataset, parameters, machine)

@@ -244,6 +244,16 @@ def test_agreement_with_earlier_measurements(tmp_path, fresh):
     assert lines_with(text, "nccl, 8192 bytes", "30 µs (1)") and lines_with(text, "nccl, 8192 bytes", "16 µs (2)")
 
 
+def test_a_disagreement_that_our_launches_have_among_themselves_is_told_as_one():
+    entry = types.SimpleNamespace(note="", otherwise="")
+    one = earlier.Comparison("vllm", "inference", 0.0, 79.0, 63.0, 90.0, 60.0, 60.0, "ms", "", "a source")
+    assert not one.agrees
+    assert earlier.why(None, one, entry, []) == "our interval over all launches comes within 10% of it"
+    wider, narrower = (dataclasses.replace(one, ours_lo=low) for low in (58.0, 70.0))
+    assert earlier.why(None, wider, entry, []) == "the earlier value lies within our interval over all launches"
+    assert earlier.why(None, narrower, entry, []) == "not known"
+
+
 def test_the_model_of_one_machine_is_judged_on_another_of_its_kind(tmp_path, fresh):
     machine, _ = evidence.load(stored.study(tmp_path), "h200-x2")
     table = machine.table("when_to_overlap")

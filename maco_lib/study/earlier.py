@@ -129,8 +129,11 @@ def why(evidence: Evidence, one: Comparison, entry, others: Iterable[Comparison]
                            f"{'which agrees' if agrees else 'which differs too'}")  # fmt: skip
         except Missing:
             reasons.append("no arm of ours does so")
-    if one.ours_lo <= one.high and one.low <= one.ours_hi:
+    nearest = min(one.ours_hi, max(one.ours_lo, one.low))  # of our interval to the earlier value
+    if one.low <= nearest <= one.high:
         reasons.append("the earlier value lies within our interval over all launches")
+    elif one.low * (1 - TOLERANCE) <= nearest <= one.high * (1 + TOLERANCE):
+        reasons.append(f"our interval over all launches comes within {TOLERANCE:.0%} of it")
     larger = [other for other in others if other.kind == one.kind and other.size > one.size and other.unit == "µs"]
     if larger and max(larger, key=lambda other: other.size).agrees:
         end = max(larger, key=lambda other: other.size)

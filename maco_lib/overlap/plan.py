@@ -112,7 +112,7 @@ def choose(measured: Mapping[Plan, float], kind: str) -> Plan:
 
 
 def keep(measured: Mapping[P, float], kept: P, rank_of: Callable[[P], Any] = lambda plan: plan.overlapped) -> P:
-    """The fastest plan, if it is faster by more than `MARGIN` than the fastest of those whose rank is lower.
+    """Rank by rank, the fastest plan replaces what was kept so far where it is faster by more than `MARGIN`.
 
     kept: the default, of the lowest rank.
     """

@@ -62,7 +62,7 @@ def overlap_timeline() -> pd.DataFrame:
 def sm_sharing() -> pd.DataFrame:
     """SMs are free to hold for 40 % of the matmul; from then on, and taken by other means, they cost."""
     rows = []
-    for asked in ("held", "carveout", "green_context"):
+    for asked in ("held", "sm_target", "carveout", "green_context"):
         taken = [("alone", 0, 0.0, 0.0)]
         for num_sms in (4, 32):
             if asked == "held":

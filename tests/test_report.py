@@ -353,7 +353,8 @@ def test_what_sms_cost_is_told_from_the_table_and_its_absence_too(tmp_path, fres
     machine, _ = evidence.load(store, "h200-x2")
     text = sharing.told(machine)
     assert lines_with(text, "| 4 ", "40% (4 µs of 10 µs); held for 100%: 1.15×", "40% (80 µs of 200 µs)")
-    assert "torch's carve-out: n = 1024: 4 taken 1.10×, 32 taken 1.10×" in text
+    for way in ("cuBLAS told to leave them", "torch's carve-out"):
+        assert f"{way}: n = 1024: 4 taken 1.10×, 32 taken 1.10×" in text
     assert "green context: RuntimeError: no green contexts here" in text
     assert "the planner was not measured on h200-x2" in text_of(store)
 
@@ -405,10 +406,12 @@ def test_the_report_says_how_many_runs_a_replay_held():
             arms = [("nccl", "graph", "2"), ("nccl", "graph", "2"), ("push", "graph", "8"), ("eager", "backlog", "32")]
             same = {"point_key": "a", "launch": "b"}
             rows = [{**same, "label_arm": arm, "label_timing": how, "label_repeats": runs} for arm, how, runs in arms]
-            return pd.DataFrame([*rows, {**rows[0], "launch": "c", "label_repeats": "1"}])
+            others = {**rows[0], "point_key": "of other parameters", "label_repeats": "16"}
+            return pd.DataFrame([*rows, {**rows[0], "launch": "c", "label_repeats": "1"}, others])
 
-    assert report.runs_in_a_replay(Stored(), "h200-x2", "overlap") == "1, 2, 8"
-    assert report.runs_in_a_replay(Stored(), "h200-x2", "bandwidth") == "–"
-    machines = [types.SimpleNamespace(name="h200-x2")]
-    assert "the median and the most over all arms: h200-x2 1, 2, 8." in report.replays(Stored(), machines, "overlap")
-    assert report.replays(Stored(), machines, "bandwidth") == ""
+    records = {section: {"tables": {section: {"keys": ["a"]}}} for section in ("overlap", "bandwidth")}
+    machine = types.SimpleNamespace(name="h200-x2", records=records)
+    assert report.runs_in_a_replay(Stored(), machine, "overlap") == "1, 2, 8"
+    assert report.runs_in_a_replay(Stored(), machine, "bandwidth") == "–"
+    assert "the median and the most over all arms: h200-x2 1, 2, 8." in report.replays(Stored(), [machine], "overlap")
+    assert report.replays(Stored(), [machine], "bandwidth") == ""

@@ -172,7 +172,9 @@ def test_a_gpu_arm_is_timed_by_graph_replays_and_agrees_with_the_host_clock():
     eager = interleave(arms, group=None, device=device, budget_s=0.2, captured=False)["matmul"]
     assert (graph.timing, host.timing) == ("graph", "host")
     assert graph.num_late == 0
-    assert eager.timing == "backlog" and abs(eager.repeats - graph.repeats) <= 2
+    # A sample is filled to half a run: the replay's by its own time, the eager one's by the host's, which is longer.
+    assert 0.85 < graph.repeats * np.median(graph.slowest) / timing.MIN_REPLAY_US < 1.15
+    assert eager.timing == "backlog" and graph.repeats - 2 <= eager.repeats <= graph.repeats
     assert 0.9 < min(eager.slowest) / min(graph.slowest) < 1.1
     assert 0.5 < min(graph.slowest) / min(host.slowest) < 1.05
     assert len(graph.clocks[0]) == len(graph.values[0]) and host.clocks == [[]]

@@ -104,7 +104,7 @@ def captured(plans: Iterable[Plan]) -> list[Plan]:
 
 def choose(measured: Mapping[Plan, float], kind: str) -> Plan:
     """The plan to keep: overlapped only where that beats the best sequential one by more than `MARGIN`, and not leading
-    only where that beats the best leading one by more: without a graph it takes longer (table `overlap_eager`).
+    only where that beats the best leading one by more: without a graph it mostly takes longer (table `overlap_eager`).
 
     `measured`: time of each, among them `sequential(kind)`; NaN or inf for one that could not be measured.
     """

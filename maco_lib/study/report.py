@@ -93,7 +93,7 @@ def render(
         keep_trailing_newline=True,
         autoescape=False,
     )
-    judged = {machine.name: judge(machine, root) for machine in machines}
+    judged, store = {machine.name: judge(machine, root) for machine in machines}, Store(root)
     return environment.from_string(TEMPLATE.read_text()).render(
         root=root,
         machines=machines,
@@ -123,8 +123,8 @@ def render(
         printed=published.printed,
         sections=SECTIONS,
         index=index,
-        measured=functools.partial(measured, Store(root)),
-        replays=functools.partial(replays, Store(root)),
+        measured=functools.partial(measured, store),
+        replays=functools.partial(replays, store),
     )
 
 
@@ -189,7 +189,7 @@ def measured(store: Store, machines: list[Evidence]) -> str:
             ranks = sorted({launch["num_ranks"] for launch in launches if "num_ranks" in launch})
             hosts = {launch["machine"]["identity"] for launch in launches if "machine" in launch}
             rows.append([machine.name, name, state.state, state.profile, state.at, str(len(hosts)), str(len(launches)),
-                         ", ".join(map(str, ranks)), runs_in_a_replay(store, machine.name, name),
+                         ", ".join(map(str, ranks)), runs_in_a_replay(store, machine, name),
                          ", ".join(commits)])  # fmt: skip
     return report_tables.table(
         rows,
@@ -200,7 +200,7 @@ def measured(store: Store, machines: list[Evidence]) -> str:
 
 def replays(store: Store, machines: list[Evidence], section: str) -> str:
     """How many runs the replays of a section held, and what few of them do to its times; "" where none was replayed."""
-    counts = {machine.name: runs_in_a_replay(store, machine.name, section) for machine in machines}
+    counts = {machine.name: runs_in_a_replay(store, machine, section) for machine in machines}
     told = [f"{name} {runs}" for name, runs in counts.items() if runs != report_tables.ABSENT]
     return (
         f"Runs in a timed replay, the least, the median and the most over all arms: {'; '.join(told)}. "
@@ -210,16 +210,19 @@ def replays(store: Store, machines: list[Evidence], section: str) -> str:
     )
 
 
-def runs_in_a_replay(store: Store, machine_name: str, section_name: str) -> str:
-    """The least, the median and the most over all arms and launches of a section; "–" where nothing was replayed."""
-    counts = []
+def runs_in_a_replay(store: Store, machine: Evidence, section_name: str) -> str:
+    """The least, the median and the most over all arms and launches of the reported points; "–" without a replay."""
+    counts, tables = [], machine.records[section_name].get("tables", {})
     for dataset in SECTIONS[section_name].datasets:
+        if dataset.name not in tables:
+            continue
         try:
-            samples = store.samples(machine_name, dataset.name)
+            samples = store.samples(machine.name, dataset.name)
         except DataError:
             continue  # without raw samples there is nothing to count
         if "label_repeats" in samples:
-            replayed = samples[samples["label_timing"] == "graph"]
+            asked = samples["point_key"].isin(tables[dataset.name]["keys"])
+            replayed = samples[asked & (samples["label_timing"] == "graph")]
             arms = replayed.drop_duplicates(["point_key", "launch", "label_arm"])
             counts += arms["label_repeats"].astype(int).tolist()
     return f"{min(counts)}, {statistics.median(counts):.0f}, {max(counts)}" if counts else report_tables.ABSENT

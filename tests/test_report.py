@@ -96,6 +96,8 @@ def test_a_failed_section_shows_its_error_in_place(tmp_path, fresh):
     section = text[text.index("## 1. ") : text.index("## 2. ")]
     assert "section overlap is FAILED.** rank 1 ran out of memory" in section
     assert "FAILED" not in text[text.index("## 2. ") : text.index("## 3. ")]
+    summary = text[text.index("### Findings") : text.index("## 1. ")]
+    assert summary.count("**h200-x2**") == summary.count("**h200-x2** (failed: overlap)") == 3
 
 
 def test_a_stale_section_says_what_is_stale(tmp_path, monkeypatch):

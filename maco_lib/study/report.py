@@ -30,6 +30,7 @@ from maco_lib.study.criteria import CRITERIA
 from maco_lib.study.evidence import Evidence, Missing, load
 from maco_lib.study.files import write_atomically
 from maco_lib.study.sections import SECTIONS
+from maco_lib.study.status import UNAVAILABLE
 from maco_lib.study.store import DataError, Store
 
 TEMPLATE = pathlib.Path(__file__).with_name("report.md.j2")
@@ -116,7 +117,7 @@ def render(
         attempt=attempt,
         attempt_lines=attempt_lines,
         states=states,
-        stale=stale,
+        caveats=caveats,
         picture=lambda machine, name: pictures[machine.name].get(name, ""),
         judged=judged,
         criteria=CRITERIA,
@@ -157,10 +158,14 @@ def states(machines: list[Evidence], section: str) -> str:
     return "\n>\n".join(lines)
 
 
-def stale(machine: Evidence) -> str:
-    """Which of its sections are not what is asked now: " (stale: overlap, bandwidth)", or ""."""
-    names = [name for name, state in machine.sections.items() if state.state == "stale"]
-    return f" (stale: {', '.join(names)})" if names else ""
+def caveats(machine: Evidence) -> str:
+    """Its sections that were begun and are not complete: " (stale: overlap, bandwidth; failed: inference)", or ""."""
+    sections: dict[str, list[str]] = {}
+    for name, state in machine.sections.items():
+        if not state.usable and state.state not in ("missing", UNAVAILABLE):
+            sections.setdefault(state.state, []).append(name)
+    told = "; ".join(f"{state}: {', '.join(names)}" for state, names in sections.items())
+    return f" ({told})" if told else ""
 
 
 def index(machines: list[Evidence]) -> str:

@@ -36,7 +36,7 @@ METHODS: dict[str, dict[str, Plan | str]] = {
                 "copy_engine",
             )
         },
-        "maco_staged_12_left": Plan("maco_staged_12", leaves=LEFT_TO["maco_staged_12"]),
+        **{f"{backend}_left": Plan(backend, leaves=num_sms) for backend, num_sms in LEFT_TO.items()},
         "auto": "auto",
     },  # fmt: skip
     "published": {
@@ -50,8 +50,11 @@ HOST_WAITS = {("published", "sequential")}
 DEVICE_METHODS = {"cpu": ["sequential", "two_stream", "auto"], "cuda": list(METHODS["device"])}
 SWEEP_METHODS = {
     "cpu": ["sequential", "two_stream", "auto"],
-    "cuda": ["sequential", "two_stream", "two_shot_stream", "maco_push_64_stream", "maco_staged_8_stream", "auto"],
-}
+    "cuda": [
+        "sequential", "two_stream", "two_shot_stream", "maco_push_64_stream", "maco_staged_8_stream",
+        "maco_pull_8_left", "auto",
+    ],
+}  # fmt: skip
 # What was compared before there were plans, and is asked for where no methods are named: what was measured then, on
 # machines that are not at hand, stays what it is.
 FIRST_METHODS = {"cpu": ["sequential", "two_stream"], "cuda": [

@@ -11,9 +11,10 @@ from typing import Any, TypeVar
 P = TypeVar("P")
 DEFAULT_BACKEND = {"cpu": "gloo", "cuda": "nccl"}
 # What a user's work is tried with before one plan is kept: each costs a few calls.
-MAX_CANDIDATES = 7
-# Backends that hold more SMs, or for longer, than a matmul that does not know of it can do without.
-LEFT_TO = {"maco_staged_12": 12}
+MAX_CANDIDATES = 8
+# Backends that hold more SMs, or for longer, than a matmul that does not know of it can do without: also tried with as
+# many left to them.
+LEFT_TO = {"maco_pull_8": 8, "maco_staged_12": 12}
 # A plan replaces a simpler one if it is faster by more than this, as in `stats.verdict`.
 MARGIN = 0.01
 

@@ -58,6 +58,7 @@ LOOKS: dict[str, Look] = {
     "two_shot_stream": Look("two-shot on a stream", GREEN, "v"),
     "vllm_custom_stream": Look("vLLM's kernels on a stream", GREY, "p"),
     "maco_pull_8_stream": Look("pull, 8 CTAs, on a stream", GREEN, "P"),
+    "maco_pull_8_left": Look("pull, 8 CTAs, SMs reserved", GREEN, ">"),
     "maco_push_64_stream": Look("push, 64 CTAs, on a stream", VERMILLION, "X"),
     "maco_push_128_stream": Look("push, 128 CTAs, on a stream", VERMILLION, "D"),
     "maco_staged_8_stream": Look("staged, 8 CTAs, on a stream", PURPLE, "s"),

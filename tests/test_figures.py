@@ -76,9 +76,16 @@ def test_names_at_the_ends_of_lines_cover_nothing(store):
         assert not any(one.overlaps(other) for one, other in itertools.combinations(boxes, 2))
 
 
-def test_two_processes_write_the_same_bytes(store, tmp_path):
+def test_two_processes_write_the_same_bytes_whatever_fonts_the_system_has(store, tmp_path):
+    """In the second process "DejaVu Sans" is the font with serifs, and matplotlib's own is not known by that name."""
     program = (
-        "import pathlib, sys; from maco_lib.study import figures; from maco_lib.study.store import Store\n"
+        "import dataclasses, pathlib, sys; from maco_lib.study import figures; from maco_lib.study.store import Store\n"
+        "from matplotlib.font_manager import findfont, fontManager\n"
+        "serif = findfont('DejaVu Serif')\n"
+        "if pathlib.Path(sys.argv[2]).name == 'second':\n"
+        "    for number, entry in enumerate(fontManager.ttflist):\n"
+        "        if entry.name == 'DejaVu Sans':\n"
+        "            fontManager.ttflist[number] = dataclasses.replace(entry, fname=serif)\n"
         "store = Store(pathlib.Path(sys.argv[1])); store.figures = pathlib.Path(sys.argv[2])\n"
         "figures.write(store, 'h200-x2', 'overlap_published')"
     )

@@ -1,6 +1,8 @@
 """How every figure looks and is written: one table of colours and markers, two widths, equal bytes for equal data."""
 
 import contextlib
+import dataclasses
+import functools
 import io
 import math
 import pathlib
@@ -10,9 +12,11 @@ from dataclasses import dataclass
 
 import matplotlib
 import pandas as pd
+from matplotlib import font_manager
 from matplotlib.axes import Axes
 from matplotlib.axis import Axis
 from matplotlib.figure import Figure
+from matplotlib.ft2font import FT2Font
 from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
 from maco_lib.study.files import write_atomically
@@ -144,8 +148,9 @@ def look(name: str) -> Look:
     raise ValueError(f"no colour and marker for {name!r} in maco_lib/study/figures/style.py; it has {', '.join(LOOKS)}")
 
 
+FONT = "DejaVu Sans of matplotlib"
 RC = {
-    "font.family": "DejaVu Sans",  # comes with matplotlib
+    "font.family": FONT,
     "font.size": 7,
     "axes.titlesize": 7,
     "axes.labelsize": 7,
@@ -171,9 +176,19 @@ RC = {
 }
 
 
+@functools.cache
+def add_fonts() -> None:
+    """Make matplotlib's own fonts known as `FONT`: another build of "DejaVu Sans", such as a system's, draws other bytes."""
+    for name in ("DejaVuSans", "DejaVuSans-Bold", "DejaVuSans-Oblique", "DejaVuSans-BoldOblique"):
+        font = FT2Font(pathlib.Path(matplotlib.get_data_path(), "fonts", "ttf", f"{name}.ttf"))
+        entry = dataclasses.replace(font_manager.ttfFontProperty(font), name=FONT)
+        font_manager.fontManager.ttflist.append(entry)
+
+
 @contextlib.contextmanager
 def styled() -> Iterator[None]:
     """Draw and save inside this: matplotlib's defaults with our settings, whatever the user's matplotlibrc says."""
+    add_fonts()
     with matplotlib.rc_context():
         matplotlib.rcdefaults()
         matplotlib.rcParams.update(RC)

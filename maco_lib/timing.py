@@ -125,11 +125,11 @@ def interleave(
     samplers = {}
     for arm in arms:
         if on_device:
-            samplers[arm.name] = DeviceSampler(arm, group, device, captured)
+            samplers[arm.name] = DeviceSampler(arm, estimates_us[arm.name], group, device, captured)
         else:
             samplers[arm.name] = HostSampler(arm, estimates_us[arm.name], group, device, num_discarded)
     if iterations is None:
-        round_us = sum(sampler.sample_us for sampler in samplers.values())
+        round_us = sum(sampler.repeats * sampler.about_us for sampler in samplers.values())
         iterations = decided(min(max_iterations, max(min_iterations, int(budget_s * 1e6 / round_us))), group)
     num_blocks = min(num_blocks, iterations)
     per_block = -(-iterations // num_blocks)
@@ -194,9 +194,9 @@ class HostSampler:
     timing, repeats, num_late = "host", 1, 0
 
     def __init__(
-        self, arm: Arm, sample_us: float, group: dist.ProcessGroup | None, device: torch.device, num_discarded: int
+        self, arm: Arm, about_us: float, group: dist.ProcessGroup | None, device: torch.device, num_discarded: int
     ):
-        self.arm, self.sample_us = arm, sample_us
+        self.arm, self.about_us = arm, about_us
         self.device = device
         self.num_discarded = num_discarded
         self.clocks: list[float] = []
@@ -220,36 +220,46 @@ class HostSampler:
 
 
 class DeviceSampler:
-    """CUDA events around graph replays (or eager runs) that wait behind a backlog."""
+    """CUDA events around graph replays (or eager runs) that wait behind a backlog.
 
-    def __init__(self, arm: Arm, group: dist.ProcessGroup | None, device: torch.device, captured: bool):
-        self.arm, self.group, self.device = arm, group, device
+    about_us: of an eager run, which may take the host longer than the GPU; of a replay of one run, if it is replayed.
+    """
+
+    def __init__(
+        self, arm: Arm, about_us: float, group: dist.ProcessGroup | None, device: torch.device, captured: bool
+    ):
+        self.arm, self.about_us = arm, about_us
+        self.group, self.device = group, device
         self.barrier = Barrier(group, device)
         self.graph: torch.cuda.CUDAGraph | None = None
         self.repeats, self.num_late = 1, 0
         self.backlog_us = self.issue_us = 0.0
         self.clocks: list[float] = []
-        captured = captured and self.capture()
-        self.warm_up()
-        # Of a run alone, by the GPU: what the host takes to issue it is not in it, so that eager runs fill as many.
-        alone_us = max(gather(float(np.median(self.burst(3))), group))
-        self.repeats = min(MAX_REPEATS, max(1, round(MIN_REPLAY_US / alone_us)))
-        if self.repeats > 1:
-            captured = captured and self.capture()
+        replayed = captured and self.capture(1)
+        if replayed:
             self.warm_up()
-        self.sample_us = self.repeats * alone_us
-        if captured:
+            self.about_us = max(gather(float(np.median(self.burst(3))), group))
+            if self.fitting() > 1:
+                replayed = self.capture(self.fitting())
+                self.warm_up()
+        if replayed:
             self.timing, self.max_burst = "graph", MAX_BURST
         else:
-            self.timing, self.max_burst = "backlog", max(1, MAX_BURST // (2 * self.repeats))
+            self.timing, self.repeats = "backlog", self.fitting()
+            self.max_burst = max(1, MAX_BURST // (2 * self.repeats))
+            self.warm_up()
         self.num_late = 0
         self.clocks.clear()
 
-    def capture(self) -> bool:
-        """Replay `repeats` runs from now on; False, and none, where some rank cannot capture them."""
+    def fitting(self) -> int:
+        """How many runs make a sample; the same on every rank, as `about_us` is."""
+        return min(MAX_REPEATS, max(1, round(MIN_REPLAY_US / self.about_us)))
+
+    def capture(self, repeats: int) -> bool:
+        """Replay so many runs from now on; False, and none, where some rank cannot capture them."""
         self.close()
-        graph, why = capture(self.arm.run, self.repeats)
-        self.graph = None if first_error(why, self.group) else graph
+        graph, why = capture(self.arm.run, repeats)
+        self.graph, self.repeats = (None if first_error(why, self.group) else graph), repeats
         return self.graph is not None
 
     def warm_up(self) -> None:

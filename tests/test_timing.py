@@ -149,19 +149,16 @@ def test_a_replay_is_filled_by_what_a_run_takes_in_it_not_by_what_the_host_takes
     monkeypatch.setattr(timing, "capture", lambda run, repeats: (recorded.append(repeats), (HostGraph(repeats), ""))[1])
     monkeypatch.setattr(timing, "Barrier", lambda group, device: lambda: None)
     monkeypatch.setattr(timing, "ClockReadings", NoReadings)
-    # The host's part of a run, 3 ms, is not between the events.
-    wait = lambda device: spin(3e-3)  # noqa: E731
-    for name, instead in (("Event", HostEvent), ("_sleep", lambda cycles: None), ("synchronize", wait)):
+    for name, instead in (("Event", HostEvent), ("_sleep", lambda cycles: None), ("synchronize", lambda device: None)):
         monkeypatch.setattr(torch.cuda, name, instead)
-    arms = [Arm("arm", lambda: spin(100e-6))]
+    arms = [Arm("arm", lambda: spin(3e-3))]
     request = {"group": None, "device": torch.device("cuda"), "iterations": 8, "num_blocks": 2}
     short = interleave(arms, **request)["arm"]
     # Alone in a replay a run takes 62.5 us.
     assert short.timing == "graph" and recorded == [1, short.repeats] and 12 <= short.repeats <= 16
     assert np.median(short.slowest) == pytest.approx(50 / short.repeats + 12.5, rel=0.2)
     eager = interleave(arms, captured=False, **request)["arm"]
-    assert eager.timing == "backlog" and 8 <= eager.repeats <= 10
-    assert np.median(eager.slowest) == pytest.approx(100, rel=0.2)
+    assert (eager.timing, eager.repeats) == ("backlog", 1) and np.median(eager.slowest) > 2900
 
 
 @pytest.mark.gpu(num_gpus=1)
@@ -175,9 +172,9 @@ def test_a_gpu_arm_is_timed_by_graph_replays_and_agrees_with_the_host_clock():
     eager = interleave(arms, group=None, device=device, budget_s=0.2, captured=False)["matmul"]
     assert (graph.timing, host.timing) == ("graph", "host")
     assert graph.num_late == 0
-    # A sample is filled to half a run by what a run takes alone, which at the edge may differ by one.
+    # A sample is filled to half a run: the replay's by its own time, the eager one's by the host's, which is longer.
     assert 0.85 < graph.repeats * np.median(graph.slowest) / timing.MIN_REPLAY_US < 1.15
-    assert eager.timing == "backlog" and abs(eager.repeats - graph.repeats) <= 1
+    assert eager.timing == "backlog" and graph.repeats - 2 <= eager.repeats <= graph.repeats
     assert 0.9 < min(eager.slowest) / min(graph.slowest) < 1.1
     assert 0.5 < min(graph.slowest) / min(host.slowest) < 1.05
     assert len(graph.clocks[0]) == len(graph.values[0]) and host.clocks == [[]]

@@ -25,7 +25,7 @@ def points(parameters: Parameters, machine: Machine) -> list[Point]:
 OVERLAP_EAGER = Dataset(
     name="overlap_eager",
     program="maco_lib.experiments.overlap_eager",
-    method_version=3,
+    method_version=2,
     schema=pa.DataFrameSchema(
         {
             **COMMON,

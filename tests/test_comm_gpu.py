@@ -127,6 +127,13 @@ def tensors_are_right(backend, place, rank: int, num_ranks: int) -> None:
             backend.all_reduce(whole[1:998], dist.group.WORLD)
             case.judge(whole[1:998], "part of a tensor")
             assert whole[0] == 7 and (whole[998:] == 7).all(), f"{case.label}: wrote beside the tensor"
+        # A whole number of granules where none may begin.
+        case = Case(1024, dtype, rank, num_ranks)
+        whole = torch.full((1030,), 7, dtype=dtype, device=case.device)
+        whole[1:1025].copy_(case.source)
+        backend.all_reduce(whole[1:1025], dist.group.WORLD)
+        case.judge(whole[1:1025], "misaligned whole granules")
+        assert whole[0] == 7 and (whole[1025:] == 7).all(), f"{case.label}: wrote beside the tensor"
 
 
 def refusals_name_the_value(backend, rank: int, num_ranks: int) -> None:

@@ -268,6 +268,9 @@ def uneven_shares_and_compiled(rank: int, num_ranks: int) -> None:
     half = torch.ones(300, 16, dtype=torch.bfloat16)
     assert (linear_all_reduce(half, half[:72]) == 32).all() and followed[-1] == GLOO
     assert set(tune_linear(half[:72], [300])[300].measured_us) == {GLOO, HALVES}
+    # Weights that are not loaded yet: every plan gives zeros, as it should.
+    zeros = tune_linear(torch.zeros_like(half[:64]), [300])[300]
+    assert math.isfinite(zeros.measured_us[HALVES])
 
     layer = RowParallelLinear(torch.randn(64, 32))
     block = torch.compile(lambda x: layer(x), fullgraph=True, dynamic=True, backend="aot_eager")

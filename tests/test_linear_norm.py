@@ -1,13 +1,14 @@
 """`linear_all_reduce_norm` and the kernels behind it: right, equal on every rank, the same every time, captured."""
 
 import itertools
+import types
 
 import pytest
 import torch
 import torch.distributed as dist
 from ranks import run_ranks
 
-from maco_lib.overlap import LinearPlan, linear_all_reduce_norm
+from maco_lib.overlap import LinearPlan, linear_all_reduce_norm, linear_norm
 from maco_lib.overlap.linear_norm import kind
 
 EPS = 1e-5
@@ -122,8 +123,19 @@ def errors_are_clear(rank: int, num_ranks: int) -> None:
         linear_all_reduce_norm(x[: 4 - rank], weight, residual[: 4 - rank], scale, check=True)
 
 
+def group_of_one_sums_nothing(rank: int, num_ranks: int) -> None:
+    groups = [dist.new_group([other]) for other in range(num_ranks)]
+    example = Example(rank, num_ranks, (3,), 132, 64, torch.float32)
+    operands = (example.x, example.weight, example.residual, example.norm_weight, EPS, example.bias)
+    normed, total = linear_all_reduce_norm(*operands, group=groups[rank])
+    alone = torch.nn.functional.linear(example.x, example.weight, example.bias) + example.residual
+    torch.testing.assert_close(total, alone)
+    torch.testing.assert_close(normed, example.norm(alone))
+
+
 def everything(rank: int, num_ranks: int) -> None:
     results_are_right(rank, num_ranks)
+    group_of_one_sums_nothing(rank, num_ranks)
     operands_are_not_touched(rank, num_ranks)
     errors_are_clear(rank, num_ranks)
 
@@ -152,6 +164,15 @@ def test_without_a_process_group_it_is_the_plain_layer_and_norm():
     normed, total = linear_all_reduce_norm(x, weight, residual, scale, EPS)
     torch.testing.assert_close(total, x @ weight.t() + residual)
     torch.testing.assert_close(normed, torch.nn.functional.rms_norm(total, (8,), scale, EPS))
+
+
+def test_whether_it_is_one_kernel_does_not_depend_on_a_ranks_share_of_k(monkeypatch):
+    monkeypatch.setattr(linear_norm, "unavailable", lambda name, device, group: "")
+    monkeypatch.setattr(linear_norm, "kind", lambda *size: (False, False))
+    group = types.SimpleNamespace(size=lambda: 2)
+    for k in (0, 5):
+        assert linear_norm.unfusable(torch.ones(4, k), torch.ones(8, k), group) == ""
+    assert "nothing to sum" in linear_norm.unfusable(torch.ones(0, 5), torch.ones(8, 5), group)
 
 
 def test_few_bytes_go_in_one_shot_many_in_two_and_too_many_not_at_all():

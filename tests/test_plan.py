@@ -12,6 +12,7 @@ from ranks import run_ranks
 
 from maco_lib import comm
 from maco_lib.overlap import Plan, calibrate, decisions, overlap, start, tune
+from maco_lib.overlap.auto import FIRST_CALLS, ROUNDS
 from maco_lib.overlap.plan import LEFT_TO, MAX_CANDIDATES, captured, choose, overlapping, sequential, shortlist
 
 CPU = torch.device("cpu")
@@ -145,13 +146,24 @@ def wrong_use_is_refused(rank: int, num_ranks: int) -> None:
         assert "on meta" in message(lambda: overlap(int, torch.ones(4, device="meta"), plan=plan))  # noqa: B023
         differs = message(lambda: overlap(int, torch.ones(8 + rank), plan=plan, check=True))  # noqa: B023
         assert "rank 0 calls all_reduce of (8,)" in differs and "rank 1 calls all_reduce of (9,)" in differs
-    assert "key = 'layer'" in message(lambda: overlap(int, x, plan=Plan(), key="layer"))
+    for plan in (Plan(), None):
+        assert "key = 'layer'" in message(lambda: overlap(int, x, plan=plan, key="layer"))  # noqa: B023
+    assert "strides (2,)" in message(lambda: comm.all_reduce(torch.ones(8)[::2], "gloo"))
     assert "torch.int64" in message(lambda: tune(int, torch.zeros(3, dtype=torch.long)))
     assert (x == rank + 1.0).all()
 
     alone = [dist.new_group([other]) for other in range(num_ranks)][rank]
     assert overlap(lambda: 42, x, group=alone, plan="auto")[0] == 42 and (x == rank + 1.0).all()
     assert tune(int, x, alone) == SEQUENTIAL
+
+
+def a_group_made_without_a_backends_name(rank: int, num_ranks: int) -> None:
+    dist.destroy_process_group()
+    dist.init_process_group()
+    assert dist.get_backend() == "undefined"
+    assert comm.available("all_reduce", CPU, dist.group.WORLD) == ["gloo"]
+    tensor = torch.full((8,), rank + 1.0)
+    assert overlap(lambda: 42, tensor, plan=Plan())[0] == 42 and (tensor == 3.0).all()
 
 
 def running_plans(rank: int, num_ranks: int) -> None:
@@ -161,6 +173,10 @@ def running_plans(rank: int, num_ranks: int) -> None:
 
 def test_plans_on_two_ranks():
     run_ranks(running_plans)
+
+
+def test_plans_where_the_group_has_a_backend_for_each_kind_of_device():
+    run_ranks(a_group_made_without_a_backends_name)
 
 
 # -- auto --------------------------------------------------------------------------------------------------------------
@@ -257,6 +273,16 @@ def tuning_finds_out(rank: int, num_ranks: int) -> None:
     calls.clear()
     overlap(lambda: calls.append(1), tensor, plan="auto", key="named")
     assert calls == [1] and (tensor == 3.0).all() and len(decisions()) == 2
+    # Nothing to sum: nothing to choose.
+    empty = torch.empty(0)
+    for _ in range(5):
+        assert overlap(lambda: 42, empty, plan="auto", key="empty") == (42, empty)
+    assert tune(lambda: calls.append(1), empty) == SEQUENTIAL and len(decisions()) == 2
+    # The default must work: without it there is nothing to judge a plan against.
+    refusal, auto.refusal = auto.refusal, lambda plan, scratch, group: "out of memory"
+    with pytest.raises(RuntimeError, match="gloo, the default all-reduce, fails: rank 0: out of memory"):
+        tune(int, tensor, key="fails")
+    auto.refusal = refusal
     # Where nothing can be measured: by the model for a known key, else sequential.
     planner = auto.planner(None, CPU)
     assert planner.foretell(("never seen", 4000, "torch.float32", False)) == SEQUENTIAL
@@ -296,7 +322,7 @@ def calibrations(rank: int, num_ranks: int) -> None:
     assert calibration.calibrate(CPU) is calibration.calibrate(CPU)
 
     (path,) = pathlib.Path(calibration.default_cache(), "calibration").iterdir()
-    assert "-2-ranks.json" in path.name
+    assert path.name.endswith("-cpu-2-ranks.json")
     content = json.loads(path.read_text())
     assert content["provenance"]["versions"]["torch"] and content["provenance"]["made_for"]["all_reduces_sha256"]
     for damage in ('{"kind": "cpu"', json.dumps({**content, "plans": None})):
@@ -358,7 +384,7 @@ def plans_on_gpus(rank: int, num_ranks: int) -> None:
             torch.cuda.synchronize()
             assert (tensor == total).all() and right(product), f"{plan}"
         graph.reset()
-    for call in range(50):
+    for call in range(FIRST_CALLS + ROUNDS * MAX_CANDIDATES + 1):
         plain.fill_(rank + 1.0)
         product, _ = overlap(lambda: a @ a, plain, plan="auto", key="calls")
         assert (plain == total).all() and right(product), f"call {call}"

@@ -56,8 +56,12 @@ def test_it_is_told_where_cublas_cannot_be_told(monkeypatch):
         raise OSError("libcublas.so.none: no such file")
 
     monkeypatch.setattr(sm_limit, "library", missing)
-    assert "libcublas.so.none" in sm_limit.unavailable()
+    gpu = torch.device("cuda", 0)
+    monkeypatch.setattr(
+        torch.cuda, "get_device_properties", lambda device: types.SimpleNamespace(multi_processor_count=132)
+    )
+    assert "libcublas.so.none" in sm_limit.unavailable(8, gpu)
     monkeypatch.setattr(sm_limit, "library", object)
-    assert "cublasSetSmCountTarget" in sm_limit.unavailable()
+    assert "cublasSetSmCountTarget" in sm_limit.unavailable(8, gpu)
     monkeypatch.setattr(sm_limit, "library", lambda: types.SimpleNamespace(cublasSetSmCountTarget=print))
-    assert sm_limit.unavailable() == ""
+    assert sm_limit.unavailable(131, gpu) == "" and "cuda:0 has 132 SMs" in sm_limit.unavailable(132, gpu)

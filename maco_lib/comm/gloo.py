@@ -22,8 +22,8 @@ class Gloo:
         """Why it cannot run here, or None."""
         if device.type != "cpu":
             return f"gloo is for CPU ranks here, these are on {device.type}"
-        if "gloo" not in dist.get_backend(group):
-            return f"the process group's backend is {dist.get_backend(group)}, not gloo"
+        if "cpu:gloo" not in dist.get_backend_config(group):
+            return f"the process group's backends are {dist.get_backend_config(group)}, without gloo for CPUs"
         return None
 
     def operation(

@@ -29,8 +29,8 @@ class Nccl:
         """Why it cannot run here, or None."""
         if device.type != "cuda":
             return f"NCCL runs on GPUs, these ranks are on {device.type}"
-        if "nccl" not in dist.get_backend(group):
-            return f"the process group's backend is {dist.get_backend(group)}, not nccl"
+        if "cuda:nccl" not in dist.get_backend_config(group):
+            return f"the process group's backends are {dist.get_backend_config(group)}, without NCCL for GPUs"
         return None if self.max_ctas is None else partial_group(self.name, group) or None
 
     def operation(

@@ -131,8 +131,8 @@ class NcclSymmetric:
             return f"{self.name} is an all-reduce, not {collective}"
         if why := unreachable(device, group):
             return why
-        if "nccl" not in dist.get_backend(group):
-            return f"the process group's backend is {dist.get_backend(group)}, not nccl"
+        if "cuda:nccl" not in dist.get_backend_config(group):
+            return f"the process group's backends are {dist.get_backend_config(group)}, without NCCL for GPUs"
         if why := partial_group(self.name, group):
             return why
         version = torch.cuda.nccl.version()

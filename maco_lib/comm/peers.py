@@ -25,7 +25,7 @@ class Peers:
     def __init__(self, group: dist.ProcessGroup, device: torch.device):
         from maco_lib.kernels import meet  # needs Triton
 
-        self.memory, self.device = memory(group, device), device
+        self.memory = memory(group, device)
         self.rank, self.num_ranks = group.rank(), group.size()
         self.others = [(self.rank + step) % self.num_ranks for step in range(1, self.num_ranks)]
         self.own_flags = symmetric.empty(meet.NUM_FLAGS, dtype=torch.int32, device=device).zero_()

@@ -191,7 +191,8 @@ class SymmetricAllReduce:
         if self.in_place:
             result = source
         else:
-            result = flat if source is not flat and flat.numel() == source.numel() else torch.empty_like(source)
+            fits = source is not flat and flat.numel() == source.numel() and flat.data_ptr() % ALIGNMENT == 0
+            result = flat if fits else torch.empty_like(source)
         self.reduce(region, source, result, group)
         if result is not flat:
             flat.copy_(result[: flat.numel()])

@@ -14,7 +14,7 @@ from maco_lib.kernels.sum_shares import ELEMENTS, num_warps, tile_elements
 
 @triton.jit
 def push_two_shot_kernel(
-    buffers, inboxes, flags, epochs, length, head, numel,
+    buffers, inboxes, flags, epochs, length, numel,
     rank: tl.constexpr, num_ranks: tl.constexpr, element: tl.constexpr, block: tl.constexpr,
 ):  # fmt: skip
     epoch = tl.load(epochs + tl.program_id(0)) + 1
@@ -23,14 +23,14 @@ def push_two_shot_kernel(
         inbox = array(inboxes[step], element) + rank * length
         first = (rank + 1 + step) % num_ranks * length
         last = tl.minimum(first + length, numel) - first
-        for start in range(head + tl.program_id(0) * block, last, tl.num_programs(0) * block):
+        for start in range(tl.program_id(0) * block, last, tl.num_programs(0) * block):
             offsets = start + tl.arange(0, block)
             inside = offsets < last
             tl.store(inbox + offsets, tl.load(own + first + offsets, mask=inside), mask=inside)
     meet(flags, rank, num_ranks, 0, epoch)
     first = rank * length
     last = tl.minimum(first + length, numel) - first
-    for start in range(head + tl.program_id(0) * block, last, tl.num_programs(0) * block):
+    for start in range(tl.program_id(0) * block, last, tl.num_programs(0) * block):
         offsets = start + tl.arange(0, block)
         inside = offsets < last
         total = tl.load(own + first + offsets, mask=inside, other=0.0).to(tl.float32)
@@ -57,17 +57,15 @@ def push_two_shot(
     epochs: torch.Tensor,
     rank: int,
     num_ctas: int,
-    head: int = 0,
 ) -> None:
     """Sum `numel` elements of every rank's buffer in place, on the current stream. Collective.
 
     buffers, inboxes: addresses on each rank, beginning with the next rank, own last, multiples of 16; an inbox holds
-    P shares of `length` elements (a multiple of 16). head: elements at the beginning of each share that are left alone.
-    flags, epochs: as in `sum_shares`.
+    P shares of `length` elements (a multiple of 16). flags, epochs: as in `sum_shares`.
     """
-    block = tile_elements(length - head, num_ctas, 2, dtype.itemsize)
+    block = tile_elements(length, num_ctas, 2, dtype.itemsize)
     push_two_shot_kernel[(num_ctas,)](
-        buffers, inboxes, flags, epochs, length, head, numel,
+        buffers, inboxes, flags, epochs, length, numel,
         rank=rank, num_ranks=len(buffers), element=ELEMENTS[dtype], block=block,
         num_warps=num_warps(block, dtype.itemsize),
     )  # fmt: skip

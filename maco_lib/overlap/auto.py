@@ -131,6 +131,8 @@ class Planner:
 
     def run(self, compute: Callable[[], R], tensor: torch.Tensor, key: Hashable) -> R:
         """The user's call: what `compute` returned, `tensor` being summed. Collective."""
+        if not tensor.numel():
+            return compute()
         which = self.identify(compute, tensor, key)
         trial = self.trials.get(which)
         chosen = trial.decision.chosen if trial else None
@@ -162,16 +164,20 @@ class Planner:
         return plan
 
     def candidates(self, decision: Decision, tensor: torch.Tensor, in_place: bool) -> list[Plan]:
-        """What the model would try, without what cannot sum such a tensor. Collective."""
+        """What the model would try, without what cannot sum such a tensor. Collective; RuntimeError if the default
+        cannot."""
         self.calibration = self.calibration or calibrate(self.device, self.group)
         predicted = self.calibration.predictions(decision.num_bytes, decision.t_comp_us, in_place)
         # The first sum over a backend makes its buffers and kernels, which is not the user's call's to wait for.
         scratch = torch.zeros_like(tensor)
         while True:
             plans = shortlist(predicted, self.device.type)
-            refused = {plan.backend for plan in plans if first_error(refusal(plan, scratch, self.group), self.group)}
+            errors = {plan.backend: first_error(refusal(plan, scratch, self.group), self.group) for plan in plans}
+            refused = {backend for backend, error in errors.items() if error}
             if not refused:
                 break
+            if (default := sequential(self.device.type).backend) in refused:
+                raise RuntimeError(f"{default}, the default all-reduce, fails: {errors[default]}")
             predicted = {plan: us for plan, us in predicted.items() if plan.backend not in refused}
         decision.predicted_us = predicted
         return plans
@@ -265,10 +271,11 @@ def tune(
 
     Runs `compute` some hundred times, for about `budget_s` seconds beyond warm-up, so it must bear repetition; `tensor`
     is as before when this returns. Measures as `timing.interleave` does: on GPUs replays of a CUDA graph, without the
-    host, which is what captured code will see. A group of one gets the sequential plan. Raises ValueError as `overlap`.
+    host, which is what captured code will see. A group of one, or a tensor without elements, gets the sequential plan.
+    Raises ValueError as `overlap`.
     """
     num_ranks = validate(tensor, "all_reduce", group)
     require_plan("auto", tensor, "all_reduce", group, num_ranks)
-    if num_ranks == 1:
+    if num_ranks == 1 or not tensor.numel():
         return sequential(tensor.device.type)
     return planner(group, tensor.device).tune(compute, tensor, key, budget_s)

@@ -2,8 +2,9 @@
 
 `calibrate` measures how long every backend that works here takes over sizes, fits the stretch (`model`) of every plan
 to a few matmuls of `GRIDS`, and the costs of `linear_all_reduce` (`linear_model`): below a minute. It is kept as JSON
-in the cache folder (MACO_CACHE, else ~/.cache/maco), a file for each machine and number of ranks, and measured again
-when the GPUs, the driver, torch, NCCL, Triton, vLLM, a setting of NCCL's, our all-reduces or techniques have changed.
+in the cache folder (MACO_CACHE, else ~/.cache/maco), a file for each machine, kind of device and number of ranks, and
+measured again when the GPUs, the driver, torch, NCCL, Triton, vLLM, a setting of NCCL's, our all-reduces or techniques
+have changed.
 """
 
 import json
@@ -100,7 +101,7 @@ class Calibration:
         )
 
 
-_CALIBRATIONS: "weakref.WeakKeyDictionary[dist.ProcessGroup, Calibration]" = weakref.WeakKeyDictionary()
+_CALIBRATIONS: "weakref.WeakKeyDictionary[dist.ProcessGroup, dict[str, Calibration]]" = weakref.WeakKeyDictionary()
 
 
 def calibrate(
@@ -111,16 +112,17 @@ def calibrate(
     The same on every rank: rank 0 reads and writes the file.
     """
     group = group or dist.group.WORLD
-    if force or group not in _CALIBRATIONS:
-        _CALIBRATIONS[group] = stored_or_measured(device, group, force, grid or GRIDS[device.type])
-    return _CALIBRATIONS[group]
+    of_group, kind = _CALIBRATIONS.setdefault(group, {}), device.type
+    if force or kind not in of_group:
+        of_group[kind] = stored_or_measured(device, group, force, grid or GRIDS[kind])
+    return of_group[kind]
 
 
 def stored_or_measured(device: torch.device, group: dist.ProcessGroup, force: bool, grid: Grid) -> Calibration:
     content = machine = None
     if group.rank() == 0:
         machine = this_machine()
-        content = None if force else read(machine, group.size(), grid)
+        content = None if force else read(machine, device.type, group.size(), grid)
     content = decided(content, group)
     if content is None:
         begin = time.perf_counter()
@@ -131,13 +133,14 @@ def stored_or_measured(device: torch.device, group: dist.ProcessGroup, force: bo
             seconds = round(time.perf_counter() - begin, 1)
             origin = {**provenance(ROOT, machine), "seconds": seconds, "made_for": made_for(machine, grid)}
             content = {**made.to_json(), "provenance": origin}
-            write(stored_at(machine, group.size()), content)
+            write(stored_at(machine, device.type, group.size()), content)
         content = decided(content, group)
     return Calibration.from_json(content)
 
 
-def stored_at(machine: Machine, num_ranks: int) -> pathlib.Path:
-    return default_cache() / "calibration" / f"{machine.name}-{machine.identity}-{num_ranks}-ranks.json"
+def stored_at(machine: Machine, kind: str, num_ranks: int) -> pathlib.Path:
+    name = f"{machine.name}-{machine.identity}-{kind}-{num_ranks}-ranks.json"
+    return default_cache() / "calibration" / name
 
 
 def made_for(machine: Machine, grid: Grid) -> dict[str, Any]:
@@ -157,10 +160,10 @@ def made_for(machine: Machine, grid: Grid) -> dict[str, Any]:
     }
 
 
-def read(machine: Machine, num_ranks: int, grid: Grid) -> dict[str, Any] | None:
+def read(machine: Machine, kind: str, num_ranks: int, grid: Grid) -> dict[str, Any] | None:
     """The stored calibration, None where there is none that holds for this machine as it is."""
     try:
-        content = json.loads(stored_at(machine, num_ranks).read_text())
+        content = json.loads(stored_at(machine, kind, num_ranks).read_text())
         Calibration.from_json(content)
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None  # missing, cut off, or of an earlier form: measured anew

@@ -57,6 +57,10 @@ def linear_all_reduce(
         the same K on some of the ranks only.
     check: first compare shape, type and plan across the ranks (blocks the host; not for captured or compiled code).
 
+    Calls for one group are to be issued from one current stream, or from streams that the caller orders: they share
+    buffers and flags. The persistent kernel needs all SMs of every rank: an unplanned collective (`start` without a
+    plan, torch's own) may not be in flight beside "auto".
+
     Returns (..., N), a new tensor of x's type; the same bits on every rank, and every time for the same input and plan.
     For inference: there is no backward, so call it under torch.no_grad() or with tensors that require no gradient.
 

@@ -19,7 +19,8 @@ from maco_lib.comm import backend
 from maco_lib.comm.mailbox import Mailbox, mailbox
 from maco_lib.comm.symmetric import ALIGNMENT
 from maco_lib.overlap import streams
-from maco_lib.overlap.linear import linear_all_reduce, result_shape, usable_backend
+from maco_lib.overlap.linear import operator as linear_operator
+from maco_lib.overlap.linear import result_shape, usable_backend
 from maco_lib.overlap.linear_plan import LinearPlan
 from maco_lib.overlap.linear_techniques.decode import LINES, unsuited
 from maco_lib.overlap.linear_techniques.problem import flattened
@@ -101,8 +102,7 @@ def operator(
     if technique in ("auto", "fused") and not why:
         normed, total = fused(rows, weight, old, norm_weight, eps, bias, group)
     else:
-        plan = {} if technique in ("auto", "fused") else {"plan": LinearPlan(technique, backend_name, num_chunks, dim)}
-        product = linear_all_reduce(rows, weight, bias, None, group, **plan)
+        product = linear_operator(rows, weight, bias, None, group_name, technique, backend_name, num_chunks, dim)
         normed, total = add_norm(product, old, norm_weight, eps)
     return normed.view(shape), total.view(shape)
 
@@ -139,7 +139,7 @@ def unfusable(x: torch.Tensor, weight: torch.Tensor, group: dist.ProcessGroup | 
         return why
     if x.dtype not in backend(LINES).dtypes:
         return f"it is for {', '.join(map(str, backend(LINES).dtypes))}, not {x.dtype}"
-    num_rows = x.numel() // max(1, x.shape[-1])
+    num_rows = math.prod(x.shape[:-1])  # K may be 0 on some ranks
     num_columns = weight.shape[0]
     if num_rows < 1 or num_columns < 1:
         return "there is nothing to sum"

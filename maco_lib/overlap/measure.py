@@ -80,7 +80,8 @@ def measure(
         where: {name: Curve(tuple(map(float, us)), tuple(us.values())) for name, us in of_backend.items()}
         for where, of_backend in times.items()
     }
-    plans = [plan for plan in overlapping(device.type, usable) if not (plan.leaves and sm_limit.unavailable())]
+    plans = overlapping(device.type, usable)
+    plans = [plan for plan in plans if not (plan.leaves and sm_limit.unavailable(plan.leaves, device))]
     samples = [beside(plans, *size, device, group, grid.budget_s) for size in grid.beside]
     stretches = {}
     for plan in plans:

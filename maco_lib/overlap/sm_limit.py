@@ -19,13 +19,14 @@ def library() -> ctypes.CDLL:
     return ctypes.CDLL(f"libcublas.so.{(torch.version.cuda or 'none').split('.')[0]}")
 
 
-def unavailable() -> str:
-    """Why matmuls cannot be told to leave SMs here, or ""; for processes with a GPU."""
+def unavailable(num_sms: int, device: torch.device) -> str:
+    """Why matmuls cannot be told to leave so many SMs of this GPU, or ""."""
     try:
         library().cublasSetSmCountTarget  # noqa: B018
     except (OSError, AttributeError) as error:
         return f"only a cuBLAS that has cublasSetSmCountTarget leaves SMs: {error}"
-    return ""
+    total = torch.cuda.get_device_properties(device).multi_processor_count
+    return "" if 0 <= num_sms < total else f"{device} has {total} SMs, of which some are to be left to the computation"
 
 
 def set_target(num_sms: int) -> None:

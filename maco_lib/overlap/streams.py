@@ -50,7 +50,8 @@ class Handle:
 
 
 # The end of a GPU's last planned collective that nobody has waited for. Those that work in symmetric memory share their
-# flags and workspace, so planned ones run one after the other, whatever streams they are on.
+# flags and workspace, so planned ones run one after the other, whatever side streams they are on. All must be issued
+# from one stream, or from streams that the caller has ordered: one that was waited for is only ordered by that stream.
 _EXCLUSIVE: dict[torch.device, torch.cuda.Event] = {}
 
 
@@ -183,8 +184,9 @@ def start(
     group: None for all ranks. A group of one, and no process group at all: the result is `tensor` itself, at once.
     priority: of the side stream, on GPUs; lower is more urgent (`highest_priority()`).
     check: first compare shape and type across the ranks (blocks the host, not for captured code).
-    plan: for an all-reduce, the backend and stream that run it; planned ones run one after the other. A tensor from
-        `comm.symmetric_empty` is summed where it lies, any other is copied into symmetric memory and back.
+    plan: for an all-reduce, the backend and stream that run it; planned ones run one after the other, and are to be
+        issued from one current stream (or from streams that the caller orders). A tensor from `comm.symmetric_empty` is
+        summed where it lies, any other is copied into symmetric memory and back.
 
     Raises ValueError on an unknown collective, a wrong device, layout, type or shape, a plan that cannot be followed
     here (nothing else is run in its place), and with `check` on every rank when the ranks disagree.
@@ -225,12 +227,14 @@ def overlap(
     queued: then "auto", or a `Plan` that leads, is faster); a `Plan`; or "auto", for an all-reduce: the fastest plan of
     this machine, sequential where overlapping does not pay. The first calls for a `key` measure: how long `compute`
     takes alone, then a few plans, one in each call, and the host waits for each call before the next. One of them takes
-    up to a minute if this machine was never calibrated (`calibrate`). After some 30 calls the plan is settled
+    up to a minute if this machine was never calibrated (`calibrate`). After some 50 calls the plan is settled
     (`decisions()`). Inside the capture of a CUDA graph nothing is measured: call `tune` before, else the model decides
     from what is known of the key at other sizes, else it is sequential.
     key: names the computation for "auto", equal on every rank; None: where `compute` is defined. Give one if the same
     code does work of different size. The size and type of `tensor` are part of it anyhow.
     """
+    if key is not None and plan != "auto":
+        raise ValueError(f"key = {key!r} is for plan='auto', not for {plan!r}")
     if plan is None:
         handle = start(tensor, collective, group, priority=priority, check=check)
         try:
@@ -239,8 +243,6 @@ def overlap(
             total = handle.wait()
         return computed, total
     num_ranks = validate(tensor, collective, group)
-    if key is not None and plan != "auto":
-        raise ValueError(f"key = {key!r} is for plan='auto', not for {plan!r}")
     plan = require_plan(plan, tensor, collective, group, num_ranks, priority)
     if num_ranks == 1:
         return compute(), tensor

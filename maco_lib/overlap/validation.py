@@ -103,7 +103,7 @@ def require_plan(
         raise ValueError(f"plan = {plan!r}: start has no computation to order it by or take SMs from, use overlap")
     plan = plan.on(tensor.device.type)
     backend(plan.backend)
-    if plan.leaves and (why := sm_limit.unavailable()):
+    if plan.leaves and (why := sm_limit.unavailable(plan.leaves, tensor.device)):
         raise ValueError(f"leaves = {plan.leaves} in the plan: {why}")
     if num_ranks > 1 and (why := unavailable(plan.backend, tensor.device, group or dist.group.WORLD)):
         raise ValueError(f"plan with backend {plan.backend!r}: {why}")

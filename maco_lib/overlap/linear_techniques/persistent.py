@@ -110,21 +110,22 @@ def exchange(group: dist.ProcessGroup, device: torch.device) -> Exchange:
     return _EXCHANGES[group]
 
 
-def unsuited(problem: Problem) -> str:
-    """Why the kernel cannot multiply x and weight of this problem, or ""."""
-    (n, k), dtype, device = problem.weight.shape, problem.x.dtype, problem.x.device
+def misplaced(problem: Problem) -> str:
+    """Why the kernel is not for this device or type, or ""."""
+    dtype, device = problem.x.dtype, problem.x.device
     if device.type != "cuda" or torch.cuda.get_device_capability(device)[0] != 9:
         return f"it is for Hopper GPUs, x is on {device}"
     if dtype not in DTYPES:
         return f"it is for {' and '.join(map(str, DTYPES))}, x is of {dtype}"
+    return ""
+
+
+def misshapen(problem: Problem) -> str:
+    """Why the kernel cannot multiply with this weight, or ""."""
+    n, k = problem.weight.shape
     if n % MULTIPLE or k % MULTIPLE:
         return f"N and K are to be multiples of {MULTIPLE}, weight is {tuple(problem.weight.shape)}"
     return "" if k else "K is 0"
-
-
-def unavailable(problem: Problem) -> str:
-    """Why the kernel cannot run this problem, or ""."""
-    return unsuited(problem) or unreachable(problem.result.device, problem.group)
 
 
 def for_tma(tensor: torch.Tensor) -> torch.Tensor:
@@ -140,14 +141,18 @@ def run(problem: Problem, tiling: Tiling | None = None, trace: torch.Tensor | No
     Copies x or weight where they are not laid out for TMA. Raises ValueError on a problem that the kernel cannot run,
     and where K differs between the ranks.
     """
-    if why := unavailable(problem):
+    device = problem.result.device
+    if why := misplaced(problem) or unreachable(device, problem.group):
         raise ValueError(f"technique 'persistent': {why}")
     from maco_lib.kernels.persistent import persistent
 
-    streams.wait_for_planned(problem.result.device)
+    streams.wait_for_planned(device)
     (num_rows, num_columns), k = problem.result.shape, problem.x.shape[1]
-    shared = exchange(problem.group, problem.result.device)
+    shared = exchange(problem.group, device)
     shared.agree(num_columns, k)
+    # After that, so that no rank refuses alone.
+    if why := misshapen(problem):
+        raise ValueError(f"technique 'persistent': {why}")
     x, weight = for_tma(problem.x), for_tma(problem.weight)
     bias = None if problem.bias is None else for_tma(problem.bias[None])[0]
     residual = None if problem.residual is None else for_tma(problem.residual.contiguous())

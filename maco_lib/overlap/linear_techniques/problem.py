@@ -62,6 +62,8 @@ class Problem:
         if isinstance(backend, SymmetricAllReduce) and all(backend.anywhere(target.nbytes) for target in targets):
             backend.require("all_reduce", dtype)
             in_workspace = False
+            # A planned collective that nobody has waited for may still use the mailbox.
+            streams.wait_for_planned(self.result.device)
         if not in_workspace and all(target.is_contiguous() for target in targets):
             flats = [target.view(-1) for target in targets]
             return [Block(*each) for each in zip(pieces, targets, flats, flats, strict=True)]

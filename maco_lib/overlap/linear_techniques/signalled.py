@@ -24,8 +24,9 @@ from maco_lib.overlap.linear_techniques.chunked import cut
 from maco_lib.overlap.linear_techniques.persistent import (
     MAX_ROWS,
     for_tma,
+    misplaced,
+    misshapen,
     require_preparation,
-    unsuited,
 )
 from maco_lib.overlap.linear_techniques.persistent_time import fastest_tiling
 from maco_lib.overlap.linear_techniques.problem import EVERYTHING, Block, Problem
@@ -84,13 +85,13 @@ def signals(group: dist.ProcessGroup, device: torch.device) -> Signals:
     return of_group[device]
 
 
-def run(problem: Problem, num_bands: int, num_free_sms: int = NUM_FREE_SMS) -> None:
+def run(problem: Problem, num_bands: int) -> None:
     """Fill `problem.result`. Collective. One band, where M is at most a tile, is run as `sequential`.
 
-    num_free_sms: SMs that the matmul leaves to the sums. Copies x or weight where they are not laid out for TMA. Raises
-    ValueError on a problem that the matmul is not for.
+    Copies x or weight where they are not laid out for TMA. Raises ValueError on a problem that the matmul is not for
+    (on this rank only, where K differs between the ranks).
     """
-    if why := unsuited(problem):
+    if why := misplaced(problem) or misshapen(problem):
         raise ValueError(f"technique 'signalled': {why}")
     for first in range(0, len(problem.result), MAX_ROWS):
         rows = slice(first, first + MAX_ROWS)
@@ -100,13 +101,13 @@ def run(problem: Problem, num_bands: int, num_free_sms: int = NUM_FREE_SMS) -> N
         if len(pieces) == 1:
             sequential.run(part)
         else:
-            on_side_stream(part, part.blocks([(piece, EVERYTHING[1]) for piece in pieces]), num_free_sms)
+            on_side_stream(part, part.blocks([(piece, EVERYTHING[1]) for piece in pieces]))
 
 
-def on_side_stream(problem: Problem, blocks: list[Block], num_free_sms: int) -> None:
+def on_side_stream(problem: Problem, blocks: list[Block]) -> None:
     (num_rows, num_columns), device, k = problem.result.shape, problem.result.device, problem.x.shape[1]
     shared = signals(problem.group, device)
-    max_clusters = (shared.num_sms - num_free_sms) // CTAS
+    max_clusters = (shared.num_sms - NUM_FREE_SMS) // CTAS
     tiling = fastest_tiling(num_rows, num_columns, k, 1, max_clusters)
     num_n, height = -(-num_columns // tiling.columns), blocks[0].piece[0].stop // ROWS
     order = TileOrder(-(-num_rows // ROWS), num_n, 1, max_clusters, height=height, pairs=tiling.pairs)

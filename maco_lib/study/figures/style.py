@@ -178,7 +178,7 @@ RC = {
 
 @functools.cache
 def add_fonts() -> None:
-    """Make matplotlib's own fonts known as `FONT`: another build of "DejaVu Sans", such as a system's, draws other bytes."""
+    """Make matplotlib's own fonts known as `FONT`: a system's build of "DejaVu Sans" draws other bytes."""
     for name in ("DejaVuSans", "DejaVuSans-Bold", "DejaVuSans-Oblique", "DejaVuSans-BoldOblique"):
         font = FT2Font(pathlib.Path(matplotlib.get_data_path(), "fonts", "ttf", f"{name}.ttf"))
         entry = dataclasses.replace(font_manager.ttfFontProperty(font), name=FONT)

@@ -83,6 +83,8 @@ def points(parameters: OverlapParameters, machine: Machine) -> list[Point]:
 
 def timeline_points(parameters: OverlapParameters, machine: Machine) -> list[Point]:
     asked = []
+    if "auto" in parameters.timeline_methods:
+        raise ValueError("timeline_methods names 'auto', which tries several plans: name the technique that it chose")
     methods = check_methods(parameters.timeline_methods or ["sequential", "two_stream"])
     for name in parameters.timeline_configurations:
         comm_bytes, matmul_n = sizes(parameters, name)

@@ -8,7 +8,7 @@ import pandas as pd
 
 from maco_lib.study import claims_measured as measured
 from maco_lib.study import published
-from maco_lib.study.criteria import HIGH_BENEFIT, NOT_TESTABLE, REPRODUCED, Finding, decide
+from maco_lib.study.criteria import HIGH_BENEFIT, NOT_TESTABLE, RATIO_TOLERANCE, REPRODUCED, Finding, decide
 from maco_lib.study.evidence import Evidence, Missing
 from maco_lib.study.figures.style import look
 
@@ -44,12 +44,16 @@ def is_high(rows: pd.DataFrame) -> bool:
     return bool(rows["ideal_gain"].median() >= HIGH_BENEFIT and rows["gain"].median() >= HIGH_BENEFIT)
 
 
+def gains_more(these: pd.DataFrame, those: pd.DataFrame) -> bool:
+    return bool(these["gain"].median() > those["gain"].median() * (1 + RATIO_TOLERANCE))
+
+
 def described(rows: pd.DataFrame) -> str:
-    median = rows["gain"].median()
+    median, decided = rows["gain"].median(), rows["verdict"].eq("helps").sum()
     technique = look(rows["method"].iloc[0]).label
     return (
         f"possible gain {span(rows, 'ideal_gain')}, predicted by {technique} {span(rows, 'gain')} "
-        f"(median {median:.2f}×)"
+        f"(median {median:.2f}×; the prediction's interval lies above 1 at {decided} of {len(rows)})"
     )
 
 
@@ -67,14 +71,14 @@ def larger_models_gain_more(evidence: Evidence, root: pathlib.Path) -> Finding:
     small = gains(evidence, lambda table: table["model"] == "Qwen3-0.6B-Base", "small model")
     large = gains(evidence, lambda table: table["model"] == "Qwen3-32B", "large model")
     numbers = f"Qwen3-0.6B: {described(small)}; Qwen3-32B: {described(large)}"
-    return decide(large["gain"].median() > small["gain"].median() and is_high(large)), numbers
+    return decide(gains_more(large, small) and is_high(large)), numbers
 
 
 def decode_batches(evidence: Evidence, root: pathlib.Path) -> Finding:
     decode = gains(evidence, lambda table: table["phase"] == "decode", "decode row")
     one, most = (decode[decode["batch"] == size] for size in (decode["batch"].min(), decode["batch"].max()))
     numbers = f"batch {one['batch'].iloc[0]}: {described(one)}; batch {most['batch'].iloc[0]}: {described(most)}"
-    return decide(is_high(most) and most["gain"].median() > one["gain"].median()), numbers
+    return decide(is_high(most) and gains_more(most, one)), numbers
 
 
 def small_models(evidence: Evidence, root: pathlib.Path) -> Finding:

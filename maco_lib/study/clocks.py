@@ -134,7 +134,8 @@ def told(machine: Evidence) -> list[str]:
         return []
     clocks, equal, parts = ([getattr(one, name) for one in found]
                             for name in ("relative", "at_equal_clock", "fraction"))  # fmt: skip
-    missing, by_clock = len(parts) - sum(parts), sum(equal) - sum(parts)
+    reached = statistics.median(parts)
+    missing, by_clock = 1 - reached, statistics.median(equal) - reached
     share = f"the clock is {by_clock / missing:.0%}" if missing > 0 and by_clock > 0 else "the clock is nothing"
     return [f"where the matmul limits, M ≥ {LINEAR_MANY_ROWS}, {len(found)} points, the persistent kernel runs at "
             f"{middle(clocks)} of the clock of the matmul alone (median; {ends(clocks)}) and reaches {middle(parts)} "

@@ -27,9 +27,11 @@ CRITERIA = {
     f"{NVLINK_SHARE:.0%} of what the default backend reaches over NVLink; without NVLink it is not testable.",
     "benefit": "a benefit is high where the medians of the possible gain (sequential ÷ ideal) and of the predicted "
     f"gain both reach {HIGH_BENEFIT:.2f}×, otherwise low. The gains are upper bounds: as if a layer's every matmul "
-    "could hide its all-reduces.",
+    "could hide its all-reduces, and by medians: how many predictions are certain is told beside. One group gains more "
+    f"than another if its median predicted gain is more than {RATIO_TOLERANCE:.0%} higher.",
     "reason": "a reason for vLLM's speedup is reproduced if the arm that has it is faster than the arm that lacks it, "
-    "the interval of the ratio above 1; a reason that no pair of arms isolates is not testable.",
+    "the interval of the ratio above 1. Compilation and CUDA graphs are switched together; a reason that comes with "
+    "more than that in every pair of arms is not testable.",
     "latency": "latencies and rates of the published machine are compared, not judged.",
 }
 

@@ -49,8 +49,8 @@ def roles(done: pd.DataFrame) -> list[str]:
             )
     if not parts:
         return []
-    return [f"In eager code, behind queued work, the techniques take this much of their time in a CUDA graph: "
-            f"{', and '.join(parts)}."]  # fmt: skip
+    return [f"In eager code, behind queued work, the techniques take so many times as long as in a CUDA "
+            f"graph: {', and '.join(parts)}."]  # fmt: skip
 
 
 def planner(done: pd.DataFrame) -> list[str]:

@@ -7,6 +7,7 @@ the earlier one differs.
 """
 
 import fnmatch
+import math
 import pathlib
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -79,12 +80,17 @@ def parsed(selector: str) -> dict[str, str]:
 
 
 def measurement(evidence: Evidence, table: str, column: str, selector: dict[str, str]) -> tuple[float, float, float]:
-    """(value, lo, hi) of the one row selected, the extremes of several; raises Missing when nothing was measured."""
+    """(value, lo, hi) of the one row selected, the extremes of several; NaN for the ends of a column without intervals.
+
+    Raises Missing when nothing was measured.
+    """
     rows = selected(evidence.table(table), selector).dropna(subset=[column])
     if rows.empty:
         raise Missing("not measured here")
     stem, _, unit = column.rpartition("_")
     ends = [f"{stem}_{end}_{unit}" if stem else f"{column}_{end}" for end in ("lo", "hi")]
+    if ends[0] not in rows and len(rows) == 1:
+        return float(rows[column].iloc[0]), math.nan, math.nan
     low, high = (rows[end] if end in rows else rows[column] for end in ends)
     return float(rows[column].median()), float(low.min()), float(high.max())
 
@@ -129,7 +135,8 @@ def why(evidence: Evidence, one: Comparison, entry, others: Iterable[Comparison]
                            f"{'which agrees' if agrees else 'which differs too'}")  # fmt: skip
         except Missing:
             reasons.append("no arm of ours does so")
-    nearest = min(one.ours_hi, max(one.ours_lo, one.low))  # of our interval to the earlier value
+    known = not math.isnan(one.ours_lo)
+    nearest = min(one.ours_hi, max(one.ours_lo, one.low)) if known else one.ours  # of our interval to the earlier value
     if one.low <= nearest <= one.high:
         reasons.append("the earlier value lies within our interval over all launches")
     elif one.low * (1 - TOLERANCE) <= nearest <= one.high * (1 + TOLERANCE):

@@ -53,6 +53,17 @@ class Evidence:
             raise Missing(self.reasons[name])
         return self.tables[name]
 
+    def hosts(self, section: str) -> set[str]:
+        """The identities of the hosts that the section's reported rows were measured on."""
+        launches = self.records[section].get("launches", {}).values()
+        return {launch["machine"]["identity"] for launch in launches if "machine" in launch}
+
+    def settings(self) -> dict[str, str]:
+        """The environment variables that were set in every launch."""
+        launches = [launch for record in self.records.values() for launch in record.get("launches", {}).values()]
+        shared = [set(launch.get("environment", {}).items()) for launch in launches]
+        return dict(sorted(set.intersection(*shared))) if shared else {}
+
 
 def load(store: Store, name: str) -> tuple[Evidence, list[str]]:
     """Everything of data/`name`/, and a problem for each damaged file, which is left out and not raised."""

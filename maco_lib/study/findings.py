@@ -185,6 +185,8 @@ def inference(evidence: Evidence, root: pathlib.Path) -> Found:
         except Missing as missing:
             untold.setdefault(str(missing), []).append(label)
     lines += [f"not told ({reason}): {'; '.join(labels)}" for reason, labels in untold.items()]
+    if len(hosts := evidence.hosts("inference")) > 1:
+        lines.append(f"the arms were measured on {len(hosts)} hosts, which the intervals do not know")
     whole, graphs, engine, compiled, _ = (ratios.get(label) for label in pairs)
     if whole is None or graphs is None:
         if compiled is None:
@@ -195,7 +197,8 @@ def inference(evidence: Evidence, root: pathlib.Path) -> Found:
         return Found(sentence, "inference_latency", compiled.low > 1, lines)
     part = math.log(graphs.value) / math.log(whole.value)
     sentence = f"vLLM's {whole.value:.2f}× (published {printed:.2f}×) "
-    sentence += f"is for {part:.0%} {steps}" if 0 < part <= 1 else f"holds a factor {graphs.value:.2f}× of {steps}"
+    whole_part = f"comes to {part:.0%} from {steps}"
+    sentence += whole_part if 0 < part <= 1 else f"holds a factor {graphs.value:.2f}× of {steps}"
     if compiled is not None:
         reached = math.log(compiled.value) / math.log(whole.value)
         sentence += f"; a static cache and {steps} take transformers itself to {compiled.value:.2f}×, {reached:.0%} of "

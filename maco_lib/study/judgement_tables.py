@@ -3,6 +3,8 @@
 import pathlib
 from collections.abc import Sequence
 
+import pandas as pd
+
 from maco_lib.study import earlier, transfer
 from maco_lib.study.claims import Judgement
 from maco_lib.study.criteria import NOT_REPRODUCED, NOT_TESTABLE, REPRODUCED
@@ -44,7 +46,8 @@ def agreement(machine: Evidence, root: pathlib.Path) -> str:
     rows = []
     for one in found:
         before = digits(one.low) if one.low == one.high else f"{digits(one.low)}–{digits(one.high)}"
-        here = f"{digits(one.ours)} [{digits(one.ours_lo)}, {digits(one.ours_hi)}] {one.unit}"
+        ends = "" if pd.isna(one.ours_lo) else f" [{digits(one.ours_lo)}, {digits(one.ours_hi)}]"
+        here = f"{digits(one.ours)}{ends} {one.unit}"
         agrees = "yes" if one.agrees else "**no**"
         rows.append([one.what, here, f"{before} {one.unit}{marks[one.source]}", f"{one.ratio:.2f}", agrees, one.why])
     agree = sum(one.agrees for one in found)

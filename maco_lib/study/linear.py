@@ -94,6 +94,13 @@ def part(row: pd.Series | None) -> str:
     return ABSENT if row is None else f"{row['fraction_of_ideal']:.1%}"
 
 
+def shapes(machine: Evidence) -> str:
+    """The layers' weights: "Qwen3-8B o_proj 4096 × 4096, ..."."""
+    rows = machine.table("linear_all_reduce").drop_duplicates(["layer", "n", "k", "tp"])
+    each = ", ".join(f"{row.layer} {row.n} × {row.k}" for row in rows.itertuples())
+    return f"Weights, N × K before K is divided among {'/'.join(map(str, sorted(rows['tp'].unique())))} ranks: {each}."
+
+
 def comparison(machine: Evidence) -> str:
     """Matmul + all-reduce: per layer and M the ideal, sequential code, the fastest peer, the fastest of ours, auto."""
     body = []
@@ -143,7 +150,7 @@ def weight_rates(machine: Evidence) -> str:
         copies = machine.table("environment").query("quantity == 'memory_copy'")["value"].dropna()
     except Missing:
         return text
-    return text if copies.empty else f"{text}; a copy within the memory moves {digits(copies.median())} GB/s"
+    return text if copies.empty else f"{text}; a copy within the memory moves {digits(copies.max())} GB/s"
 
 
 def planner(machine: Evidence) -> list[str]:

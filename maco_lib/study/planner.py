@@ -70,8 +70,10 @@ def judgement(machine: Evidence) -> str:
     )
     if by[UNDECIDED]:
         worst = max(one.loss for one in by[UNDECIDED])
-        text += f"; in {len(by[UNDECIDED])} more the intervals leave a loss of up to {worst:.1%} undecided"
-    text += f"; slower beyond noise in {len(by[SLOWER])}"
+        text += (
+            f"; in {len(by[UNDECIDED])} more, where the loss is up to {worst:.1%}, the intervals leave that undecided"
+        )
+    text += f"; slower by more than that, beyond noise, in {len(by[SLOWER])}"
     if by[FAILED]:
         text += f"; failed in {len(by[FAILED])} ({', '.join(one.point for one in by[FAILED])})"
     lost = [one for one in found if one.sequential_verdict == SLOWER]

@@ -8,6 +8,7 @@ from typing import Any
 
 import jinja2
 
+from maco_lib.overlap.linear_techniques.persistent_time import END_US
 from maco_lib.study import (
     clocks,
     eager,
@@ -109,6 +110,7 @@ def render(
         linear=linear,
         linear_limits=linear_limits,
         linear_persistent=linear_persistent,
+        END_US=END_US,
         linear_promises=linear_promises,
         take_home=findings.take_home,
         published_wait=findings.published_wait,
@@ -192,8 +194,8 @@ def measured(store: Store, machines: list[Evidence]) -> str:
             launches = machine.records[name].get("launches", {}).values()
             commits = sorted({commit_of(launch.get("git", {})) for launch in launches})
             ranks = sorted({launch["num_ranks"] for launch in launches if "num_ranks" in launch})
-            hosts = {launch["machine"]["identity"] for launch in launches if "machine" in launch}
-            rows.append([machine.name, name, state.state, state.profile, state.at, str(len(hosts)), str(len(launches)),
+            hosts = len(machine.hosts(name))
+            rows.append([machine.name, name, state.state, state.profile, state.at, str(hosts), str(len(launches)),
                          ", ".join(map(str, ranks)), runs_in_a_replay(store, machine, name),
                          ", ".join(commits)])  # fmt: skip
     return report_tables.table(

@@ -21,6 +21,7 @@ VERSIONS = {
     "triton": "Triton",
     "nvidia-nccl-cu13": "NCCL",
     "nvidia-nccl-cu12": "NCCL (CUDA 12)",
+    "nvidia-cublas": "cuBLAS",
     "python": "Python",
 }
 
@@ -70,6 +71,11 @@ def environment(machines: Sequence[Evidence], root: pathlib.Path) -> str:
         "RAM": lambda machine: f"{machine.description['ram_bytes'] / 2**30:.0f} GiB",
         "System": lambda machine: machine.description["os"],
         "Driver": lambda machine: str(machine.description.get("driver", ABSENT)),
+        "CUDA of the driver": lambda machine: str(machine.description.get("cuda_driver", ABSENT)),
+        "Links": links,
+        "Set in every launch": lambda machine: (
+            ", ".join(f"`{name}={value}`" for name, value in machine.settings().items()) or ABSENT
+        ),
     }
     found = [name for name in VERSIONS if any(name in machine.versions for machine in machines)]
     for name in found:
@@ -89,7 +95,15 @@ def checkpoints(machine: Evidence) -> str:
 def gpus(machine: Evidence) -> str:
     names = machine.description.get("gpus", [])
     counts = {name: names.count(name) for name in names}
-    return ", ".join(f"{count}x {name}" for name, count in counts.items()) or "none"
+    memory = machine.description.get("gpu_memory_bytes")
+    each = f", {memory / 2**30:.0f} GiB each" if memory else ""
+    return ", ".join(f"{count}x {name}" for name, count in counts.items()) + each or "none"
+
+
+def links(machine: Evidence) -> str:
+    """Between the GPUs, as the driver names the connections."""
+    kinds = sorted(set(machine.description.get("topology", {}).values()))
+    return ", ".join(filter(None, [machine.description.get("link"), *kinds])) or ABSENT
 
 
 def ceilings(machines: Sequence[Evidence]) -> str:
@@ -157,6 +171,20 @@ def overlap_methods(machine: Evidence, root: pathlib.Path) -> str:
         body.append([look(method).label, *cells])
     ideal = [us(rows.loc[[name]]["ideal_us"].median()) for name in present]
     return table([*body, ["ideal", *ideal]], ["method", *present])
+
+
+def inference_work(machine: Evidence) -> str:
+    """What every arm did, how often, and on how many hosts."""
+    rows = machine.table("inference").dropna(subset=["e2e_ms"])
+    if rows.empty:
+        raise Missing("no arm was finished")
+    ends = {name: "/".join(map(str, rows[name].unique())) for name in ("prompt_tokens", "new_tokens", "dtype")}
+    launches, hosts = rows["num_launches"].max(), len(machine.hosts("inference"))
+    text = f"Prompts of {ends['prompt_tokens']} tokens, {ends['new_tokens']} new ones, {ends['dtype']}; every arm in "
+    text += "one launch" if launches == 1 else f"{launches} launches"
+    if hosts > 1:
+        text += f", the arms on {hosts} hosts: a ratio of two arms also holds what hosts differ by, beyond its interval"
+    return text + "."
 
 
 def inference(machines: Sequence[Evidence], root: pathlib.Path) -> str:
@@ -265,7 +293,7 @@ def prediction(machine: Evidence) -> str:
         counts = group["measured_verdict"].value_counts()
         first = group.iloc[0]
         body.append([look(method).label, *(str(counts.get(name, 0)) for name in ("helps", "hurts", "undecided")),
-                     f"{first['sigma_comm']:.2f}, {first['sigma_comp']:.2f}, {us(first['delta_us'])}", error,
+                     f"{first['sigma_comm']:.2f}, {first['sigma_comp']:.2f}, {first['delta_us']:.2f} µs", error,
                      f"{right} of {len(group)}"])  # fmt: skip
     headers = ["method", "helps", "hurts", "undecided", "σ_comm, σ_comp, δ", "error held out: median (worst)",
                "verdicts predicted"]  # fmt: skip

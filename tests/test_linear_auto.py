@@ -292,8 +292,10 @@ def uneven_shares_and_compiled(rank: int, num_ranks: int) -> None:
     ]:
         with pytest.raises(ValueError, match=message):
             tune_linear(**plain | wrong)
-    alone = [dist.new_group([other]) for other in range(num_ranks)][rank]
-    assert tune_linear(weight, [4], alone) == {}
+    groups = [dist.new_group([other]) for other in range(num_ranks)]
+    assert tune_linear(weight, [4], groups[rank]) == {}
+    with pytest.raises(ValueError, match=f"rank {rank} is not in the group given to tune_linear"):
+        tune_linear(weight, [4], groups[1 - rank])
 
 
 def captured_as_if(rank: int, num_ranks: int) -> None:

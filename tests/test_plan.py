@@ -313,6 +313,15 @@ def calibrations(rank: int, num_ranks: int) -> None:
         calibration._CALIBRATIONS.clear()  # as in a new process
         return calibration.calibrate(CPU, force=force)
 
+    # A fault of the rank that reads and writes the file: all are told, none waits for it.
+    def homeless():
+        raise RuntimeError("no home")
+
+    known, calibration.this_machine = calibration.this_machine, homeless
+    with pytest.raises(RuntimeError, match="failed on rank 0: RuntimeError: no home"):
+        again()
+    calibration.this_machine = known
+
     first = again()
     assert measured == [1] and set(first.stretches) == {OVERLAPPED} and first.unusable == {}
     predicted = first.predictions(2**17, 1000.0, False)

@@ -52,6 +52,11 @@ class Memory:
         self.regions: list[Region] = []
 
     def allocate(self, num_bytes: int) -> Region:
+        """A new region. Collective; RuntimeError while a graph is captured."""
+        if torch.cuda.is_current_stream_capturing():
+            raise RuntimeError(
+                f"cannot share {num_bytes} bytes while a graph is captured: call once before, with as many"
+            )
         base = symmetric.empty(num_bytes, dtype=torch.uint8, device=self.device)
         return Region(base, symmetric.rendezvous(base, self.group_name))
 
@@ -114,10 +119,11 @@ def unreachable(device: torch.device, group: dist.ProcessGroup) -> str:
     if device.type != "cuda":
         return f"symmetric memory is for GPUs, these ranks are on {device.type}"
     if group.size() > torch.cuda.device_count():
-        return f"{group.size()} ranks on {torch.cuda.device_count()} visible GPUs: they are not on one host"
-    others = [index for index in range(torch.cuda.device_count()) if index != device.index]
-    refused = [other for other in others if not torch.cuda.can_device_access_peer(device, other)]
-    return f"GPU {device.index} cannot access the memory of GPU {refused[0]}" if refused else ""
+        return f"{group.size()} ranks on {torch.cuda.device_count()} visible GPUs: each must see all, on one host"
+    mine = torch.cuda.current_device() if device.index is None else device.index
+    others = [index for index in range(torch.cuda.device_count()) if index != mine]
+    refused = [other for other in others if not torch.cuda.can_device_access_peer(mine, other)]
+    return f"GPU {mine} cannot access the memory of GPU {refused[0]}" if refused else ""
 
 
 def require_kernel(who: str, dtypes: tuple[torch.dtype, ...], name: str, dtype: torch.dtype) -> None:

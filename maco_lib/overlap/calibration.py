@@ -14,8 +14,9 @@ import tempfile
 import time
 import warnings
 import weakref
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -31,6 +32,7 @@ from maco_lib.overlap.plan import Plan
 from maco_lib.provenance import digest, provenance
 from maco_lib.timing import decided
 
+T = TypeVar("T")
 VERSION = 6  # raise it when what is measured, or how it is stored, changes
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 # Distributions whose version changes how fast an all-reduce is; NCCL's comes with torch's.
@@ -118,23 +120,38 @@ def calibrate(
     return of_group[kind]
 
 
-def stored_or_measured(device: torch.device, group: dist.ProcessGroup, force: bool, grid: Grid) -> Calibration:
-    content = machine = None
+def of_first_rank(make: Callable[[], T], group: dist.ProcessGroup) -> T:
+    """What `make()` gives on rank 0, on every rank; RuntimeError on every rank where it fails there. Collective."""
+    value, error = None, ""
     if group.rank() == 0:
-        machine = this_machine()
-        content = None if force else read(machine, device.type, group.size(), grid)
-    content = decided(content, group)
+        try:
+            value = make()
+        except Exception as failure:
+            error = f"{type(failure).__name__}: {failure}"
+    value, error = decided((value, error), group)
+    if error:
+        raise RuntimeError(f"the calibration failed on rank 0: {error}")
+    return value
+
+
+def stored_or_measured(device: torch.device, group: dist.ProcessGroup, force: bool, grid: Grid) -> Calibration:
+    def stored() -> dict[str, Any] | None:
+        return None if force else read(this_machine(), device.type, group.size(), grid)
+
+    content = of_first_rank(stored, group)
     if content is None:
         begin = time.perf_counter()
         all_reduce, stretches, unusable = measure(device, group, grid)
         linear = measure_linear(device, group, list(all_reduce[WHERE[0]]), grid)
         made = Calibration(device.type, group.size(), all_reduce, stretches, unusable, linear, {})
-        if group.rank() == 0:
-            seconds = round(time.perf_counter() - begin, 1)
+
+        def kept() -> dict[str, Any]:
+            machine, seconds = this_machine(), round(time.perf_counter() - begin, 1)
             origin = {**provenance(ROOT, machine), "seconds": seconds, "made_for": made_for(machine, grid)}
-            content = {**made.to_json(), "provenance": origin}
-            write(stored_at(machine, device.type, group.size()), content)
-        content = decided(content, group)
+            write(stored_at(machine, device.type, group.size()), {**made.to_json(), "provenance": origin})
+            return {**made.to_json(), "provenance": origin}
+
+        content = of_first_rank(kept, group)
     return Calibration.from_json(content)
 
 

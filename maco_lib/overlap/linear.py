@@ -65,7 +65,8 @@ def linear_all_reduce(
     For inference: there is no backward, so call it under torch.no_grad() or with tensors that require no gradient.
 
     Raises ValueError on shapes, types or devices that do not fit each other or the group, on inputs that require
-    gradients, on a plan that cannot be followed here, and with `check` on every rank when the ranks disagree.
+    gradients, on a plan that cannot be followed here, and with `check` on every rank when the ranks disagree (what this
+    rank alone would refuse is raised here alone).
     """
     operands = {"x": x, "weight": weight, "bias": bias, "residual": residual}
     require_operands(operands, ("bias", "residual"), "linear_all_reduce")

@@ -30,7 +30,7 @@ from maco_lib.overlap.linear_model import LinearCosts, shortlist
 from maco_lib.overlap.linear_plan import HOPPER, LinearPlan, candidates
 from maco_lib.overlap.linear_techniques.problem import workspace_address
 from maco_lib.overlap.plan import DEFAULT_BACKEND, Decision, keep, record
-from maco_lib.overlap.validation import device_kinds
+from maco_lib.overlap.validation import device_kinds, group_name
 from maco_lib.timing import gather
 
 # Calls that a capture can rely on; beyond, the oldest are forgotten, so that changing shapes take no more memory.
@@ -258,8 +258,10 @@ def tune_linear(
         described = f"{tuple(weight.shape)} {weight.dtype}" if isinstance(weight, torch.Tensor) else repr(weight)
         raise ValueError(f"weight = {described} is not a tensor (N, K) of {', '.join(map(str, DTYPES.values()))}")
     if not num_rows or not all(isinstance(m, int) and m >= 1 for m in num_rows) or not weight.numel():
-        raise ValueError(f"num_rows = {num_rows!r} with a weight of {tuple(weight.shape)}: all are to be 1 or more")
-    if not dist.is_initialized() or dist.get_world_size(group) == 1:
+        raise ValueError(
+            f"num_rows = {num_rows!r} with a weight of {tuple(weight.shape)}: all are to be ints of 1 or more"
+        )
+    if not group_name(group, "tune_linear"):
         return {}
     group = group or dist.group.WORLD
     if weight.device.type not in device_kinds(group):

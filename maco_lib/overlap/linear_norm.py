@@ -61,7 +61,8 @@ def linear_all_reduce_norm(
     returned, and normed. For inference: there is no backward.
 
     Raises ValueError on shapes, types or devices that do not fit each other or the group, on inputs that require
-    gradients, on a plan that cannot be followed here, and with `check` on every rank when the ranks disagree.
+    gradients, on a plan that cannot be followed here, and with `check` on every rank when the ranks disagree (what this
+    rank alone would refuse is raised here alone).
     """
     operands = {"x": x, "weight": weight, "residual": residual, "norm_weight": norm_weight, "bias": bias}
     require_operands(operands, ("bias",), "linear_all_reduce_norm")

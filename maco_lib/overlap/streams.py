@@ -189,7 +189,8 @@ def start(
         summed where it lies, any other is copied into symmetric memory and back.
 
     Raises ValueError on an unknown collective, a wrong device, layout, type or shape, a plan that cannot be followed
-    here (nothing else is run in its place), and with `check` on every rank when the ranks disagree.
+    here (nothing else is run in its place), and with `check` on every rank when the ranks disagree (what this rank
+    alone would refuse is raised here alone).
     """
     num_ranks = validate(tensor, collective, group)
     if plan is not None:

@@ -18,7 +18,7 @@ rank = int(__import__("os").environ["LOCAL_RANK"])
 if backend == "nccl":
     torch.cuda.set_device(rank)
 device = torch.device("cuda", rank) if backend == "nccl" else None
-dist.init_process_group(backend, timeout=datetime.timedelta(seconds=30), device_id=device)
+dist.init_process_group(backend or None, timeout=datetime.timedelta(seconds=30), device_id=device)
 try:
     getattr(importlib.import_module(module), function)(dist.get_rank(), dist.get_world_size())
 finally:
@@ -28,6 +28,8 @@ finally:
 
 def run_ranks(function, num_ranks: int = 2, backend: str = "gloo", timeout_s: float = 90.0) -> str:
     """Run `function(rank, num_ranks)`, at the top level of a test module, on every rank; returns what they printed.
+
+    backend: of the default group; "": none is named to torch.
 
     Raises AssertionError with the ranks' output when one fails or they take longer than `timeout_s`; the ranks and
     everything that they started are gone when this returns.

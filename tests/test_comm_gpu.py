@@ -11,7 +11,7 @@ import torch.distributed as dist
 from ranks import run_ranks
 
 from maco_lib import comm
-from maco_lib.comm import nccl_symmetric
+from maco_lib.comm import nccl_symmetric, vllm_custom
 from maco_lib.comm.nccl_symmetric import NcclSymmetric
 from maco_lib.comm.vllm_custom import VllmCustom
 from maco_lib.timing import capture, first_error
@@ -207,6 +207,49 @@ def test_nccl_symmetric_is_released_and_used_again(monkeypatch):
 @pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vLLM is not installed")
 def test_vllm_custom_on_every_gpu():
     run_ranks(vllm_custom_works, NUM_GPUS, backend="nccl", timeout_s=300)
+
+
+class FakeKernels:
+    """vLLM's objects as its source has them: which row of its table each launch reads, without a GPU."""
+
+    def __init__(self):
+        self.objects: dict[int, dict] = {}
+        self.read: list[list[int]] = []
+
+    def init_custom_ar(self, signals, table, rank, fully_connected) -> int:
+        self.objects[number := max(self.objects, default=0) + 1] = {"table": table, "registered": 0, "captured": 0}
+        return number
+
+    def register_buffer(self, number, addresses) -> None:
+        self.objects[number]["registered"] += 1
+
+    def all_reduce(self, number, source, result, registered_buffer, its_size) -> None:
+        made, row = self.objects[number], 0
+        if torch.cuda.is_current_stream_capturing():
+            row = made["registered"] + made["captured"]
+            made["captured"] += 1
+        addresses = made["table"].view(torch.int64).view(-1, vllm_custom.MAX_RANKS)
+        self.read.append(addresses[row].tolist())
+
+    def dispose(self, number) -> None:
+        del self.objects[number]
+
+
+def test_vllm_custom_takes_next_to_no_memory_for_a_source_however_often_it_is_captured(monkeypatch):
+    kernels, capturing = FakeKernels(), [False]
+    monkeypatch.setattr(torch.ops, "_C_custom_ar", kernels, raising=False)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: capturing[0])
+    source = vllm_custom.Source([10, 20], [300, 400], 0, torch.device("cpu"))
+    assert source.table.nbytes <= 1024
+    for capturing[0] in (False, True, False, True, True):
+        source.sum(None, None)
+    for _ in range(2**16):
+        source.sum(None, None)
+    assert len(kernels.objects) == 1
+    assert len(kernels.read) == 2**16 + 5 and all(row == [300, 400, 0, 0, 0, 0, 0, 0] for row in kernels.read)
+    with pytest.raises(RuntimeError, match="call once before a graph is captured"):
+        vllm_custom.Source([10, 20], [300, 400], 0, torch.device("cpu"))
 
 
 class Owner:

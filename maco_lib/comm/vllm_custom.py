@@ -24,8 +24,6 @@ from maco_lib.comm.symmetric import GRANULE_BYTES, Region, SymmetricAllReduce, m
 NUM_RANKS = (2, 4, 6, 8)
 # vLLM's RankData: the addresses of one source, for at most 8 ranks.
 MAX_RANKS = 8
-# Launches of one source that may be captured, 4 MiB of addresses.
-MAX_CAPTURED = 2**16 - 1
 
 
 @functools.cache
@@ -52,30 +50,40 @@ def mentions(path: pathlib.Path, name: bytes) -> bool:
 
 
 class Source:
-    """One input of vLLM's all-reduce: where it begins on every rank.
+    """One input of vLLM's all-reduce: where it begins on every rank, in a table that stays where it is for graphs.
 
-    An eager launch reads row 0 of vLLM's table of addresses. The kth captured launch reads row k, which vLLM fills in
-    after the capture, in a collective call; with one table per source every row can hold the addresses from the start,
-    and graphs need no such step.
+    An eager launch reads the row of vLLM's table of addresses that was registered. The kth captured launch of a vLLM
+    object reads the kth row after it, which vLLM fills in after the capture, in a collective call. Here every captured
+    launch has an object of its own, which has registered nothing: it reads the one row that is filled from the start,
+    however many are captured, and graphs need no such step.
     """
 
     def __init__(self, signals: list[int], addresses: list[int], rank: int, device: torch.device):
+        if torch.cuda.is_current_stream_capturing():
+            raise RuntimeError("vLLM's all-reduce does not know this tensor: call once before a graph is captured")
         row = addresses + [0] * (MAX_RANKS - len(addresses))
-        self.table = torch.tensor(row, dtype=torch.int64, device=device).repeat(1 + MAX_CAPTURED, 1)
+        self.table = torch.tensor(row, dtype=torch.int64, device=device)
         # Filled before any stream launches: those need not be ordered after this one.
         torch.cuda.synchronize(device)
+        self.signals, self.rank = signals, rank
         self.kernels = torch.ops._C_custom_ar
-        # Not fully connected would mean: no kernel above 2 ranks. `unreachable` has made sure of the access.
-        self.owner = self.kernels.init_custom_ar(signals, self.table.view(torch.uint8).view(-1), rank, True)
+        self.owner = self.new_owner()
         self.kernels.register_buffer(self.owner, addresses)
-        self.num_captured = 0
+
+    def new_owner(self) -> int:
+        """One of vLLM's objects that launch: on the host only, and needed no longer than until it has launched."""
+        # Not fully connected would mean: no kernel above 2 ranks. `unreachable` has made sure of the access.
+        return self.kernels.init_custom_ar(self.signals, self.table.view(torch.uint8), self.rank, True)
 
     def sum(self, source: torch.Tensor, result: torch.Tensor) -> None:
-        if torch.cuda.is_current_stream_capturing():
-            self.num_captured += 1
-            if self.num_captured > MAX_CAPTURED:
-                raise RuntimeError(f"more than {MAX_CAPTURED} launches of vLLM's all-reduce of one buffer are captured")
-        self.kernels.all_reduce(self.owner, source, result, 0, 0)
+        if not torch.cuda.is_current_stream_capturing():
+            self.kernels.all_reduce(self.owner, source, result, 0, 0)
+            return
+        owner = self.new_owner()
+        try:
+            self.kernels.all_reduce(owner, source, result, 0, 0)
+        finally:
+            self.kernels.dispose(owner)
 
 
 class Signals:

@@ -3,7 +3,9 @@
 The checks on GPUs need two of them; the rest says what is refused before any is touched.
 """
 
+import gc
 import importlib.util
+import weakref
 
 import pytest
 import torch
@@ -175,11 +177,13 @@ def vllm_custom_works(rank: int, num_ranks: int) -> None:
 
 def released_and_used_again(rank: int, num_ranks: int) -> None:
     tensor = torch.full((1000,), rank + 1.0, device=f"cuda:{rank}")
+    communicators = dist.distributed_c10d._world.pg_map
     for _ in range(2):
         total = tensor.clone()
         NCCL.all_reduce(total, dist.group.WORLD)
         assert (total == sum(range(1, num_ranks + 1))).all()
         nccl_symmetric.release(dist.group.WORLD)
+        assert list(communicators) == [dist.group.WORLD]
     nccl_symmetric.release(dist.group.WORLD)
 
 
@@ -259,6 +263,42 @@ class Owner:
 
 def own_something(rank: int, num_ranks: int) -> None:
     nccl_symmetric.finalize_before_destruction(Owner())
+
+
+def released(rank: int, num_ranks: int) -> None:
+    """`release` without a GPU: what it has to let go of beside registered pools, which there are none of here."""
+    world = dist.distributed_c10d._world
+    owner = object.__new__(nccl_symmetric.RegisteredMemory)
+    owner.pools, owner.communicator = [], dist.new_group(list(range(num_ranks)))
+    nccl_symmetric.finalize_before_destruction(owner)
+    nccl_symmetric._MEMORY[dist.group.WORLD] = {16: owner}
+    communicator, owner = weakref.ref(owner.communicator), weakref.ref(owner)
+    num_groups = len(world.pg_map)
+    for _ in range(2):  # a second time there is nothing to release
+        nccl_symmetric.release(dist.group.WORLD)
+        gc.collect()
+        assert owner() is None and communicator() is None
+        assert len(world.pg_map) == num_groups - 1 and not world.comms
+    dist.barrier()
+
+
+def test_release_lets_go_of_the_communicator():
+    run_ranks(released)
+
+
+def released_too_late(rank: int, num_ranks: int) -> None:
+    owner = object.__new__(nccl_symmetric.RegisteredMemory)
+    owner.pools, owner.communicator = [], dist.new_group(list(range(num_ranks)))
+    nccl_symmetric.finalize_before_destruction(owner)
+    world = dist.group.WORLD
+    nccl_symmetric._MEMORY[world] = {16: owner}
+    dist.destroy_process_group()
+    nccl_symmetric.release(world)
+    dist.init_process_group("gloo")
+
+
+def test_release_after_the_default_group_has_gone_has_nothing_to_destroy():
+    run_ranks(released_too_late)
 
 
 def test_owners_are_finalized_before_the_group_is_destroyed_and_at_exit():

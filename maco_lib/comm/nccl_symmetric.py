@@ -89,6 +89,17 @@ class RegisteredMemory:
             self.buffers.pop()
             self.pools.pop()
 
+    def destroy(self) -> None:
+        """`finalize`, and give the communicator back, which nothing keeps any more. Collective."""
+        self.finalize()
+        atexit.unregister(self.finalize)
+        world = dist.distributed_c10d._world
+        if self in world.comms:
+            world.comms.remove(self)
+        # Not if the default group has been destroyed, and every communicator with it.
+        if self.communicator in world.pg_map:
+            dist.destroy_process_group(self.communicator)
+
 
 def finalize_before_destruction(owner: object) -> None:
     """Have `owner.finalize()` called when torch destroys the default group, before any communicator, and at exit."""
@@ -109,12 +120,13 @@ def memory(group: dist.ProcessGroup, device: torch.device, num_ctas: int) -> Reg
 
 
 def release(group: dist.ProcessGroup) -> None:
-    """Give back what `group` has registered: its operations, tensors and graphs must not run any more.
+    """Give back what `group` has registered, and its communicators: its operations and tensors must not be used any
+    more, and graphs that were captured with them must be gone.
 
     Every rank calls it. Destroying the default group does the same for all groups.
     """
     for owner in _MEMORY.pop(group, {}).values():
-        owner.finalize()
+        owner.destroy()
 
 
 @dataclass(frozen=True)

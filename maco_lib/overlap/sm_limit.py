@@ -29,9 +29,16 @@ def unavailable(num_sms: int, device: torch.device) -> str:
     return "" if 0 <= num_sms < total else f"{device} has {total} SMs, of which some are to be left to the computation"
 
 
-def set_target(num_sms: int) -> None:
-    """cublasSetSmCountTarget on this thread's handle for the current GPU; 0: all SMs. RuntimeError with its status."""
-    handle = ctypes.c_void_p(torch.cuda.current_blas_handle())
+def target(handle: ctypes.c_void_p) -> int:
+    """How many SMs the cuBLAS handle's matmuls are for; 0: all. RuntimeError with cuBLAS's status."""
+    num_sms = ctypes.c_int()
+    if status := library().cublasGetSmCountTarget(handle, ctypes.byref(num_sms)):
+        raise RuntimeError(f"cublasGetSmCountTarget failed with status {status}")
+    return num_sms.value
+
+
+def set_target(handle: ctypes.c_void_p, num_sms: int) -> None:
+    """Have the cuBLAS handle's matmuls be for `num_sms`; 0: all. RuntimeError with cuBLAS's status."""
     if status := library().cublasSetSmCountTarget(handle, ctypes.c_int(num_sms)):
         raise RuntimeError(f"cublasSetSmCountTarget({num_sms}) failed with status {status}")
 
@@ -41,14 +48,17 @@ def leaving(num_sms: int, device: torch.device) -> Iterator[None]:
     """Matmuls that this thread issues within leave `num_sms` SMs of `device` alone; on other devices nothing changes.
 
     Those by cuBLAS: not other libraries', nor cuBLASLt's (as with a bias), for which torch has a setting of its own.
+    Afterwards they are for as many SMs as before; within another `leaving`, the inner number holds.
     Raises ValueError on a number that the GPU does not have to leave.
     """
     with torch.cuda.device(device):
         total = torch.cuda.get_device_properties(device).multi_processor_count
         if not 0 <= num_sms < total:
             raise ValueError(f"num_sms = {num_sms} to be left of the {total} of {device}")
-        set_target(total - num_sms)
+        handle = ctypes.c_void_p(torch.cuda.current_blas_handle())  # this thread's for this GPU
+        before = target(handle)
+        set_target(handle, total - num_sms)
         try:
             yield
         finally:
-            set_target(0)
+            set_target(handle, before)

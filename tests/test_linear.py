@@ -181,6 +181,15 @@ def errors_are_clear(rank: int, num_ranks: int) -> None:
     for rows, plan in ((4 + rank, "auto"), (4, PLANS[rank])):
         with pytest.raises(ValueError, match="the ranks disagree: rank 0 calls linear_all_reduce.*, rank 1 calls"):
             linear_all_reduce(x.new_ones(rows, 6), weight, plan=plan, check=True)
+    # What one rank refuses, all are told of.
+    for mistake, message in [
+        ({"plan": LinearPlan(backend=unusable)}, f"backend '{unusable}'"),
+        ({"plan": "fast"}, "plan = 'fast' is not a LinearPlan"),
+        ({"bias": x[0]}, r"bias has shape \(6,\) instead of \(5,\)"),
+        ({"x": [1.0]}, "x is a torch.Tensor, not list"),
+    ]:
+        with pytest.raises(ValueError, match=("" if rank else "rank 1 refuses the call: .*") + message):
+            linear_all_reduce(**{"x": x, "weight": weight} | (mistake if rank else {}), check=True)
 
 
 def group_of_one_is_the_plain_layer(rank: int, num_ranks: int) -> None:

@@ -289,6 +289,7 @@ def uneven_shares_and_compiled(rank: int, num_ranks: int) -> None:
         ({"weight": torch.ones(6, 4).int()}, "torch.int32 is not a tensor"),
         ({"weight": torch.ones(6, 4, device="meta")}, "weight is on meta"),
         ({"num_rows": [4 + rank]}, "the ranks disagree"),
+        ({"num_rows": [0 if rank else 4]}, ("" if rank else "rank 1 refuses .*") + r"num_rows = \[0\]"),
     ]:
         with pytest.raises(ValueError, match=message):
             tune_linear(**plain | wrong)

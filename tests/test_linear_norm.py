@@ -121,6 +121,12 @@ def errors_are_clear(rank: int, num_ranks: int) -> None:
         ValueError, match=r"rank 0 calls linear_all_reduce_norm\(1e-06, no bias; auto\).*, rank 1 calls"
     ):
         linear_all_reduce_norm(x[: 4 - rank], weight, residual[: 4 - rank], scale, check=True)
+    # What one rank refuses, all are told of.
+    with pytest.raises(ValueError, match=("" if rank else "rank 1 refuses .*") + r"residual has shape \(4, 6\)"):
+        linear_all_reduce_norm(x, weight, x if rank else residual, scale, check=True)
+    if x.device.type == "cpu":
+        with pytest.raises(ValueError, match=("" if rank else "rank 1 refuses .*") + "'fused': .* are on cpu"):
+            linear_all_reduce_norm(x, weight, residual, scale, plan="fused" if rank else "auto", check=True)
 
 
 def group_of_one_sums_nothing(rank: int, num_ranks: int) -> None:

@@ -59,6 +59,13 @@ def errors_are_clear(rank: int, num_ranks: int) -> None:
     assert f"on {elsewhere.device}" in message(lambda: start(elsewhere))
     wrong = message(lambda: start(ones(rank, 8 + rank), check=True))
     assert "rank 0 calls all_reduce of (8,)" in wrong and "rank 1 calls all_reduce of (9,)" in wrong
+    # What one rank refuses, all are told of.
+    for mistake, told in (
+        (torch.zeros(8, dtype=torch.long), "torch.int64"), ([1.0], "list"), (ones(rank, 4, 2).t(), "contiguous"),
+    ):  # fmt: skip
+        for call in (lambda x: start(x, check=True), lambda x: overlap(int, x, check=True)):
+            alone = message(lambda: call(mistake if rank else x))  # noqa: B023
+            assert told in alone and alone.startswith("rank 1 refuses the call: ValueError: ") == (rank == 0), alone
 
     def fail():
         raise KeyError("compute failed")

@@ -1,5 +1,6 @@
 """Plans: all give the right result, "auto" settles on the faster one, on every rank the same, and errors are clear."""
 
+import functools
 import itertools
 import json
 import pathlib
@@ -146,10 +147,21 @@ def wrong_use_is_refused(rank: int, num_ranks: int) -> None:
         assert "on meta" in message(lambda: overlap(int, torch.ones(4, device="meta"), plan=plan))  # noqa: B023
         differs = message(lambda: overlap(int, torch.ones(8 + rank), plan=plan, check=True))  # noqa: B023
         assert "rank 0 calls all_reduce of (8,)" in differs and "rank 1 calls all_reduce of (9,)" in differs
+        alone = message(lambda: overlap(int, x, plan=Plan("telepathy") if rank else plan, check=True))  # noqa: B023
+        assert "'telepathy'" in alone and ("rank 1 refuses" in alone) == (rank == 0)
+    for call in (start, functools.partial(overlap, int)):
+        differs = message(lambda: call(x, plan=Plan(overlapped=rank == 0), check=True))  # noqa: B023
+        assert "by gloo, overlapped, rank 1 calls" in differs and differs.endswith("by gloo, sequential")
+    keys = message(lambda: overlap(int, x, plan="auto", key=f"layer {rank}", check=True))
+    assert "for 'layer 0'" in keys and "for 'layer 1'" in keys
+    key = message(lambda: overlap(int, x, key="layer" if rank else None, check=True))
+    assert "key = 'layer' is for plan='auto'" in key
     for plan in (Plan(), None):
         assert "key = 'layer'" in message(lambda: overlap(int, x, plan=plan, key="layer"))  # noqa: B023
     assert "strides (2,)" in message(lambda: comm.all_reduce(torch.ones(8)[::2], "gloo"))
     assert "torch.int64" in message(lambda: tune(int, torch.zeros(3, dtype=torch.long)))
+    assert "torch.int64" in message(lambda: tune(int, torch.zeros(3, dtype=torch.long) if rank else x))
+    assert "the ranks disagree" in message(lambda: tune(int, torch.ones(3 + rank)))
     assert (x == rank + 1.0).all()
 
     alone = [dist.new_group([other]) for other in range(num_ranks)][rank]

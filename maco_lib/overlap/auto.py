@@ -20,7 +20,7 @@ from maco_lib.overlap import streams
 from maco_lib.overlap.calibration import Calibration, calibrate
 from maco_lib.overlap.measure import in_symmetric_memory, median_us
 from maco_lib.overlap.plan import Decision, Plan, captured, choose, record, sequential, shortlist
-from maco_lib.overlap.validation import require_plan, validate
+from maco_lib.overlap.validation import check_agreement, described, require_call
 from maco_lib.timing import Arm, first_error, gather, interleave
 
 R = TypeVar("R")
@@ -272,10 +272,11 @@ def tune(
     Runs `compute` some hundred times, for about `budget_s` seconds beyond warm-up, so it must bear repetition; `tensor`
     is as before when this returns. Measures as `timing.interleave` does: on GPUs replays of a CUDA graph, without the
     host, which is what captured code will see. A group of one, or a tensor without elements, gets the sequential plan.
-    Raises ValueError as `overlap`.
+    Raises ValueError as `overlap` with `check`.
     """
-    num_ranks = validate(tensor, "all_reduce", group)
-    require_plan("auto", tensor, "all_reduce", group, num_ranks)
+    call = (tensor, "all_reduce", group, "auto", 0)
+    check_agreement(lambda: described(*call, key=key), group)
+    num_ranks, _ = require_call(*call)
     if num_ranks == 1 or not tensor.numel():
         return sequential(tensor.device.type)
     return planner(group, tensor.device).tune(compute, tensor, key, budget_s)

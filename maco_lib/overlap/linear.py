@@ -65,22 +65,35 @@ def linear_all_reduce(
     For inference: there is no backward, so call it under torch.no_grad() or with tensors that require no gradient.
 
     Raises ValueError on shapes, types or devices that do not fit each other or the group, on inputs that require
-    gradients, on a plan that cannot be followed here, and with `check` on every rank when the ranks disagree (what this
-    rank alone would refuse is raised here alone).
+    gradients, and on a plan that cannot be followed here: here alone, but with `check` on every rank, and there also
+    when the ranks disagree.
     """
     operands = {"x": x, "weight": weight, "bias": bias, "residual": residual}
+    plan = LinearPlan() if plan is None else plan
+    if check:
+        check_agreement(lambda: described(operands, group, plan), group)
+    parts, of_group = require_call(operands, group, plan)
+    return torch.ops.maco.linear_all_reduce(x, weight, bias, residual, of_group, *parts)
+
+
+def require_call(
+    operands: dict[str, torch.Tensor | None], group: dist.ProcessGroup | None, plan: LinearPlan | str
+) -> tuple[tuple[str, str, int, str], str]:
+    """(parts of the plan, name of the group) for `operator`; ValueError on what it cannot be called with."""
     require_operands(operands, ("bias", "residual"), "linear_all_reduce")
-    if plan is None:
-        plan = LinearPlan()
     if plan != AUTO and not isinstance(plan, LinearPlan):
         raise ValueError(f"plan = {plan!r} is not a LinearPlan, 'auto' or None")
     parts = (AUTO, *LinearPlan().parts[1:]) if plan == AUTO else plan.parts
-    of_group = group_name(group, "linear_all_reduce")
-    if of_group and check:
-        given = ", ".join(operand for operand, tensor in operands.items() if tensor is not None)
-        result = torch.empty((*x.shape[:-1], *weight.shape[:1]), dtype=x.dtype, device="meta")
-        check_agreement(result, f"linear_all_reduce({given}; {plan})", group)
-    return torch.ops.maco.linear_all_reduce(x, weight, bias, residual, of_group, *parts)
+    return parts, group_name(group, "linear_all_reduce")
+
+
+def described(operands: dict[str, torch.Tensor | None], group: dist.ProcessGroup | None, plan: LinearPlan | str) -> str:
+    """What is to be the same on every rank, in words; raises ValueError where this one refuses the call."""
+    (_, backend_name, *_), _ = require_call(operands, group, plan)
+    shape, x = result_shape(*operands.values()), operands["x"]
+    usable_backend(backend_name, x.device, group or dist.group.WORLD)
+    given = ", ".join(operand for operand, tensor in operands.items() if tensor is not None)
+    return f"linear_all_reduce({given}; {plan}) of {shape} {x.dtype}"
 
 
 @torch.library.custom_op("maco::linear_all_reduce", mutates_args=())

@@ -30,7 +30,7 @@ from maco_lib.overlap.linear_model import LinearCosts, shortlist
 from maco_lib.overlap.linear_plan import HOPPER, LinearPlan, candidates
 from maco_lib.overlap.linear_techniques.problem import workspace_address
 from maco_lib.overlap.plan import DEFAULT_BACKEND, Decision, keep, record
-from maco_lib.overlap.validation import device_kinds, group_name
+from maco_lib.overlap.validation import check_agreement, device_kinds, group_name
 from maco_lib.timing import gather
 
 # Calls that a capture can rely on; beyond, the oldest are forgotten, so that changing shapes take no more memory.
@@ -252,26 +252,31 @@ def tune_linear(
     on GPUs. An overlapping plan is kept where it is faster than the fastest sequential one by more than 1 %. Random x,
     no bias, no residual; the weights are as cold as a model's. For a group of one there is nothing to choose: {}.
 
-    Returns the decision for each M. Raises ValueError on a weight or Ms that are not valid, or differ between ranks.
+    Returns the decision for each M. Raises ValueError, on every rank, on a weight or Ms that are not valid on one of
+    them, or differ between ranks.
     """
-    if not isinstance(weight, torch.Tensor) or weight.dim() != 2 or weight.dtype not in DTYPES.values():
-        described = f"{tuple(weight.shape)} {weight.dtype}" if isinstance(weight, torch.Tensor) else repr(weight)
-        raise ValueError(f"weight = {described} is not a tensor (N, K) of {', '.join(map(str, DTYPES.values()))}")
-    if not num_rows or not all(isinstance(m, int) and m >= 1 for m in num_rows) or not weight.numel():
-        raise ValueError(
-            f"num_rows = {num_rows!r} with a weight of {tuple(weight.shape)}: all are to be ints of 1 or more"
-        )
+    check_agreement(lambda: described(weight, num_rows, group), group)
+    described(weight, num_rows, group)  # also where there is nobody to agree with
     if not group_name(group, "tune_linear"):
         return {}
     group = group or dist.group.WORLD
-    if weight.device.type not in device_kinds(group):
-        raise ValueError(f"weight is on {weight.device}, but the {dist.get_backend(group)} group is not")
-    for rank, theirs in enumerate(every := gather((sorted(set(num_rows)), weight.shape[0], weight.dtype), group)):
-        if theirs != every[0]:
-            raise ValueError(f"the ranks disagree on (num_rows, N, type): rank 0 has {every[0]}, rank {rank} {theirs}")
     with torch.no_grad():
         owner = planner(group, weight.device)
         layer = owner.layer(weight)
         # The largest first, for which the buffers of all are made.
         decided = {m: owner.tune(layer, m, weight.detach(), budget_s) for m in sorted(set(num_rows), reverse=True)}
     return dict(sorted(decided.items()))
+
+
+def described(weight: torch.Tensor, num_rows: Sequence[int], group: dist.ProcessGroup | None) -> str:
+    """What `tune_linear` needs to be the same on every rank, in words; raises ValueError where this one refuses it."""
+    if not isinstance(weight, torch.Tensor) or weight.dim() != 2 or weight.dtype not in DTYPES.values():
+        got = f"{tuple(weight.shape)} {weight.dtype}" if isinstance(weight, torch.Tensor) else repr(weight)
+        raise ValueError(f"weight = {got} is not a tensor (N, K) of {', '.join(map(str, DTYPES.values()))}")
+    if not num_rows or not all(isinstance(m, int) and m >= 1 for m in num_rows) or not weight.numel():
+        raise ValueError(
+            f"num_rows = {num_rows!r} with a weight of {tuple(weight.shape)}: all are to be ints of 1 or more"
+        )
+    if group_name(group, "tune_linear") and weight.device.type not in device_kinds(group):
+        raise ValueError(f"weight is on {weight.device}, but the {dist.get_backend(group)} group is not")
+    return f"tune_linear of {sorted(set(num_rows))} rows with N = {weight.shape[0]}, {weight.dtype}"

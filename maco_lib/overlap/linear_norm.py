@@ -61,20 +61,39 @@ def linear_all_reduce_norm(
     returned, and normed. For inference: there is no backward.
 
     Raises ValueError on shapes, types or devices that do not fit each other or the group, on inputs that require
-    gradients, on a plan that cannot be followed here, and with `check` on every rank when the ranks disagree (what this
-    rank alone would refuse is raised here alone).
+    gradients, and on a plan that cannot be followed here: here alone, but with `check` on every rank, and there also
+    when the ranks disagree.
     """
     operands = {"x": x, "weight": weight, "residual": residual, "norm_weight": norm_weight, "bias": bias}
+    if check:
+        check_agreement(lambda: described(operands, eps, group, plan), group)
+    parts, of_group = require_call(operands, group, plan)
+    return torch.ops.maco.linear_all_reduce_norm(x, weight, residual, norm_weight, eps, bias, of_group, *parts)
+
+
+def require_call(
+    operands: dict[str, torch.Tensor | None], group: dist.ProcessGroup | None, plan: LinearPlan | str
+) -> tuple[tuple[str, str, int, str], str]:
+    """(parts of the plan, name of the group) for `operator`; ValueError on what it cannot be called with."""
     require_operands(operands, ("bias",), "linear_all_reduce_norm")
     if not isinstance(plan, LinearPlan) and plan not in ("auto", "fused"):
         raise ValueError(f"plan = {plan!r} is not a LinearPlan, 'auto' or 'fused'")
-    of_group = group_name(group, "linear_all_reduce_norm")
-    if of_group and check:
-        result = torch.empty((*x.shape[:-1], *weight.shape[:1]), dtype=x.dtype, device="meta")
-        given = f"{eps}, {'no ' if bias is None else ''}bias; {plan}"
-        check_agreement(result, f"linear_all_reduce_norm({given})", group)
     parts = (plan, *LinearPlan().parts[1:]) if isinstance(plan, str) else plan.parts
-    return torch.ops.maco.linear_all_reduce_norm(x, weight, residual, norm_weight, eps, bias, of_group, *parts)
+    return parts, group_name(group, "linear_all_reduce_norm")
+
+
+def described(
+    operands: dict[str, torch.Tensor | None], eps: float, group: dist.ProcessGroup | None, plan: LinearPlan | str
+) -> str:
+    """What is to be the same on every rank, in words; raises ValueError where this one refuses the call."""
+    (technique, backend_name, *_), _ = require_call(operands, group, plan)
+    shape, x = norm_shape(*operands.values()), operands["x"]
+    group = group or dist.group.WORLD
+    usable_backend(backend_name, x.device, group)
+    if technique == "fused" and (why := unfusable(x, operands["weight"], group)):
+        raise ValueError(f"plan = 'fused': {why}")
+    given = f"{eps}, {'no ' if operands['bias'] is None else ''}bias; {plan}"
+    return f"linear_all_reduce_norm({given}) of {shape} {x.dtype}"
 
 
 @torch.library.custom_op("maco::linear_all_reduce_norm", mutates_args=())

@@ -20,7 +20,7 @@ from maco_lib import comm
 from maco_lib.comm import c10d
 from maco_lib.overlap.plan import Plan
 from maco_lib.overlap.sm_limit import leaving
-from maco_lib.overlap.validation import check_agreement, require_plan, result_shape, validate
+from maco_lib.overlap.validation import check_agreement, described, require_call, require_key, result_shape
 
 R = TypeVar("R")
 Run = Callable[[bool], dist.Work | None]
@@ -183,22 +183,21 @@ def start(
         all_to_all      (n, ...)      the P-th parts sent to this rank, a new tensor
     group: None for all ranks. A group of one, and no process group at all: the result is `tensor` itself, at once.
     priority: of the side stream, on GPUs; lower is more urgent (`highest_priority()`).
-    check: first compare shape and type across the ranks (blocks the host, not for captured code).
+    check: first compare collective, shape, type and plan across the ranks (blocks the host, not for captured code).
     plan: for an all-reduce, the backend and stream that run it; planned ones run one after the other, and are to be
         issued from one current stream (or from streams that the caller orders). A tensor from `comm.symmetric_empty` is
         summed where it lies, any other is copied into symmetric memory and back.
 
-    Raises ValueError on an unknown collective, a wrong device, layout, type or shape, a plan that cannot be followed
-    here (nothing else is run in its place), and with `check` on every rank when the ranks disagree (what this rank
-    alone would refuse is raised here alone).
+    Raises ValueError on an unknown collective, a wrong device, layout, type or shape, and a plan that cannot be
+    followed here (nothing else is run in its place): here alone, but with `check` on every rank, and there also when
+    the ranks disagree.
     """
-    num_ranks = validate(tensor, collective, group)
-    if plan is not None:
-        plan = require_plan(plan, tensor, collective, group, num_ranks, priority, computes=False)
+    call = (tensor, collective, group, plan, priority)
+    if check:
+        check_agreement(lambda: described(*call, computes=False), group)
+    num_ranks, plan = require_call(*call, computes=False)
     if num_ranks == 1:
         return Handle(tensor)
-    if check:
-        check_agreement(tensor, collective, group)
     if plan is not None:
         return launch_planned(plan, planned_all_reduce(plan, tensor, group), tensor)
     shape = result_shape(collective, tensor.shape, num_ranks)
@@ -234,21 +233,20 @@ def overlap(
     key: names the computation for "auto", equal on every rank; None: where `compute` is defined. Give one if the same
     code does work of different size. The size and type of `tensor` are part of it anyhow.
     """
-    if key is not None and plan != "auto":
-        raise ValueError(f"key = {key!r} is for plan='auto', not for {plan!r}")
+    call = (tensor, collective, group, plan, priority)
+    if check:
+        check_agreement(lambda: described(*call, key=key), group)
+    require_key(key, plan)
     if plan is None:
-        handle = start(tensor, collective, group, priority=priority, check=check)
+        handle = start(tensor, collective, group, priority=priority)
         try:
             computed = compute()
         finally:
             total = handle.wait()
         return computed, total
-    num_ranks = validate(tensor, collective, group)
-    plan = require_plan(plan, tensor, collective, group, num_ranks, priority)
+    num_ranks, plan = require_call(*call)
     if num_ranks == 1:
         return compute(), tensor
-    if check:
-        check_agreement(tensor, collective, group)
     if plan == "auto":
         from maco_lib.overlap.auto import planner  # it measures through this module
 

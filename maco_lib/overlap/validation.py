@@ -1,7 +1,7 @@
 """Whether a call of `start` or `overlap` makes sense: errors that name the offending value and the valid ones."""
 
 import weakref
-from typing import Any
+from collections.abc import Callable, Hashable
 
 import torch
 import torch.distributed as dist
@@ -9,6 +9,7 @@ import torch.distributed as dist
 from maco_lib.comm import DTYPES, backend, collective
 from maco_lib.overlap import sm_limit
 from maco_lib.overlap.plan import Plan
+from maco_lib.timing import gather
 
 
 def validate(tensor: torch.Tensor, name: str, group: dist.ProcessGroup | None) -> int:
@@ -51,13 +52,29 @@ def result_shape(name: str, shape: torch.Size, num_ranks: int) -> tuple[int, ...
     return (first, *shape[1:])
 
 
-def check_agreement(tensor: torch.Tensor, name: str, group: dist.ProcessGroup | None) -> None:
-    """Raise ValueError on every rank unless all call the same collective with the same shape and type. Collective."""
-    described: list[Any] = [None] * dist.get_world_size(group)
-    dist.all_gather_object(described, f"{name} of {tuple(tensor.shape)} {tensor.dtype}", group=group)
-    for rank, theirs in enumerate(described):
-        if theirs != described[0]:
-            raise ValueError(f"the ranks disagree: rank 0 calls {described[0]}, rank {rank} calls {theirs}")
+def check_agreement(describe: Callable[[], str], group: dist.ProcessGroup | None) -> None:
+    """Raise an error on every rank unless `describe()` raises none and says the same of the call on all. Collective.
+
+    Its error is raised as it is where it comes from, and as a ValueError with its text on the other ranks. Without a
+    group, or where this rank is not in it, there is nobody to agree with.
+    """
+    if not dist.is_initialized() or dist.get_world_size(group) <= 1:
+        return
+    described, refused = "", None
+    try:
+        described = describe()
+    except Exception as error:  # whatever it is, the others wait to be told
+        refused = error
+    text = "" if refused is None else f"{type(refused).__name__}: {refused}"
+    every = gather((described, text), group or dist.group.WORLD)
+    if refused is not None:
+        raise refused
+    for rank, (_, error) in enumerate(every):
+        if error:
+            raise ValueError(f"rank {rank} refuses the call: {error}")
+    for rank, (theirs, _) in enumerate(every):
+        if theirs != every[0][0]:
+            raise ValueError(f"the ranks disagree: rank 0 calls {every[0][0]}, rank {rank} calls {theirs}")
 
 
 def require_operands(operands: dict[str, torch.Tensor | None], optional: tuple[str, ...], name: str) -> None:
@@ -108,6 +125,44 @@ def require_plan(
     if num_ranks > 1 and (why := unavailable(plan.backend, tensor.device, group or dist.group.WORLD)):
         raise ValueError(f"plan with backend {plan.backend!r}: {why}")
     return plan
+
+
+def require_key(key: Hashable, plan: Plan | str | None) -> None:
+    """Raise ValueError on a key of the computation beside a plan that has no use for it."""
+    if key is not None and plan != "auto":
+        raise ValueError(f"key = {key!r} is for plan='auto', not for {plan!r}")
+
+
+def require_call(
+    tensor: torch.Tensor,
+    name: str,
+    group: dist.ProcessGroup | None,
+    plan: Plan | str | None,
+    priority: int,
+    computes: bool = True,
+) -> tuple[int, Plan | str | None]:
+    """(number of ranks, the plan with its backend said), as `validate` and, where there is a plan, `require_plan`."""
+    num_ranks = validate(tensor, name, group)
+    if plan is not None:
+        plan = require_plan(plan, tensor, name, group, num_ranks, priority, computes)
+    return num_ranks, plan
+
+
+def described(
+    tensor: torch.Tensor,
+    name: str,
+    group: dist.ProcessGroup | None,
+    plan: Plan | str | None,
+    priority: int,
+    computes: bool = True,
+    key: Hashable = None,
+) -> str:
+    """What is to be the same on every rank, in words; raises ValueError where this one refuses the call."""
+    require_key(key, plan)
+    _, plan = require_call(tensor, name, group, plan, priority, computes)
+    words = [f"{name} of {tuple(tensor.shape)} {tensor.dtype}"]
+    words += [f"by {plan}"] * (plan is not None) + [f"for {key!r}"] * (key is not None)
+    return " ".join(words)
 
 
 _UNAVAILABLE: "weakref.WeakKeyDictionary[dist.ProcessGroup, dict[tuple[str, torch.device], str]]"

@@ -66,6 +66,25 @@ def test_it_is_refused_where_there_is_no_hopper_gpu():
     run_ranks(refused)
 
 
+@pytest.mark.parametrize("k", [64, 20, 9, 1, 0])
+def test_any_share_of_k_is_multiplied_so_that_no_rank_refuses_alone(monkeypatch, k):
+    ran = []
+
+    def on_side_stream(part, blocks):
+        assert part.x.shape[1] % 8 == 0 == part.x.stride(0) % 8 and part.x.shape[1] == part.weight.shape[1] >= 8
+        ran.append(torch.cat([block.product for block in blocks]).shape)
+        part.result.copy_(part.x @ part.weight.t())
+
+    monkeypatch.setattr(signalled, "misplaced", lambda problem: "")
+    monkeypatch.setattr(signalled, "on_side_stream", on_side_stream)
+    x, weight, result = torch.randn(600, k), torch.randn(16, k), torch.full((600, 16), torch.nan)
+    signalled.run(problem.Problem(x, weight, None, None, result, "gloo", None), 2)
+    assert ran == [(600, 16)]
+    torch.testing.assert_close(result, x @ weight.t())
+    with pytest.raises(ValueError, match="N = 12 is no multiple of 8"):
+        signalled.run(problem.Problem(x, weight[:12], None, None, result[:, :12], "gloo", None), 2)
+
+
 # -- on GPUs -----------------------------------------------------------------------------------------------------------
 
 
@@ -89,6 +108,14 @@ def right(rank: int, num_ranks: int) -> None:
             assert example.squared_error(result) <= bound, (plan, shape, dtype)
             assert_equal_on_every_rank(result)
             assert torch.equal(example.run(plan), result), (plan, shape, dtype)
+    # Shares of K that differ between the ranks, and are no multiples of 8; of the last rank also none at all.
+    for k in (8 * num_ranks + 1, num_ranks - 1):
+        example = Example(rank, num_ranks, (600,), 264, k, torch.bfloat16)
+        bound = 1.2**2 * example.squared_error(example.plain())
+        for plan in plans(rank):
+            result = example.run(plan)
+            assert example.squared_error(result) <= bound, (plan, k)
+            assert_equal_on_every_rank(result)
     wrong = of(rank, num_ranks, (600, 64, 64), torch.float32)
     with pytest.raises(ValueError, match="'signalled'.*float32"):
         wrong.run(plans(rank)[0])

@@ -21,11 +21,12 @@ import torch.distributed as dist
 from maco_lib.kernels.tile_order import CTAS, ROWS, TileOrder
 from maco_lib.overlap.linear_techniques import sequential
 from maco_lib.overlap.linear_techniques.chunked import cut
+from maco_lib.overlap.linear_techniques.decode import in_whole_lines
 from maco_lib.overlap.linear_techniques.persistent import (
     MAX_ROWS,
+    MULTIPLE,
     for_tma,
     misplaced,
-    misshapen,
     require_preparation,
 )
 from maco_lib.overlap.linear_techniques.persistent_time import fastest_tiling
@@ -85,13 +86,19 @@ def signals(group: dist.ProcessGroup, device: torch.device) -> Signals:
     return of_group[device]
 
 
+def unaligned(problem: Problem) -> str:
+    """Why the matmul is not for a result of so many columns, or ""; the same on every rank."""
+    num_columns = problem.result.shape[1]
+    return f"N = {num_columns} is no multiple of {MULTIPLE}" if num_columns % MULTIPLE else ""
+
+
 def run(problem: Problem, num_bands: int) -> None:
     """Fill `problem.result`. Collective. One band, where M is at most a tile, is run as `sequential`.
 
-    Copies x or weight where they are not laid out for TMA. Raises ValueError on a problem that the matmul is not for
-    (on this rank only, where K differs between the ranks).
+    Copies x or weight where they are not laid out for TMA, with columns of zeros if need be: any K will do, so no rank
+    refuses its share alone. Raises ValueError on a problem that the matmul is not for.
     """
-    if why := misplaced(problem) or misshapen(problem):
+    if why := misplaced(problem) or unaligned(problem):
         raise ValueError(f"technique 'signalled': {why}")
     for first in range(0, len(problem.result), MAX_ROWS):
         rows = slice(first, first + MAX_ROWS)
@@ -101,10 +108,13 @@ def run(problem: Problem, num_bands: int) -> None:
         if len(pieces) == 1:
             sequential.run(part)
         else:
-            on_side_stream(part, part.blocks([(piece, EVERYTHING[1]) for piece in pieces]))
+            blocks = part.blocks([(piece, EVERYTHING[1]) for piece in pieces])
+            operands = {"x": in_whole_lines(part.x), "weight": in_whole_lines(part.weight)}
+            on_side_stream(dataclasses.replace(part, **operands), blocks)
 
 
 def on_side_stream(problem: Problem, blocks: list[Block]) -> None:
+    """x and weight are laid out for TMA."""
     (num_rows, num_columns), device, k = problem.result.shape, problem.result.device, problem.x.shape[1]
     shared = signals(problem.group, device)
     max_clusters = (shared.num_sms - NUM_FREE_SMS) // CTAS
@@ -112,11 +122,10 @@ def on_side_stream(problem: Problem, blocks: list[Block]) -> None:
     num_n, height = -(-num_columns // tiling.columns), blocks[0].piece[0].stop // ROWS
     order = TileOrder(-(-num_rows // ROWS), num_n, 1, max_clusters, height=height, pairs=tiling.pairs)
     flags, schedule = shared.flags_for(order.num_tiles), shared.schedule(order)
-    x, weight = for_tma(problem.x), for_tma(problem.weight)
     current, side = torch.cuda.current_stream(device), side_stream(device, highest_priority())
     side.wait_stream(current)
     try:
-        multiply(problem, x, weight, blocks, tiling.columns, order, schedule, flags)
+        multiply(problem, blocks, tiling.columns, order, schedule, flags)
         with torch.cuda.stream(side):
             sum_bands(problem, blocks, flags, num_n)
     except BaseException:
@@ -127,9 +136,8 @@ def on_side_stream(problem: Problem, blocks: list[Block]) -> None:
 
 
 def multiply(
-    problem: Problem, x: torch.Tensor, weight: torch.Tensor, blocks: list[Block], bn: int, order: TileOrder,
-    schedule: object, flags: torch.Tensor,
-) -> None:  # fmt: skip
+    problem: Problem, blocks: list[Block], bn: int, order: TileOrder, schedule: object, flags: torch.Tensor
+) -> None:
     """This rank's product of all blocks, on the current stream."""
     from maco_lib.kernels.persistent import Addresses, persistent
 
@@ -139,7 +147,7 @@ def multiply(
     # Whole tiles fill whole granules, so the blocks lie one after the other without gaps.
     product = blocks[0].product.as_strided(problem.result.shape, (problem.result.shape[1], 1))
     here = Addresses([0], [0], [flags.data_ptr()], 0, 0)
-    persistent(x, weight, bias, None, product, bn, order, schedule, here, 0)
+    persistent(problem.x, problem.weight, bias, None, product, bn, order, schedule, here, 0)
 
 
 def sum_bands(problem: Problem, blocks: list[Block], flags: torch.Tensor, num_n: int) -> None:

@@ -1,5 +1,6 @@
 """Plans: all give the right result, "auto" settles on the faster one, on every rank the same, and errors are clear."""
 
+import dataclasses
 import functools
 import itertools
 import json
@@ -14,6 +15,7 @@ from ranks import run_ranks
 from maco_lib import comm
 from maco_lib.overlap import Plan, calibrate, decisions, overlap, start, tune
 from maco_lib.overlap.auto import FIRST_CALLS, ROUNDS
+from maco_lib.overlap.model import Stretch
 from maco_lib.overlap.plan import LEFT_TO, MAX_CANDIDATES, captured, choose, overlapping, sequential, shortlist
 
 CPU = torch.device("cpu")
@@ -256,38 +258,44 @@ def auto_settles(rank: int, num_ranks: int) -> None:
 
 
 def tuning_finds_out(rank: int, num_ranks: int) -> None:
-    """A computation that cannot be overlapped without harm: it is slow while the all-reduce is under way."""
+    """Computations that one of the plans harms: slow while the all-reduce is under way, and slow while it is not."""
     from maco_lib.overlap import auto, streams
 
     small_grid()
-    tensor, under_way, launch = torch.full((1000,), 7.0), [], streams.launch
+    tensor, under_way, launch = torch.empty(1000), [], streams.launch
+    beside: list[bool] = []  # of each computation, whether the all-reduce was under way
 
     def watched(run, *rest, **named):
         under_way.append(1)
         return launch(run, *rest, **named)
 
-    def compute() -> None:
-        time.sleep(0.03 if under_way else 0.002)
-        under_way.clear()
-
     streams.launch = watched
-    assert tune(compute, tensor, budget_s=0.1) == SEQUENTIAL
-    assert (tensor == 7.0).all()
-    decision = decisions()[-1]
-    assert decision.how == "tune" and ".compute:" in decision.key
-    assert decision.measured_us[OVERLAPPED] > 2 * decision.measured_us[SEQUENTIAL] > 2000
+    for key, slow_beside, wanted in ((None, True, SEQUENTIAL), ("named", False, OVERLAPPED)):
+
+        def compute() -> None:
+            beside.append(bool(under_way))
+            time.sleep(0.03 if beside[-1] == slow_beside else 0.002)  # noqa: B023
+            under_way.clear()
+
+        tensor.fill_(7.0)
+        assert tune(compute, tensor, key=key, budget_s=0.1) == wanted
+        assert (tensor == 7.0).all()
+        decision = decisions()[-1]
+        assert decision.how == "tune" and (decision.key == "named" or ".compute:" in decision.key)
+        (other,) = decision.measured_us.keys() - {wanted}
+        assert decision.measured_us[other] > 2 * decision.measured_us[wanted] > 2000
+        # What was tuned is followed at once, and the computation run once.
+        tensor.fill_(rank + 1.0)
+        beside.clear()
+        overlap(compute, tensor, plan="auto", key=key)
+        assert beside == [wanted == OVERLAPPED] and (tensor == 3.0).all()
     streams.launch = launch
-    calls: list[int] = []
-    assert tune(lambda: calls.append(1), tensor, key="named") in (SEQUENTIAL, OVERLAPPED)
-    tensor.fill_(rank + 1.0)
-    calls.clear()
-    overlap(lambda: calls.append(1), tensor, plan="auto", key="named")
-    assert calls == [1] and (tensor == 3.0).all() and len(decisions()) == 2
+    assert len(decisions()) == 2
     # Nothing to sum: nothing to choose.
     empty = torch.empty(0)
     for _ in range(5):
         assert overlap(lambda: 42, empty, plan="auto", key="empty") == (42, empty)
-    assert tune(lambda: calls.append(1), empty) == SEQUENTIAL and len(decisions()) == 2
+    assert tune(int, empty) == SEQUENTIAL and len(decisions()) == 2
     # The default must work: without it there is nothing to judge a plan against.
     refusal, auto.refusal = auto.refusal, lambda plan, scratch, group: "out of memory"
     with pytest.raises(RuntimeError, match="gloo, the default all-reduce, fails: rank 0: out of memory"):
@@ -296,9 +304,17 @@ def tuning_finds_out(rank: int, num_ranks: int) -> None:
     # Where nothing can be measured: by the model for a known key, else sequential.
     planner = auto.planner(None, CPU)
     assert planner.foretell(("never seen", 4000, "torch.float32", False)) == SEQUENTIAL
-    assert planner.foretell(("named", 2000, "torch.float32", False)) in (SEQUENTIAL, OVERLAPPED)
-    foretold = decisions()[-1]
-    assert foretold.how == "predicted" and set(foretold.predicted_us) == {SEQUENTIAL, OVERLAPPED}
+    known = decisions()[0]
+    for num_bytes, stretch, wanted in (
+        (2000, Stretch(1.0, 1.0, 0.0), OVERLAPPED), (1000, Stretch(1.0, 1.0, 1e4), SEQUENTIAL),
+    ):  # fmt: skip
+        planner.calibration = dataclasses.replace(planner.calibration, stretches={OVERLAPPED: stretch})
+        for _ in range(2):  # decided once
+            assert planner.foretell((known.key, num_bytes, "torch.float32", False)) == wanted
+        foretold = decisions()[-1]
+        assert foretold.how == "predicted" and set(foretold.predicted_us) == {SEQUENTIAL, OVERLAPPED}
+        assert foretold.t_comp_us == pytest.approx(known.t_comp_us * num_bytes / 4000)
+    assert len(decisions()) == 6  # with that which failed and that of an unknown key
 
 
 def test_auto_settles_on_the_faster_plan_and_on_every_rank_the_same(cache):

@@ -5,7 +5,7 @@ import torch
 import torch.distributed as dist
 from ranks import run_ranks
 
-from maco_lib.overlap import overlap, start
+from maco_lib.overlap import overlap, start, streams
 
 
 def device_of(rank: int) -> torch.device:
@@ -99,6 +99,26 @@ def test_without_a_process_group_the_tensor_comes_back():
     x = torch.randn(4)
     product, same = overlap(lambda: 6 * 7, x)
     assert product == 42 and same is x
+
+
+@pytest.mark.parametrize("capturing", [False, True])
+def test_a_capture_that_failed_does_not_stop_later_planned_collectives(monkeypatch, capturing):
+    """Without a GPU: a wait for what was captured, and never run, fails; so does one in a capture for what was not."""
+
+    class Stream:
+        def wait_event(self, event):
+            raise RuntimeError("operation not permitted on an event last recorded in a capturing stream")
+
+    gpu = torch.device("cuda", 0)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: Stream())
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: capturing)
+    monkeypatch.setitem(streams._EXCLUSIVE, gpu, object())
+    if capturing:
+        with pytest.raises(RuntimeError, match="begun before this capture: wait"):
+            streams.wait_for_planned(gpu)
+    else:
+        streams.wait_for_planned(gpu)
+    assert (gpu in streams._EXCLUSIVE) == capturing
 
 
 def captured(rank: int, num_ranks: int) -> None:

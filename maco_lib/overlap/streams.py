@@ -56,9 +56,19 @@ _EXCLUSIVE: dict[torch.device, torch.cuda.Event] = {}
 
 
 def wait_for_planned(device: torch.device) -> None:
-    """Order what the current stream of a GPU does next after its last planned collective, waited for or not."""
-    if device in _EXCLUSIVE:
+    """Order what the current stream of a GPU does next after its last planned collective that nobody has waited for.
+
+    Raises RuntimeError while a graph is captured if that was begun before the capture.
+    """
+    if device not in _EXCLUSIVE:
+        return
+    try:
         torch.cuda.current_stream(device).wait_event(_EXCLUSIVE[device])
+    except RuntimeError as error:
+        if torch.cuda.is_current_stream_capturing():
+            raise RuntimeError("a planned collective was begun before this capture: wait() for it first") from error
+        # It was captured, and the capture failed before anybody waited for it: nothing runs that could be waited for.
+        del _EXCLUSIVE[device]
 
 
 @functools.cache
@@ -91,9 +101,9 @@ def launch(
         return Handle(result, work=run(True))
     side = side_stream(device, priority)
     side.wait_event(after or torch.cuda.current_stream(device).record_event())
-    if exclusive and device in _EXCLUSIVE:
-        side.wait_event(_EXCLUSIVE[device])
     with torch.cuda.stream(side):
+        if exclusive:
+            wait_for_planned(device)
         run(False)
     # Memory freed while the side stream still uses it must not be handed out again by the allocator.
     for tensor in (result, *used):

@@ -127,7 +127,8 @@ def operator(
     planner = linear_auto.planner(group, x.device) if technique == AUTO else None
     if planner:
         plan = planner.plan(*call)
-        name = usable_backend(plan.backend, x.device, group)
+        if plan.backend not in ("", name):
+            name = usable_backend(plan.backend, x.device, group)
     RUN[plan.technique](Problem(flat_x, weight, bias, flat_residual, flattened(result), name, group), plan)
     if planner:
         planner.ran(plan, *call)

@@ -27,12 +27,19 @@ EVERYTHING: Piece = (slice(None), slice(None))
 @dataclass(frozen=True)
 class Block:
     """A rectangle of the result, `piece`. product: (m, n), contiguous, what this rank multiplies; source: flat, the
-    product and less than a granule more, what the backend sums; total: flat, where the sum is (often `source`)."""
+    product and less than a granule more, what the backend sums; total: flat, where the sum is (often `source`);
+    in_result: whether that is the result's own memory."""
 
     piece: Piece
     product: torch.Tensor
     source: torch.Tensor
     total: torch.Tensor
+    in_result: bool
+
+
+def taken(tensor: torch.Tensor, piece: Piece) -> torch.Tensor:
+    """`tensor[piece]`; itself, and no view of it, where that is everything: small problems feel each."""
+    return tensor if piece is EVERYTHING else tensor[piece]
 
 
 @dataclass(frozen=True)
@@ -58,7 +65,7 @@ class Problem:
         """
         backend, dtype = comm.backend(self.backend_name), self.result.dtype
         in_workspace = isinstance(backend, SymmetricAllReduce | NcclSymmetric)
-        targets = [self.result[piece] for piece in pieces]
+        targets = [taken(self.result, piece) for piece in pieces]
         if isinstance(backend, SymmetricAllReduce) and all(backend.anywhere(target.nbytes) for target in targets):
             backend.require("all_reduce", dtype)
             in_workspace = False
@@ -66,7 +73,7 @@ class Problem:
             streams.wait_for_planned(self.result.device)
         if not in_workspace and all(target.is_contiguous() for target in targets):
             flats = [target.view(-1) for target in targets]
-            return [Block(*each) for each in zip(pieces, targets, flats, flats, strict=True)]
+            return [Block(*each, in_result=True) for each in zip(pieces, targets, flats, flats, strict=True)]
         lengths = [whole(target.numel() * dtype.itemsize) // dtype.itemsize for target in targets]
         if in_workspace:
             backend.require("all_reduce", dtype)
@@ -79,7 +86,7 @@ class Problem:
         for piece, target, source in zip(pieces, targets, storage.split(lengths), strict=True):
             product = source[: target.numel()].view(target.shape)
             total = source if getattr(backend, "in_place", True) else beside(target, source)
-            made.append(Block(piece, product, source, total))
+            made.append(Block(piece, product, source, total, total.data_ptr() == target.data_ptr()))
         return made
 
     def workspace(self, backend: SymmetricAllReduce | NcclSymmetric, numel: int) -> torch.Tensor:
@@ -94,7 +101,7 @@ class Problem:
     def multiply(self, block: Block) -> None:
         """This rank's product, on the current stream."""
         rows, columns = block.piece
-        x, weight = self.x[rows], self.weight[columns]
+        x, weight = (self.x, self.weight) if block.piece is EVERYTHING else (self.x[rows], self.weight[columns])
         if self.bias is not None and self.group.rank() == 0:
             torch.addmm(self.bias[columns], x, weight.t(), out=block.product)
         else:
@@ -111,11 +118,13 @@ class Problem:
 
     def finish(self, block: Block) -> None:
         """Bring the sum to the result, with the residual, on the current stream."""
-        target = self.result[block.piece]
+        if block.in_result and self.residual is None:
+            return
+        target = taken(self.result, block.piece)
         total = block.total[: target.numel()].view(target.shape)
         if self.residual is not None:
-            torch.add(total, self.residual[block.piece], out=target)
-        elif total.data_ptr() != target.data_ptr():
+            torch.add(total, taken(self.residual, block.piece), out=target)
+        else:
             target.copy_(total)
 
 

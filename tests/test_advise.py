@@ -79,6 +79,9 @@ def test_model_shares_follow_the_layer_and_say_what_is_extrapolated(tables):
     assert len(shares) == 3 * 2 * (9 + 5)
     assert shares[shares["tp"] == 2]["extrapolated"].all()
     assert not shares[(shares["tp"] == RANKS) & (shares["model"] == "Qwen3-8B")]["extrapolated"].any()
+    # Of the smallest model one token is 2 KiB, less than was measured; four tokens are the least size.
+    small = shares[(shares["tp"] == RANKS) & (shares["model"] == "Qwen3-0.6B-Base")].set_index("tokens")["extrapolated"]
+    assert small[small].index.tolist() == [1, 2]
     row = shares[(shares["model"] == "Qwen3-32B") & (shares["tp"] == 4) & (shares["tokens"] == 4096)].iloc[0]
     # Qwen3-32B at tp 4: 16 heads and 2 kv heads of 128, 6400 of 25600 intermediate features.
     weights = 5120 * (2048 + 2 * 256) + 2048 * 5120 + 3 * 5120 * 6400
@@ -107,6 +110,14 @@ def test_advice_agrees_with_the_tables(tables):
     assert 'plan="auto"' in usage and "plan=Plan(backend=''" in usage and usage.endswith("two_stream")
     assert "No technique above is predicted to help" in advise.usage(pd.DataFrame([{**row, "verdict": "hurts"}]))
     assert f"{row['gain']:.2f}x [" in advise.as_text(pd.DataFrame([row]))
+    # Fewer bytes than were measured: marked, technique by technique.
+    tiny = advise.advise(tables, tp=RANKS, shape=(1, 1024, 4096))
+    assert tiny["extrapolated"].all() and advise.as_text(tiny).splitlines()[-1].endswith("yes")
+    assert advise.as_text(pd.DataFrame([row])).splitlines()[-1].endswith("no")
+    # A fit that meets its points whatever they are has no error to tell, and is not what to use by hand.
+    exact = pd.DataFrame([{**row, "num_training": 3}])
+    assert "3 points  not testable" in advise.as_text(exact)
+    assert "No technique above is predicted to help" in advise.usage(exact)
 
 
 @pytest.mark.parametrize(

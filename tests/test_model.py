@@ -86,6 +86,13 @@ def test_all_reduce_cost_follows_the_measured_curve():
         AllReduceCost.from_bandwidth(bandwidth_table(4), "gloo")
 
 
+def test_sizes_beyond_either_end_of_those_measured_are_not_covered():
+    cost = AllReduceCost.from_bandwidth(bandwidth_table(4))
+    least, greatest = cost.curve.sizes[0], cost.curve.sizes[-1]
+    assert [cost.covers(size) for size in (least / 2, least, greatest, 2 * greatest)] == [False, True, True, False]
+    assert not cost.covers(least, ranks=2)  # fewer ranks move fewer bytes: as of a smaller tensor
+
+
 def environment_table() -> pd.DataFrame:
     shapes = [(n, n, n) for n in (1024, 2048, 4096, 8192)] + [(1, 8192, 8192)]
     rows = [

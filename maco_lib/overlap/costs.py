@@ -103,8 +103,8 @@ class AllReduceCost:
         return self.curve(self._scaled(num_bytes, ranks))
 
     def covers(self, num_bytes: float, ranks: int | None = None) -> bool:
-        """Whether that size, scaled like this, is at most the greatest measured; below the least the latency counts."""
-        return self._scaled(num_bytes, ranks) <= self.curve.sizes[-1]
+        """Whether that size, scaled like this, lies between the least and the greatest measured."""
+        return self.curve.sizes[0] <= self._scaled(num_bytes, ranks) <= self.curve.sizes[-1]
 
     def _scaled(self, num_bytes: float, ranks: int | None) -> float:
         return num_bytes * (busbw_factor(ranks) / busbw_factor(self.ranks) if ranks else 1.0)

@@ -59,7 +59,7 @@ def main(options: argparse.Namespace) -> int:
     print(f"\n{NOTE}")
     print(f"\n{usage(rows)}")
     if rows["extrapolated"].any():
-        print(f"Extrapolated: {folder} measured neither that many ranks nor that many bytes, or only one of them.")
+        print(f"Extrapolated: {folder} measured no all-reduce of that many ranks, or none as small, or none as large.")
     measured = (store.data / folder / f"{advise_linear.TABLE}.csv").exists()
     linear = store.read(folder, advise_linear.TABLE) if measured else None
     print(f"\n{advise_linear.advice(linear, shapes, options.tp, folder)}")
@@ -120,8 +120,8 @@ def advise(
     Gains are over the default collective followed by the matmul; the best technique comes first.
     `tables` are `when_to_overlap`, `bandwidth` and `environment` of one machine. Either `shape` = (m, n, k) of the
     whole row-parallel matmul, or `model_name` and `tokens`. `held_out_error` is the median |predicted / measured − 1|
-    of the technique on the points that its fit has not seen. Raises ValueError naming the wrong value and the valid
-    ones.
+    of the technique on the points that its fit, to `num_training` points, has not seen. Raises ValueError naming the
+    wrong value and the valid ones.
     """
     import pandas as pd
 
@@ -166,6 +166,7 @@ def advise(
                 "t_matmul_us": t_comp,
                 "t_comm_us": t_comm,
                 **model.gain(t_comm, t_comp, fitted(when, method), joins, baseline_us),
+                "num_training": int(judged["num_training"].iloc[0]),
                 "held_out_error": judged.loc[judged["held_out"], "error"].abs().median(),
                 "extrapolated": tp != all_reduce.ranks or not all_reduce.covers(num_bytes, tp),
             }
@@ -179,15 +180,20 @@ def advise(
 
 
 def usage(rows: "pd.DataFrame") -> str:
-    """How to do it, from rows of `advise`: by the planner, and by hand as the best technique that surely helps."""
+    """How to do it, from rows of `advise`: by the planner, and by hand as the best technique that surely helps.
+
+    Surely: beyond the error of a fit that could have missed its points.
+    """
     from maco_lib.experiments.overlap_methods import METHODS
+    from maco_lib.study.sections.when_to_overlap import testable
 
     lines = [
         "To use it: from maco_lib.overlap import overlap, Plan",
         '  result, total = overlap(lambda: x @ w, tensor, plan="auto")   finds what is fastest on your own calls, and '
         "does not overlap where that loses",
     ]
-    helping = [method for method in rows.loc[rows["verdict"] == "helps", "method"] if method in METHODS["device"]]
+    sure = rows[rows["verdict"].eq("helps") & rows["num_training"].map(testable)]
+    helping = [method for method in sure["method"] if method in METHODS["device"]]
     if helping:
         plan = METHODS["device"][helping[0]]
         lines.append(f"  result, total = overlap(lambda: x @ w, tensor, plan={plan!r})   {helping[0]}")
@@ -200,6 +206,8 @@ def as_text(rows: "pd.DataFrame") -> str:
     """The rows as a table for a terminal."""
     import pandas as pd
 
+    from maco_lib.study.sections.when_to_overlap import testable
+
     shown = pd.DataFrame(
         {
             "technique": rows["method"],
@@ -208,8 +216,13 @@ def as_text(rows: "pd.DataFrame") -> str:
             "comm. share": rows["comm_share"].map("{:.0%}".format),
             "ideal gain": rows["ideal_gain"].map("{:.2f}x".format),
             "predicted gain": [f"{row.gain:.2f}x [{row.gain_lo:.2f}, {row.gain_hi:.2f}]" for row in rows.itertuples()],
-            "model's error": rows["held_out_error"].map("{:.1%}".format),
+            "fitted to": [f"{number} points" for number in rows["num_training"]],
+            "model's error": [
+                f"{row.held_out_error:.1%}" if testable(row.num_training) else "not testable"
+                for row in rows.itertuples()
+            ],
             "verdict": rows["verdict"],
+            "extrapolated": rows["extrapolated"].map({True: "yes", False: "no"}),
         }
     )
     return shown.to_string(index=False)

@@ -17,6 +17,8 @@ from maco_lib.study.spec import Derived, Section, SectionParameters
 
 MIN_SHAPES = 4
 VERDICTS = ["helps", "hurts", "undecided"]
+# A fit has as many parameters as the fewest points that give one.
+NUM_PARAMETERS = model.MIN_TRAINING_POINTS
 
 
 class WhenParameters(SectionParameters):
@@ -114,6 +116,11 @@ def fitted(when: pd.DataFrame, method: str) -> model.Stretch:
     return model.Stretch(first["sigma_comm"], first["sigma_comp"], first["delta_us"], first["spread"])
 
 
+def testable(num_training: int) -> bool:
+    """Whether a fit to so many points can miss them; to as many as it has parameters it meets whatever they are."""
+    return num_training > NUM_PARAMETERS
+
+
 def backend_of(when: pd.DataFrame, method: str) -> str:
     """The backend whose all-reduce `method` ran."""
     return when.loc[when["method"] == method, "backend"].iloc[0]
@@ -124,7 +131,7 @@ def model_shares(tables: Mapping[str, pd.DataFrame], parameters: WhenParameters)
 
     `gain` is sequential / predicted overlapped time with the fitted stretch of `parameters.method`, as if every matmul
     of the layer could hide its all-reduces: an upper bound of what a technique with those stretches can give. Rows at a
-    tp that was not measured, or of more bytes than were, are marked `extrapolated`.
+    tp that was not measured, or of fewer or more bytes than were, are marked `extrapolated`.
     """
     stretch = fitted(tables["when_to_overlap"], parameters.method)
     backend = backend_of(tables["when_to_overlap"], parameters.method)
@@ -199,7 +206,7 @@ WHEN_TO_OVERLAP = Derived(
 
 MODEL_SHARES = Derived(
     name="model_shares",
-    method_version=1,
+    method_version=2,
     schema=pa.DataFrameSchema(
         {
             "model": pa.Column(str),

@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 from ranks import run_ranks
 
+from maco_lib import comm
 from maco_lib.experiments.linear_all_reduce_methods import (
     BASE,
     CHAIN,
@@ -224,20 +225,60 @@ def test_the_persistent_kernel_is_told_by_what_keeps_it_short(machine):
     found = {(one.layer, one.m): one for one in linear_persistent.points(machine)}
     assert len(found) == 4 and min(m for _, m in found) == 2048
 
-    def cause(layer: str, m: int, matmul: float, time: float) -> str:
-        point = found[layer, m]
-        return dataclasses.replace(point, matmul_us=matmul, ideal_us=matmul, time_us=time).cause
+    def at(layer: str, m: int, matmul: float, time: float) -> linear_persistent.Point:
+        return dataclasses.replace(found[layer, m], matmul_us=matmul, ideal_us=matmul, time_us=time)
 
     short = "Qwen3-8B o_proj", 2048
     model = found[short].model
     exchanged = model.first + model.fetched
-    assert cause(*short, 0.5 * exchanged, model.total) == linear_persistent.TRANSFERS
-    assert cause(*short, exchanged, 2 * model.total) == linear_persistent.SUMS
+    assert at(*short, 0.5 * exchanged, model.total).cause == linear_persistent.TRANSFERS
+    assert at(*short, exchanged, model.total).cause == linear_persistent.SUMS
+    # The transfers took longer than the model tells: a faster matmul changes nothing about what was measured.
+    slower = at(*short, exchanged, 2 * model.total)
+    assert slower.cause == linear_persistent.TRANSFERS
+    assert slower.reach == pytest.approx((slower.fraction,) * 2)
     long = "Qwen3-32B down_proj", 8192
     whole = found[long].model.total
-    assert cause(*long, 0.8 * whole, whole) == linear_persistent.MATMUL_ITSELF
-    assert cause(*long, 0.95 * whole, 1.1 * whole) == linear_persistent.MODEL
-    assert cause(*long, 0.95 * whole, whole) == ""
+    assert at(*long, 0.8 * whole, whole).cause == linear_persistent.MATMUL_ITSELF
+    assert at(*long, 0.95 * whole, 1.1 * whole).cause == linear_persistent.MODEL
+    assert at(*long, 0.95 * whole, whole).cause == ""
+
+
+def test_what_a_faster_matmul_gives_follows_from_the_measured_time(machine):
+    """The model is too slow at the point: by the waves alone, or by what comes beside them, which decides the cause."""
+    (one,) = [one for one in linear_persistent.points(machine) if (one.layer, one.m) == ("Qwen3-32B down_proj", 2048)]
+    parts = linear_persistent.PersistentTime(waves=145.0, first=72.0, last_sums=11.0, fetched=49.0)
+    point = dataclasses.replace(one, model=parts, matmul_us=129.0, ideal_us=129.0, time_us=151.0)
+    least, most = point.reach
+    assert least == pytest.approx(129 / (129 + 11 + parts.end))  # the whole error lies in the waves
+    assert most == pytest.approx(129 / (129 + 151 - 145))  # ... beside them
+    assert least < 0.9 < most and point.cause == linear_persistent.UNDECIDED
+    right = dataclasses.replace(point, time_us=parts.total)
+    assert right.reach == pytest.approx((least, least)) and right.cause == linear_persistent.SUMS
+    # With waves modelled longer than all that was measured, the matmul alone is the most that can be promised.
+    faster = dataclasses.replace(point, time_us=140.0, wanted=0.95)
+    assert faster.reach[1] == 1.0
+
+
+def test_the_persistent_model_says_on_which_machine_its_constants_were_set(machine):
+    assert "on h200-x2, not by the points below" in linear_persistent.constants(machine)
+    other = dataclasses.replace(machine, name="h100-x2", hardware="h100-x2")
+    assert "what the two machines differ by" in linear_persistent.constants(other)
+
+
+def test_an_all_reduce_in_lines_is_not_called_so_where_it_is_push(machine):
+    backend = comm.backend("maco_ll")
+    assert backend.max_bytes == style.LINES_BYTES and style.size_label(style.LINES_BYTES) in style.look("maco_ll").label
+    assert f"push, {backend.num_ctas} CTAs" == style.look(style.ABOVE_LINES).label
+    assert style.label_at("maco_ll", 2**18) == "one-shot in lines"
+    assert style.label_at("maco_ll", 2**18 + 8) == "push, 128 CTAs"
+    assert style.label_at("sequential_maco_ll", 8192) == "sequential, one-shot in lines"
+    assert style.label_at("sequential_maco_ll", 2**20) == "sequential, push, 128 CTAs"
+    rows = stored.linear_all_reduce()
+    rows.loc[rows["m"] <= 256, "t_comm_backend"] = "maco_ll"
+    text = linear.comparison(with_table(machine, rows))
+    lines = {int(line.split("|")[2]): line for line in text.splitlines()[2:] if "Qwen3-8B o_proj" in line}
+    assert "(one-shot in lines)" in lines[1] and "(push, 128 CTAs)" in lines[64]  # of 512 KiB
 
 
 def test_the_report_shows_the_section_and_where_it_is_missing(tmp_path, monkeypatch):

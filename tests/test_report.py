@@ -1,5 +1,6 @@
 """The report: numbers from data only, failures shown in place, verdicts that follow the data."""
 
+import collections
 import dataclasses
 import sys
 import types
@@ -16,15 +17,18 @@ from maco_lib.study import (
     evidence,
     figures,
     findings,
+    ideal_findings,
     judgement_tables,
     planner,
     publish,
     published,
     report,
+    report_tables,
     sections,
     sharing,
     techniques,
     transfer,
+    when_tables,
 )
 from maco_lib.study.files import CHECKOUT
 from maco_lib.study.store import DataError
@@ -115,6 +119,34 @@ def test_a_stale_section_says_what_is_stale(tmp_path, monkeypatch):
     assert summary.count("**h200-x2**") == summary.count(f"**h200-x2** {names}") == 3
 
 
+def test_what_is_computed_from_stale_data_says_so(tmp_path, fresh, monkeypatch):
+    monkeypatch.setattr(
+        evidence, "stale_tables", lambda store, name, section, *rest: ["old"] if section.name == "overlap" else []
+    )
+    text = text_of(stored.study(tmp_path))
+    assert "> **h200-x2: section when_to_overlap rests on stale data**, of overlap (" in text
+    assert "section bandwidth rests on" not in text
+
+
+def test_the_summary_sets_the_machines_side_by_side_and_folds_the_numbers(tmp_path, fresh):
+    store = stored.study(tmp_path, speedup=1.6)
+    machine, _ = evidence.load(store, "h200-x2")
+    other = dataclasses.replace(machine, name="h100-x2", tables={}, reasons=collections.defaultdict(str))
+    head, _, first, second = ideal_findings.overview([machine, other], tmp_path).splitlines()
+    table = machine.table("overlap").query("protocol == 'device' and method == 'two_stream'").head(4)
+    parts = (table["t_seq_us"] - table["t_overlap_us"]) / (table["t_seq_us"] - table["ideal_us"])
+    assert first.startswith(f"| h200-x2 | {parts.min():.0%} to {parts.max():.0%} | ") and first.endswith(" | – | 92% |")
+    assert second == "| h100-x2 | – | – | – | – |" and head.count("|") == 6
+    text = text_of(store)
+    summary = text[text.index("### Findings") : text.index("### What of")]
+    folded = summary[summary.index("<details>") : summary.index("</details>")]
+    assert (
+        "Finding 1:\n\n- Small compute" in folded and "\n1. **" in summary and "- Small" not in summary.split("<det")[0]
+    )
+    lines = lines_with(techniques.two_streams([machine, machine], tmp_path, "device"), "Large compute, large comm")
+    assert len(lines) == 2 and all("| h200-x2 |" in line and "of the ideal" not in line for line in lines)
+
+
 def test_a_damaged_file_is_named_and_the_other_sections_go_on(tmp_path, fresh):
     store = stored.study(tmp_path)
     with open(store.data / "h200-x2" / "bandwidth.csv", "a") as file:
@@ -188,8 +220,8 @@ def test_findings_follow_the_data(tmp_path, fresh):
     little, _ = evidence.load(stored.study(tmp_path / "slow", speedup=1.1), "h200-x2")
     found = findings.near_ideal(little, tmp_path)
     assert found.sentence == (
-        "The only technique (two streams) reaches 65% to 96% of the ideal, 95% or more in 1 of 4 configurations; it "
-        "is furthest from it in “Large compute, very large comm”"
+        "The only technique (two streams) reaches 65% to 96% of the ideal, 95% or more in 1 of 4 configurations, and "
+        "22% to 73% of the ideal gain; it is furthest from the ideal in “Large compute, very large comm”"
     )
     why = "32 SMs 1.15×: its tiles come in whole waves, and without a few SMs it needs one wave more"
     assert found.lines[-1].startswith("why not in “Large compute, very large comm”") and why in found.lines[-1]
@@ -201,6 +233,51 @@ def test_findings_follow_the_data(tmp_path, fresh):
     same = with_rows(machine, "two_stream_matmul_first")
     found = findings.launch_order(same, tmp_path)
     assert not found.decided and "makes no difference" in found.sentence
+
+
+def test_the_fraction_of_the_ideal_gain_follows_the_times_and_the_speedup(tmp_path, fresh):
+    def gain(**values) -> str:
+        row = {"t_seq_us": 200.0, "ideal_us": 100.0, "speedup_lo": 1.2, "speedup_hi": 1.3, "t_overlap_us": 160.0}
+        return techniques.gain_percent(pd.Series({**row, **values}))
+
+    assert gain() == "40.0% [33.3, 46.2]"  # 40 of 100 µs; 1.2× leaves 166.7 µs
+    assert gain(t_overlap_us=220.0, speedup_lo=0.8, speedup_hi=1.0) == "-20.0% [-50.0, 0.0]"
+    assert gain(t_overlap_us=100.0, speedup_lo=2.0, speedup_hi=2.0) == "100.0% [100.0, 100.0]"
+    assert gain(ideal_us=200 / 1.05) != "–" and gain(ideal_us=200 / 1.04) == gain(ideal_us=200.0) == "–"
+
+    machine, _ = evidence.load(stored.study(tmp_path, speedup=1.6), "h200-x2")
+    table = machine.table("overlap")
+    text = techniques.comparison(machine, tmp_path)
+    for row in table[table["protocol"].eq("device") & table["method"].eq("two_stream")].head(4).itertuples():
+        part = (row.t_seq_us - row.t_overlap_us) / (row.t_seq_us - row.ideal_us)
+        assert lines_with(text, row.configuration, f"| {part:.1%} [")
+    assert "fraction of the ideal gain** = (T_seq − T_overlap) / (T_seq − ideal)" in text_of(stored.Store(tmp_path))
+
+    # A configuration with next to nothing to gain has no fraction of it, and the finding says that it is left out.
+    little = table.assign(ideal_us=table["ideal_us"].where(table["matmul_n"] != 1024, table["t_seq_us"]))
+    little = dataclasses.replace(machine, tables={**machine.tables, "overlap": little})
+    assert lines_with(techniques.comparison(little, tmp_path), "Small compute", "fastest", "| – |")
+    sentence = findings.near_ideal(little, tmp_path).sentence
+    assert "of the ideal gain (not told in 1 of 4, where there is too little to gain)" in sentence
+    unsure = dataclasses.replace(machine, tables={**machine.tables, "overlap": table.assign(speedup_lo=0.9)})
+    assert "(the interval holds 0 in 4)" in findings.near_ideal(unsure, tmp_path).sentence
+
+
+def test_a_fit_without_degrees_of_freedom_is_no_estimate(tmp_path, fresh):
+    machine, _ = evidence.load(stored.study(tmp_path), "h200-x2")
+    table = machine.table("when_to_overlap")
+    few = table.head(4).assign(method="copy_engine_stream", num_training=3, held_out=[False] * 3 + [True], error=0.08)
+    both = dataclasses.replace(machine, tables={**machine.tables, "when_to_overlap": pd.concat([few, table])})
+    text = when_tables.prediction(both)
+    full, exact = text.splitlines()[2:4]
+    number = table["num_training"].iloc[0]
+    assert full.startswith(f"| two streams | {number} | {number - 3} | ") and f" of {table['held_out'].sum()} |" in full
+    assert exact.startswith("| copy engine on a stream | 3 | 0 | ")
+    assert "no estimate; off by 8.0% | not testable" in exact and "no degree of freedom is left" in text
+    assert "no degree of freedom" not in when_tables.prediction(machine)
+    # Carried over to another machine are only fits that can be wrong.
+    other = dataclasses.replace(both, name="h200-x4")
+    assert "copy engine" not in when_tables.transfers([both, other])
 
 
 def test_agreement_with_earlier_measurements(tmp_path, fresh):
@@ -277,6 +354,15 @@ def test_the_model_of_one_machine_is_judged_on_another_of_its_kind(tmp_path, fre
     (found,) = transfer.judge(machine, other)
     assert (found.method, found.num_points) == ("two_stream", len(table))
     assert 0.3 < found.median_error < 0.7  # half of what was measured
+    # However many machines: a row per judged one, a column per fit.
+    third = dataclasses.replace(machine, name="h100-x2")
+    text = when_tables.transfers([third, *machines])
+    head, _, *rows = [line for line in text.splitlines() if line.startswith("|")]
+    assert head.endswith("| fitted on h100-x2 | fitted on h200-x2 | fitted on h200-x4 |")
+    assert [row.split("|")[1].strip() for row in rows] == ["h200-x2", "h200-x4", "h100-x2"]
+    assert all(row.count("| – |") == 1 for row in rows)  # its own
+    assert text.endswith("cpu-2 is the only machine of its kind (cpu) with this section measured, so its model is not "
+                         "judged on another one.")  # fmt: skip
 
 
 def test_minutes_are_those_of_the_launches(tmp_path, fresh):
@@ -290,6 +376,40 @@ def test_minutes_are_those_of_the_launches(tmp_path, fresh):
     line = next(line for line in text_of(store).splitlines() if line.startswith("| overlap_published"))
     assert line.split("|")[4].strip() == "2.5"
     assert "0123456 (modified), acda2b9" in text_of(store)
+
+
+def test_the_report_tells_until_when_and_by_how_many_processes_each_table_was_measured(tmp_path, fresh):
+    store = stored.study(tmp_path)
+    record = store.record("h200-x2", "overlap")
+    launches = {
+        "a": {"table": "overlap", "time": "2026-11-22T23:50:00+00:00", "seconds": 900.0},
+        "b": {"table": "sm_sharing", "time": "2026-11-22T23:58:00+00:00"},
+        "c": {"table": "overlap", "time": "2026-11-22T23:40:00+00:00", "seconds": 60.0},
+    }
+    store.write_record("h200-x2", "overlap", {**record, "launches": launches})
+    text = text_of(store)
+    (line,) = lines_with(text, "| h200-x2 | overlap |")
+    cells = [cell.strip() for cell in line.split("|")]
+    assert cells[5] == "2026-11-23 00:05" and cells[7] == "overlap 2, sm_sharing 1"
+    assert lines_with(text, "| Measured (UTC) |", "2026-11-22 23:40 to 2026-11-23 00:05")
+    (line,) = lines_with(text, "| h200-x2 | bandwidth |")
+    assert [line.split("|")[place].strip() for place in (5, 7)] == ["", "–"]
+
+
+def test_tables_are_not_padded_and_long_ones_fold():
+    text = report_tables.table([["a", "b" * 90], ["c | d", "e"]], ["x", "y"])
+    head, _, *rows = text.splitlines()
+    assert head == "| x | y |" and rows == [f"| a | {'b' * 90} |", "| c \\| d | e |"]
+    assert report_tables.folded("every row", text) == f"<details><summary>every row</summary>\n\n{text}\n\n</details>"
+    assert report_tables.folded("every row", "*Not available on x: y*") == "*Not available on x: y*"
+
+
+def test_what_is_folded_is_in_the_html_and_in_the_pdf(tmp_path):
+    pypandoc = pytest.importorskip("pypandoc")
+    text = report_tables.folded("every row", report_tables.table([["inside"]], ["column"]))
+    for form, parts in (("html5", ("<details>", "<td>inside</td>", "</details>")), ("typst", ("[inside]",))):
+        shown = pypandoc.convert_text(f"before\n\n{text}\n\nafter\n", form, format="gfm")
+        assert all(part in shown for part in ("before", *parts, "after")), form
 
 
 def test_launches_of_other_parameters_are_not_told(tmp_path, fresh):

@@ -54,6 +54,8 @@ class Target:
 TARGETS = {2: Target(0.95, 1.65, 330.0, 8.0), 4: Target(0.93, 1.5, 320.0, 8.0)}
 TARGET_LAUNCHES = 3
 SMALL_BYTES, LARGE_BYTES = 8 * 2**10, 32 * 2**20
+# From this T_seq / ideal on there is enough to gain for a fraction of it to be told from noise.
+LEAST_IDEAL_GAIN = 1.05
 # The planner may be this much slower than the best, and a matmul so much slower when SMs are taken from it.
 PLANNER_TOLERANCE = 0.02
 FREE_SLOWDOWN = 0.02

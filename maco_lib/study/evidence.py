@@ -1,5 +1,6 @@
 """All that is stored of one machine, read once for the report and the claims."""
 
+import datetime
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -57,6 +58,19 @@ class Evidence:
         """The identities of the hosts that the section's reported rows were measured on."""
         launches = self.records[section].get("launches", {}).values()
         return {launch["machine"]["identity"] for launch in launches if "machine" in launch}
+
+    def measured(self, section: str | None = None) -> tuple[str, str]:
+        """When the first launch of a section (None: of all) began and the last ended, UTC to the minute; "" for none.
+
+        A launch that was killed recorded no end: its begin counts.
+        """
+        names = [section] if section else list(self.records)
+        launches = [launch for name in names for launch in self.records[name].get("launches", {}).values()]
+        begun = [(datetime.datetime.fromisoformat(launch["time"]), launch) for launch in launches if "time" in launch]
+        ended = [begin + datetime.timedelta(seconds=launch.get("seconds", 0.0)) for begin, launch in begun]
+        ends = (min(begin for begin, _ in begun), max(ended)) if begun else ()
+        first, last = [f"{end:%Y-%m-%d %H:%M}" for end in ends] or ("", "")
+        return first, last
 
     def settings(self) -> dict[str, str]:
         """The environment variables that were set in every launch."""

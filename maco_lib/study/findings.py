@@ -15,6 +15,8 @@ from maco_lib.study.criteria import Ratio, milliseconds
 from maco_lib.study.evidence import Evidence, Missing
 from maco_lib.study.figures.style import look
 from maco_lib.study.found import Candidate, Found, span, speedup
+from maco_lib.study.ideal_findings import near_ideal
+from maco_lib.study.sections.when_to_overlap import testable
 
 NUM_FINDINGS = 5
 
@@ -129,7 +131,9 @@ def stretches(evidence: Evidence, chosen: list[str]) -> list[str]:
     fits = fits[fits["method"].isin(chosen)]
     if fits.empty:
         return []
-    parts = [f"{look(row.method).label} {row.sigma_comp:.2f}" for row in fits.itertuples()]
+    parts = [f"{look(row.method).label} {row.sigma_comp:.2f}"
+             + ("" if testable(row.num_training) else f" (of {row.num_training} points: not testable)")
+             for row in fits.itertuples()]  # fmt: skip
     return [f"how many times longer the matmul takes while the collective runs (fitted σ_comp): {', '.join(parts)}"]
 
 
@@ -206,42 +210,6 @@ def inference(evidence: Evidence, root: pathlib.Path) -> Found:
     return Found(sentence, "inference_attribution", graphs.low > 1, lines)
 
 
-def near_ideal(evidence: Evidence, root: pathlib.Path) -> Found:
-    """How near the fastest technique comes to the ideal, in which configuration it does not, and why."""
-    groups = techniques.configurations(evidence, root)
-    best = {name: techniques.fastest(group) for name, group in groups.items()}
-    parts = {name: techniques.fraction(row) for name, row in best.items()}
-    values = [value for value, _, _ in parts.values()]
-    furthest = min(parts, key=lambda name: parts[name])
-    names = "; ".join(dict.fromkeys(look(row["method"]).label for row in best.values()))
-    ends = dict.fromkeys(f"{value:.0%}" for value in (min(values), max(values)))
-    count = len({method for group in groups.values() for method in techniques.overlapped(group).index})
-    who = f"fastest of {count} techniques" if count > 1 else "only technique"
-    sentence = f"The {who} ({names}) reaches {' to '.join(ends)} of the ideal"
-    try:
-        wanted = techniques.targets_of(evidence).fraction_of_ideal
-        good = sum(value >= wanted for value in values)
-        undecided = sum(low < wanted <= high for _, low, high in parts.values())
-        sentence += f", {wanted:.0%} or more in {good} of {len(values)} configurations"
-        sentence += f" (by the intervals undecided in {undecided})" if undecided else ""
-        short = [name for name, (value, _, _) in parts.items() if value < wanted]
-    except Missing:
-        short = [furthest] if parts[furthest][0] < 1 else []
-    if len(values) > 1:
-        sentence += f"; it is furthest from it in “{furthest}”"
-    lines = []
-    for name, row in best.items():
-        text = (f"{name}: {look(row['method']).label} {speedup(row['t_seq_us'], row['t_overlap_us'])}, "
-                f"{techniques.percent(row)} of the ideal {speedup(row['t_seq_us'], row['ideal_us'])}")  # fmt: skip
-        planned = techniques.planned(groups[name])
-        if planned is not None:
-            text += f"; the planner {techniques.percent(planned)} by `{techniques.plan_of(planned)}`"
-        lines.append(text)
-    for name in short:
-        lines += techniques.what_holds_back(evidence, groups[name])
-    return Found(sentence, "overlap_techniques", True, lines)
-
-
 CANDIDATES: tuple[Candidate, ...] = (
     near_ideal,
     linear_findings.one_kernel,
@@ -263,6 +231,15 @@ def take_home(evidence: Evidence, root: pathlib.Path) -> list[Found]:
     if not found:
         raise Missing("; ".join(dict.fromkeys(reasons)))
     return sorted(found, key=lambda one: not one.decided)[:NUM_FINDINGS]
+
+
+def numbers_behind(found: list[Found | str]) -> str:
+    """The lines of each finding below its number; "" where none has any."""
+    return "\n\n".join(
+        "\n".join([f"Finding {number}:", "", *(f"- {line}" for line in one.lines)])
+        for number, one in enumerate(found, 1)
+        if isinstance(one, Found) and one.lines
+    )
 
 
 def published_wait(evidence: Evidence, root: pathlib.Path) -> list[str]:

@@ -1,16 +1,15 @@
-"""The report's tables of what is judged: the claims, earlier measurements, and the model on another machine."""
+"""The report's tables of what is judged: the claims, and earlier measurements."""
 
 import pathlib
-from collections.abc import Sequence
 
 import pandas as pd
 
-from maco_lib.study import earlier, transfer
+from maco_lib.study import earlier
 from maco_lib.study.claims import Judgement
 from maco_lib.study.criteria import NOT_REPRODUCED, NOT_TESTABLE, REPRODUCED
 from maco_lib.study.evidence import Evidence
-from maco_lib.study.figures.style import digits, look
-from maco_lib.study.report_tables import ABSENT, table
+from maco_lib.study.figures.style import digits
+from maco_lib.study.report_tables import folded, table
 
 
 def claim_verdicts(judged: dict[str, list[Judgement]], section: str | None = None) -> str:
@@ -55,24 +54,4 @@ def agreement(machine: Evidence, root: pathlib.Path) -> str:
     head = f"{agree} of {len(found)} earlier values agree with ours within {earlier.TOLERANCE:.0%}. Measured earlier: "
     head += f"{told}."
     headers = ["measured", "here", "earlier", "ratio", f"within {earlier.TOLERANCE:.0%}", "where not, why"]
-    return f"{head}\n\n{table(rows, headers)}"
-
-
-def transfers(machines: Sequence[Evidence]) -> str:
-    """The model fitted on one machine judged on each other of its kind, and a line for a machine without another."""
-    rows = [
-        [one.fitted_on, one.judged_on, look(one.method).label, str(one.num_points),
-         f"{one.median_error:.1%} ({one.worst_error:.0%})", f"{one.num_right} of {one.num_points}",
-         ABSENT if one.own_error != one.own_error else f"{one.own_error:.1%}"]
-        for source, target in transfer.pairs(machines)
-        for one in transfer.judge(source, target)
-    ]  # fmt: skip
-    parts = []
-    if rows:
-        headers = ["fitted on", "judged on", "method", "points", "error: median (worst)", "verdicts predicted",
-                   "for comparison: own fit, held out"]  # fmt: skip
-        parts.append(table(rows, headers))
-    for machine in transfer.alone(machines):
-        parts.append(f"{machine.name} is the only machine of its kind ({machine.kind}) with this section measured, so "
-                     "its model is not judged on another one.")  # fmt: skip
-    return "\n\n".join(parts)
+    return f"{head}\n\n{folded('Every value', table(rows, headers))}"

@@ -10,7 +10,7 @@ from maco_lib.kernels.decode_tiles import MAX_ROWS
 from maco_lib.overlap.linear_techniques.decode_time import ITEMSIZE
 from maco_lib.study.criteria import LINEAR_TOLERANCE
 from maco_lib.study.evidence import Evidence, Missing
-from maco_lib.study.figures.style import digits, look
+from maco_lib.study.figures.style import digits, label_at, look
 from maco_lib.study.report_tables import ABSENT, interval, table, us
 
 PLANNER, UNTUNED = "auto", "auto_untuned"
@@ -83,7 +83,12 @@ def timed(row: pd.Series | None, name: bool = True) -> str:
     if row is None:
         return ABSENT
     shown = interval(row, "time", "us", us)
-    return f"{look(row['method']).label}, {shown}" if name else shown
+    return f"{label_at(row['method'], summed_bytes(row))}, {shown}" if name else shown
+
+
+def summed_bytes(row: pd.Series) -> int:
+    """Of the product, which is all-reduced."""
+    return int(row["m"] * row["n"] * ITEMSIZE)
 
 
 def over(before: pd.Series | None, after: pd.Series | None) -> str:
@@ -106,7 +111,8 @@ def comparison(machine: Evidence) -> str:
     body = []
     for cell in cells(machine, MATMUL):
         any_row = cell.rows.iloc[0]
-        backend = look(any_row["t_comm_backend"]).label if any_row["t_comm_backend"] else ABSENT
+        backend = any_row["t_comm_backend"]
+        backend = label_at(backend, summed_bytes(any_row)) if backend else ABSENT
         planner = cell.planner
         plan = f"`{planner['plan']}`, " if planner is not None and planner["plan"] else ""
         body.append([

@@ -17,9 +17,9 @@ from maco_lib.study.criteria import (
     TARGET_LAUNCHES,
 )
 from maco_lib.study.evidence import Evidence, Missing
-from maco_lib.study.figures.style import look, size_label
-from maco_lib.study.linear import Cell, absent_peers, cells
-from maco_lib.study.report_tables import ABSENT, table, us
+from maco_lib.study.figures.style import label_at, look, size_label
+from maco_lib.study.linear import Cell, absent_peers, cells, summed_bytes
+from maco_lib.study.report_tables import ABSENT, folded, table, us
 
 MOST_EXCEPTIONS = 12
 
@@ -137,8 +137,9 @@ def errors(machine: Evidence) -> Criterion:
     rows = machine.table("linear_all_reduce")
     rows = rows[~rows["is_peer"] & rows["correct"]]
     values = {
-        f"{row.layer}, M = {row.m}, {look(row.method).label}": row.relative_error / row.base_error
-        for row in rows.itertuples()
+        f"{row['layer']}, M = {row['m']}, {label_at(row['method'], summed_bytes(row))}": row["relative_error"]
+        / row["base_error"]
+        for _, row in rows.iterrows()
     }
     return Criterion("relative error over that of cuBLAS + NCCL", f"≤ {LINEAR_ERROR}×", values,
                      lambda value: value <= LINEAR_ERROR, "{:.2f}×".format, least=False)  # fmt: skip
@@ -174,4 +175,5 @@ def targets(machine: Evidence) -> str:
             for one in promised]  # fmt: skip
     text = table(body, ["promise", "wanted", "measured", ""])
     broken = [f"- {one.label}: {one.exceptions()}" for one in promised if one.values and one.exceptions()]
-    return text + ("\n\nEvery exception:\n\n" + "\n".join(broken) if broken else "")
+    listed = folded("The points where a promise is not kept", "\n".join(broken))
+    return text + (f"\n\nEvery exception:\n\n{listed}" if broken else "")

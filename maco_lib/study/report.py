@@ -1,9 +1,10 @@
 """REPORT.md: the sections of the published study, written from stored data and figures only."""
 
+import collections
 import functools
 import pathlib
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import jinja2
@@ -14,6 +15,7 @@ from maco_lib.study import (
     eager,
     figures,
     findings,
+    ideal_findings,
     judgement_tables,
     linear,
     linear_limits,
@@ -25,9 +27,10 @@ from maco_lib.study import (
     reproduction,
     sharing,
     techniques,
+    when_tables,
 )
 from maco_lib.study.claims import judge
-from maco_lib.study.criteria import CRITERIA
+from maco_lib.study.criteria import CRITERIA, LEAST_IDEAL_GAIN, LINEAR_MANY_ROWS
 from maco_lib.study.evidence import Evidence, Missing, load
 from maco_lib.study.files import write_atomically
 from maco_lib.study.sections import SECTIONS
@@ -101,6 +104,9 @@ def render(
         machines=machines,
         problems=list(dict.fromkeys(problems)),
         tables=report_tables,
+        when=when_tables,
+        LEAST_IDEAL_GAIN=LEAST_IDEAL_GAIN,
+        LINEAR_MANY_ROWS=LINEAR_MANY_ROWS,
         verdicts=judgement_tables,
         techniques=techniques,
         clocks=clocks,
@@ -113,6 +119,8 @@ def render(
         END_US=END_US,
         linear_promises=linear_promises,
         take_home=findings.take_home,
+        numbers_behind=findings.numbers_behind,
+        overview=ideal_findings.overview,
         published_wait=findings.published_wait,
         reproduction=reproduction.lines,
         average=findings.average_sentence,
@@ -148,7 +156,7 @@ def attempt_lines(make: Callable[..., list], machine: Evidence, *arguments) -> l
 
 
 def states(machines: list[Evidence], section: str) -> str:
-    """A line for each machine on which the section is not complete: what happened, and what to do."""
+    """A line per machine on which the section is not complete, or rests on stale data: what happened, what to do."""
     lines = []
     for machine in machines:
         state = machine.sections[section]
@@ -156,6 +164,11 @@ def states(machines: list[Evidence], section: str) -> str:
             error = "\n> ".join(state.error.splitlines()) or "no reason recorded"
             lines.append(
                 f"> **{machine.name}: section {section} is {state.state.upper()}.** {error} ({HINT} {section})"
+            )
+        elif stale := [name for name in SECTIONS[section].needs if machine.sections[name].state == "stale"]:
+            lines.append(
+                f"> **{machine.name}: section {section} rests on stale data**, of {' and '.join(stale)} "
+                f"({HINT} {' '.join(stale)})"
             )
     return "\n>\n".join(lines)
 
@@ -187,7 +200,7 @@ def index(machines: list[Evidence]) -> str:
 
 
 def measured(store: Store, machines: list[Evidence]) -> str:
-    """Per machine and section: profile, when, hosts, launches, commits, whether code was modified, runs in a replay."""
+    """Per machine and section: profile, until when, hosts, launches, commits, whether code was modified, replays."""
     rows = []
     for machine in machines:
         for name, state in machine.sections.items():
@@ -195,14 +208,22 @@ def measured(store: Store, machines: list[Evidence]) -> str:
             commits = sorted({commit_of(launch.get("git", {})) for launch in launches})
             ranks = sorted({launch["num_ranks"] for launch in launches if "num_ranks" in launch})
             hosts = len(machine.hosts(name))
-            rows.append([machine.name, name, state.state, state.profile, state.at, str(hosts), str(len(launches)),
-                         ", ".join(map(str, ranks)), runs_in_a_replay(store, machine, name),
+            rows.append([machine.name, name, state.state, state.profile, machine.measured(name)[1], str(hosts),
+                         launches_of(launches), ", ".join(map(str, ranks)), runs_in_a_replay(store, machine, name),
                          ", ".join(commits)])  # fmt: skip
     return report_tables.table(
         rows,
-        ["machine", "section", "state", "profile", "finished (UTC)", "hosts", "launches", "ranks", "runs in a replay",
-         "commit"],
+        ["machine", "section", "state", "profile", "measured until (UTC)", "hosts", "launches", "ranks",
+         "runs in a replay", "commit"],
     )  # fmt: skip
+
+
+def launches_of(launches: Iterable[dict[str, Any]]) -> str:
+    """How many processes measured each table: "overlap 3, sm_sharing 1"; only the number where it is one table."""
+    counts = collections.Counter(launch.get("table", "") for launch in launches)
+    if len(counts) < 2:
+        return str(counts.total()) if counts else report_tables.ABSENT
+    return ", ".join(f"{table} {count}" for table, count in counts.items())
 
 
 def replays(store: Store, machines: list[Evidence], section: str) -> str:

@@ -27,9 +27,18 @@ VERSIONS = {
 
 
 def table(rows: Sequence[Sequence[str]], headers: Sequence[str]) -> str:
-    """A GitHub Markdown table; bars inside cells are escaped, no cell is taken for a number."""
+    """A GitHub Markdown table; bars inside cells are escaped, no cell is taken for a number.
+
+    Its cells are not padded (`stralign`): it is read rendered, and padding was a third of the report.
+    """
     clean = [[" ".join(str(cell).replace("|", "\\|").split()) for cell in row] for row in rows]
-    return tabulate(clean, [header.replace("|", "\\|") for header in headers], tablefmt="github", disable_numparse=True)
+    names = [header.replace("|", "\\|") for header in headers]
+    return tabulate(clean, names, tablefmt="github", stralign=None, disable_numparse=True)
+
+
+def folded(summary: str, content: str) -> str:
+    """`content` behind a line that unfolds it, unless it is but one line itself. A PDF shows it without that line."""
+    return f"<details><summary>{summary}</summary>\n\n{content}\n\n</details>" if "\n" in content else content
 
 
 def us(value: float) -> str:
@@ -73,6 +82,7 @@ def environment(machines: Sequence[Evidence], root: pathlib.Path) -> str:
         "Driver": lambda machine: str(machine.description.get("driver", ABSENT)),
         "CUDA of the driver": lambda machine: str(machine.description.get("cuda_driver", ABSENT)),
         "Links": links,
+        "Measured (UTC)": lambda machine: " to ".join(filter(None, machine.measured())) or ABSENT,
         "Set in every launch": lambda machine: (
             ", ".join(f"`{name}={value}`" for name, value in machine.settings().items()) or ABSENT
         ),
@@ -121,32 +131,6 @@ def ceilings(machines: Sequence[Evidence]) -> str:
         return f"{digits(row['value'])} [{digits(row['value_lo'])}, {digits(row['value_hi'])}] {row['unit']}"
 
     return side_by_side(list(labels), [ABSENT] * len(labels), machines, cell, "ceiling")
-
-
-def overlap(machines: Sequence[Evidence], root: pathlib.Path, protocol: str) -> str:
-    """Two streams against sequential for the four published configurations: both times, speedup, in one protocol."""
-    as_printed = published.printed(root, "overlap")
-    printed = [
-        f"{row.sequential} → {row.overlapped}, {row.speedup}" if protocol == "published" else ABSENT
-        for row in as_printed.itertuples()
-    ]
-
-    def cell(machine: Evidence, configuration: str) -> str:
-        rows = machine.table("overlap")
-        rows = rows[(rows["configuration"] == configuration) & (rows["protocol"] == protocol)]
-        rows = rows[rows["method"] == "two_stream"]
-        if rows.empty:
-            return ABSENT
-        row = rows.iloc[0]
-        if pd.isna(row["t_overlap_us"]):
-            return f"failed: {row['error']}"
-        text = f"{us(row['t_seq_us'])} → {interval(row, 't_overlap', 'us', us)}, **{row['speedup']:.2f}×**"
-        text += f" [{row['speedup_lo']:.2f}, {row['speedup_hi']:.2f}]"
-        if protocol == "device":
-            text += f"; ideal {us(row['ideal_us'])}, {row['fraction_of_ideal']:.0%} of it reached"
-        return text
-
-    return side_by_side(as_printed["configuration"].tolist(), printed, machines, cell, "configuration")
 
 
 def overlap_methods(machine: Evidence, root: pathlib.Path) -> str:
@@ -279,36 +263,3 @@ def bandwidth_best(machine: Evidence) -> str:
     limits = bandwidth_limits(machine.table("environment")) if "environment" in machine.tables else {}
     body += [["limit", name, "", f"{digits(value)} GB/s", ""] for name, value in limits.items()]
     return table(body, ["collective", "backend", "smallest message", "best busbw", "fit: latency, busbw, error"])
-
-
-def prediction(machine: Evidence) -> str:
-    """The fitted stretch and the error of the prediction per method."""
-    rows = machine.table("when_to_overlap")
-    body = []
-    for method in ordered(rows["method"]):
-        group = rows[rows["method"] == method]
-        held_out = group[group["held_out"]]["error"].abs()
-        error = f"{held_out.median():.1%} ({held_out.max():.1%})" if len(held_out) else ABSENT
-        right = (group["verdict"] == group["measured_verdict"]).sum()
-        counts = group["measured_verdict"].value_counts()
-        first = group.iloc[0]
-        body.append([look(method).label, *(str(counts.get(name, 0)) for name in ("helps", "hurts", "undecided")),
-                     f"{first['sigma_comm']:.2f}, {first['sigma_comp']:.2f}, {first['delta_us']:.2f} µs", error,
-                     f"{right} of {len(group)}"])  # fmt: skip
-    headers = ["method", "helps", "hurts", "undecided", "σ_comm, σ_comp, δ", "error held out: median (worst)",
-               "verdicts predicted"]  # fmt: skip
-    return table(body, headers)
-
-
-def models(machine: Evidence) -> str:
-    """Communication share and gain per model, at the ends of the decode and prefill ranges."""
-    rows = machine.table("model_shares")
-    body = []
-    for (model, tp, phase), group in rows.groupby(["model", "tp", "phase"], sort=False):
-        for _, row in group.sort_values("tokens").iloc[[0, -1]].iterrows():
-            what = f"batch {row['batch']}" if phase == "decode" else f"{row['tokens']} tokens"
-            body.append([model, str(tp), f"{phase}, {what}", f"{row['comm_share']:.0%}", f"{row['ideal_gain']:.2f}×",
-                         f"{row['gain']:.2f}× [{row['gain_lo']:.2f}, {row['gain_hi']:.2f}]", row["verdict"],
-                         "yes" if row["extrapolated"] else "no"])  # fmt: skip
-    predicted = f"predicted gain, {look(rows['method'].iloc[0]).label}"
-    return table(body, ["model", "TP", "work", "communication", "ideal gain", predicted, "verdict", "extrapolated"])

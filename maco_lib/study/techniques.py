@@ -2,14 +2,14 @@
 
 import math
 import pathlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import pandas as pd
 
 from maco_lib.study import published, sharing
-from maco_lib.study.criteria import LARGE_BYTES, SMALL_BYTES, TARGET_LAUNCHES, TARGETS, Target
+from maco_lib.study.criteria import LARGE_BYTES, LEAST_IDEAL_GAIN, SMALL_BYTES, TARGET_LAUNCHES, TARGETS, Target
 from maco_lib.study.evidence import Evidence, Missing
-from maco_lib.study.figures.style import digits, look, size_label
+from maco_lib.study.figures.style import digits, label_at, look, size_label
 from maco_lib.study.report_tables import ABSENT, interval, table, us
 
 PLANNER = "auto"
@@ -61,6 +61,25 @@ def percent(row: pd.Series) -> str:
     return f"{value:.1f}% [{low:.1f}, {high:.1f}]"
 
 
+def gain_fraction(row: pd.Series) -> tuple[float, float, float]:
+    """(T_seq − T_overlap) / (T_seq − ideal), the fraction of the ideal gain: (value, low, high), by the speedup's ends.
+
+    NaN where T_seq / ideal is below LEAST_IDEAL_GAIN: the noise of T_seq would decide it.
+    """
+    before, ideal = row["t_seq_us"], row["ideal_us"]
+    if before / ideal < LEAST_IDEAL_GAIN:
+        return math.nan, math.nan, math.nan
+    times = row["t_overlap_us"], before / row["speedup_lo"], before / row["speedup_hi"]
+    value, low, high = ((before - time) / (before - ideal) for time in times)
+    return value, low, high
+
+
+def gain_percent(row: pd.Series) -> str:
+    """ "89.6% [89.1, 90.2]", or "–" where there is next to nothing to gain."""
+    value, low, high = (100 * part for part in gain_fraction(row))
+    return ABSENT if math.isnan(value) else f"{value:.1f}% [{low:.1f}, {high:.1f}]"
+
+
 def plan_of(row: pd.Series) -> str:
     """What the planner chose, in the words of its row."""
     return row.get("plan") or look(row["backend"]).label
@@ -70,21 +89,54 @@ def factor(value: float) -> str:
     return f"{value:.2f}×" if pd.notna(value) else ABSENT
 
 
+def two_streams(machines: Sequence[Evidence], root: pathlib.Path, protocol: str) -> str:
+    """The published technique against sequential in one protocol: a row per published configuration and machine.
+
+    In the device protocol with the fractions of the ideal and of its gain; in the other the host takes part.
+    """
+    device = protocol == "device"
+    body = []
+    for printed in published.printed(root, "overlap").itertuples():
+        if not device:
+            said = f"{printed.sequential} → {printed.overlapped}, {printed.speedup}"
+            body.append([printed.configuration, "published", said])
+        for machine in machines:
+            try:
+                rows = machine.table("overlap")
+            except Missing:
+                continue
+            rows = rows[rows["configuration"].eq(printed.configuration) & rows["protocol"].eq(protocol)]
+            for _, row in rows[rows["method"] == "two_stream"].iterrows():
+                body.append([printed.configuration, machine.name, *one_two_stream(row)[: 3 if device else 1]])
+    return table(body, ["configuration", "machine", "sequential → two streams, speedup",
+                        *(["of the ideal", "of the ideal gain"] if device else [])])  # fmt: skip
+
+
+def one_two_stream(row: pd.Series) -> list[str]:
+    """Times and speedup, fraction of the ideal and of its gain; or why there are none."""
+    if pd.isna(row["t_overlap_us"]):
+        return [f"failed: {row['error']}", ABSENT, ABSENT]
+    times = f"{us(row['t_seq_us'])} → {interval(row, 't_overlap', 'us', us)}"
+    speedup = f"**{row['speedup']:.2f}×** [{row['speedup_lo']:.2f}, {row['speedup_hi']:.2f}]"
+    return [f"{times}, {speedup}", f"{percent(row)} of {us(row['ideal_us'])}", gain_percent(row)]
+
+
 def comparison(machine: Evidence, root: pathlib.Path) -> str:
     """Per published configuration the fastest technique and the planner's choice: times, split speedup, fraction."""
     body = []
     for name, group in configurations(machine, root).items():
         for who, row in (("fastest", fastest(group)), ("planner", planned(group))):
             if row is None:
-                body.append([name, f"{who}: {NOT_MEASURED}", *[ABSENT] * 3])
+                body.append([name, f"{who}: {NOT_MEASURED}", *[ABSENT] * 4])
                 continue
             what = look(row["method"]).label if who == "fastest" else f"`{plan_of(row)}`"
             speedup = f"**{factor(row['speedup'])}** [{row['speedup_lo']:.2f}, {row['speedup_hi']:.2f}]"
             split = f"{factor(row['speedup_collective'])} · {factor(row['speedup_overlap'])}"
             body.append([name, f"{who}: {what}", f"{us(row['t_seq_us'])} → {interval(row, 't_overlap', 'us', us)}",
-                         f"{speedup} = {split}", f"{percent(row)} of {us(row['ideal_us'])}"])  # fmt: skip
+                         f"{speedup} = {split}", f"{percent(row)} of {us(row['ideal_us'])}",
+                         gain_percent(row)])  # fmt: skip
     headers = ["configuration", "technique", "sequential → overlapped", "speedup = faster collective · overlap",
-               "of the ideal"]  # fmt: skip
+               "of the ideal", "of the ideal gain"]  # fmt: skip
     return table(body, headers)
 
 
@@ -224,4 +276,4 @@ def bandwidth_target(machine: Evidence, size: int, quantity: str, wanted: str, h
         ends = (row["busbw_gb_per_s"] * row["time_us"] / row[f"time_{end}_us"] for end in ("hi", "lo"))
         shown = f"{digits(row['busbw_gb_per_s'])} [{', '.join(map(digits, ends))}] GB/s"
     verdict = judged(row["time_us"], holds(row), row["num_launches"])
-    return [label, wanted, f"{shown}, {look(row['backend']).label}", verdict, ABSENT, ""]
+    return [label, wanted, f"{shown}, {label_at(row['backend'], size)}", verdict, ABSENT, ""]

@@ -11,11 +11,12 @@ from maco_lib.study.evidence import Evidence
 @dataclass(frozen=True)
 class Transfer:
     """Errors |predicted / measured − 1| of one technique; `own_error` is that of the judged machine's own held-out
-    points (NaN when it has none)."""
+    points (NaN when it has none); `num_training` points made the fit."""
 
     fitted_on: str
     judged_on: str
     method: str
+    num_training: int
     num_points: int
     median_error: float
     worst_error: float
@@ -44,8 +45,9 @@ def judge(fitted_on: Evidence, judged_on: Evidence) -> list[Transfer]:
         low, high = stretch.interval(*alone_us)
         said = [verdict(*ends) for ends in zip(rows["t_seq_us"] / high, rows["t_seq_us"] / low, strict=True)]
         own = rows.loc[rows["held_out"], "error"].abs().median()
-        result.append(Transfer(fitted_on.name, judged_on.name, method, len(rows), error.median(), error.max(),
-                               int((rows["measured_verdict"] == said).sum()), own))  # fmt: skip
+        num_right = int((rows["measured_verdict"] == said).sum())
+        result.append(Transfer(fitted_on.name, judged_on.name, method, int(first["num_training"]), len(rows),
+                               error.median(), error.max(), num_right, own))  # fmt: skip
     return result
 
 

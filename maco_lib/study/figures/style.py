@@ -30,6 +30,11 @@ BLUE, VERMILLION, PURPLE, GREY = "#0072B2", "#D55E00", "#CC79A7", "#8C8C8C"
 LIGHT = "#D9D9D9"
 
 
+# `comm.one_shot`'s all-reduce in lines is push above so many bytes (that module imports torch, this one must not).
+LINES, LINES_BYTES, ABOVE_LINES = "maco_ll", 2**18, "maco_push_128"
+LINES_THEN_PUSH, IN_LINES = "lines to 256 KiB, then push", "one-shot in lines"
+
+
 class NothingToDraw(ValueError):
     """The tables are there but hold no row that this figure shows; the message says which rows."""
 
@@ -79,7 +84,7 @@ LOOKS: dict[str, Look] = {
     "sequential_one_shot": Look("sequential, symmetric one-shot", VERMILLION, ">"),
     "sequential_two_shot": Look("sequential, symmetric two-shot", GREEN, "<"),
     "sequential_vllm_custom": Look("sequential, kernels of vLLM", GREY, "H"),
-    "sequential_maco_ll": Look("sequential, one-shot in lines", PURPLE, "*"),
+    "sequential_maco_ll": Look(f"sequential, {LINES_THEN_PUSH}", PURPLE, "*"),
     "sequential_maco_one_shot_64": Look("sequential, one-shot, 64 CTAs", ORANGE, ">"),
     "sequential_maco_push_64": Look("sequential, push, 64 CTAs", VERMILLION, "X"),
     "sequential_maco_push_128": Look("sequential, push, 128 CTAs", VERMILLION, "D"),
@@ -108,7 +113,7 @@ LOOKS: dict[str, Look] = {
     "gloo": Look("gloo", ORANGE, "D"),
     "symm_mem_one_shot": Look("symmetric one-shot", VERMILLION, ">"),
     "symm_mem_two_shot": Look("symmetric two-shot", GREEN, "<"),
-    "maco_ll": Look("one-shot in lines", PURPLE, "*"),
+    "maco_ll": Look(LINES_THEN_PUSH, PURPLE, "*"),
     "maco_one_shot_64": Look("one-shot, 64 CTAs", ORANGE, ">"),
     "maco_pull_8": Look("pull, 8 CTAs", GREEN, "P"),
     "maco_push_64": Look("push, 64 CTAs", VERMILLION, "X"),
@@ -146,6 +151,13 @@ def look(name: str) -> Look:
         base, count = LOOKS[family[1]], int(family[2])
         return Look(base.label.format(n=count), base.colour, CTA_MARKERS.get(count, base.marker))
     raise ValueError(f"no colour and marker for {name!r} in maco_lib/study/figures/style.py; it has {', '.join(LOOKS)}")
+
+
+def label_at(name: str, num_bytes: float) -> str:
+    """The label of `name` where it sums `num_bytes`: in lines or by push, not both."""
+    if name.endswith(LINES) and num_bytes > LINES_BYTES:
+        name = name.replace(LINES, ABOVE_LINES)
+    return look(name).label.replace(LINES_THEN_PUSH, IN_LINES)
 
 
 FONT = "DejaVu Sans of matplotlib"

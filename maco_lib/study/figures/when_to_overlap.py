@@ -9,6 +9,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
 from maco_lib.study.figures import style
+from maco_lib.study.sections.when_to_overlap import testable
 
 COLUMNS = 3
 MIN_GRID_POINTS = 9
@@ -101,14 +102,12 @@ def prediction(tables: Mapping[str, pd.DataFrame], machine_name: str) -> tuple[F
             axis.errorbar(rows["measured_us"] / scale, middle, [middle - low, high - middle], linestyle="",
                           marker=look.marker, color=look.colour, markerfacecolor=face, elinewidth=0.4, markersize=3.5,
                           markeredgewidth=0.7)  # fmt: skip
-        error = table[(table["method"] == method) & table["held_out"]]["error"].abs()
-        text = (
-            f"{look.label}: median error {error.median():.1%} of {len(error)} held out"
-            if len(error) > 1
-            else f"{look.label}: error {error.median():.1%}, one held out"
-            if len(error)
-            else f"{look.label}: none held out"
-        )
+        rows = table[table["method"] == method]
+        text, error = f"{look.label}: none held out", rows.loc[rows["held_out"], "error"].abs()
+        if not testable(rows["num_training"].iloc[0]):
+            text = f"{look.label}: {rows['num_training'].iloc[0]} points fitted, not testable"
+        elif len(error):
+            text = f"{look.label}: median error {error.median():.1%} of {len(error)} held out"
         handles.append(Line2D([], [], linestyle="", marker=look.marker, color=look.colour, label=text))
     axis.set_xscale("log")
     axis.set_yscale("log", base=2)

@@ -62,6 +62,7 @@ def gloo_checks(rank: int, num_ranks: int) -> None:
     }
     assert reasons.pop("gloo") is None
     assert all("cpu" in reason for reason in reasons.values()), reasons
+    assert comm.all_reduce(torch.empty(0), "gloo", async_op=True) is None
 
 
 @pytest.mark.gpu(num_gpus=2)

@@ -5,6 +5,7 @@ The checks on GPUs need two of them; the rest says what is refused before any is
 
 import gc
 import importlib.util
+import os
 import weakref
 
 import pytest
@@ -13,7 +14,7 @@ import torch.distributed as dist
 from ranks import run_ranks
 
 from maco_lib import comm
-from maco_lib.comm import nccl_symmetric, vllm_custom
+from maco_lib.comm import mailbox, nccl, nccl_symmetric, peers, symmetric, vllm_custom
 from maco_lib.comm.nccl_symmetric import NcclSymmetric
 from maco_lib.comm.vllm_custom import VllmCustom
 from maco_lib.timing import capture, first_error
@@ -213,6 +214,41 @@ def test_vllm_custom_on_every_gpu():
     run_ranks(vllm_custom_works, NUM_GPUS, backend="nccl", timeout_s=300)
 
 
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda group: peers.peers(group, torch.device("cuda", 0)),
+        lambda group: mailbox.mailbox(group, torch.device("cuda", 0)),
+        lambda group: nccl.limited_group(group, 4),
+        lambda group: nccl_symmetric.memory(group, torch.device("cuda", 0), 16),
+        lambda group: symmetric.Memory(group, torch.device("cuda", 0)).allocate(64),
+    ],
+)
+def test_what_all_ranks_make_is_not_made_in_a_capture(monkeypatch, make):
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    group = type("Group", (), {"group_name": "a group"})()
+    for _ in range(2):
+        with pytest.raises(RuntimeError, match="while a graph is captured: call once before"):
+            make(group)
+
+
+def on_hosts(rank: int, num_ranks: int) -> None:
+    """As if these ranks had 8 GPUs each: on one host, then on two."""
+    torch.cuda.device_count, torch.cuda.can_device_access_peer = lambda: 8, lambda *pair: True
+    group, gpu = dist.group.WORLD, torch.device("cuda", rank)
+    assert symmetric.obstacle(gpu, group) == ""
+    os.environ |= {"LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"}
+    assert symmetric.unreachable(gpu, group) == f"ranks {1 - rank} of the group are on other hosts"
+    alone = [dist.new_group([other]) for other in range(num_ranks)][rank]
+    assert symmetric.unreachable(gpu, alone) == ""
+    os.environ["WORLD_SIZE"] = "1"  # torchrun started another process, which started these
+    assert symmetric.obstacle(gpu, group) == ""
+
+
+def test_memory_of_another_host_cannot_be_reached():
+    run_ranks(on_hosts)
+
+
 class FakeKernels:
     """vLLM's objects as its source has them: which row of its table each launch reads, without a GPU."""
 
@@ -252,7 +288,7 @@ def test_vllm_custom_takes_next_to_no_memory_for_a_source_however_often_it_is_ca
         source.sum(None, None)
     assert len(kernels.objects) == 1
     assert len(kernels.read) == 2**16 + 5 and all(row == [300, 400, 0, 0, 0, 0, 0, 0] for row in kernels.read)
-    with pytest.raises(RuntimeError, match="call once before a graph is captured"):
+    with pytest.raises(RuntimeError, match="while a graph is captured: call once before"):
         vllm_custom.Source([10, 20], [300, 400], 0, torch.device("cpu"))
 
 

@@ -61,14 +61,15 @@ def all_reduce(
     async_op: gloo returns its Work at once; the others are ordered by the stream and return None. The backends in
     symmetric memory need no copy for a tensor from `symmetric_empty`; those of one group share its flags and buffers,
     so on several streams they must be ordered one after the other (`overlap` and `start` do it for what is issued from
-    one stream). Raises ValueError on an unknown backend, and on a layout, type or place that it has no kernel for.
+    one stream). Of no elements there is nothing to sum. Raises ValueError on an unknown backend, and on a layout, type
+    or place that it has no kernel for.
     """
     if not tensor.is_contiguous():
         raise ValueError(f"all_reduce needs a contiguous tensor; {tuple(tensor.shape)} has strides {tensor.stride()}")
     group = group or dist.group.WORLD
     if why := backend(backend_name).unavailable("all_reduce", tensor.device, group):
         raise ValueError(why)
-    return backend(backend_name).all_reduce(tensor, group, async_op)
+    return backend(backend_name).all_reduce(tensor, group, async_op) if tensor.numel() else None
 
 
 def available(name: str, device: torch.device, group: dist.ProcessGroup) -> list[str]:

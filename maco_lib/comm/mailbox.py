@@ -6,6 +6,7 @@ import torch
 import torch.distributed as dist
 
 from maco_lib.comm.peers import peers
+from maco_lib.comm.symmetric import require_no_capture
 
 
 class Mailbox:
@@ -34,7 +35,6 @@ _MAILBOXES: "weakref.WeakKeyDictionary[dist.ProcessGroup, Mailbox]" = weakref.We
 def mailbox(group: dist.ProcessGroup, device: torch.device) -> Mailbox:
     """The mailbox of `group`, made at the first call; RuntimeError if that is while a graph is captured."""
     if group not in _MAILBOXES:
-        if torch.cuda.is_current_stream_capturing():
-            raise RuntimeError("cannot make a group's mailbox while a graph is captured: call once before")
+        require_no_capture("make a group's mailbox")
         _MAILBOXES[group] = Mailbox(group, device)
     return _MAILBOXES[group]

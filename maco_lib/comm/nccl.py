@@ -15,6 +15,7 @@ import torch.distributed as dist
 
 from maco_lib.comm import c10d
 from maco_lib.comm.record import Operation
+from maco_lib.comm.symmetric import require_no_capture
 
 
 @dataclass(frozen=True)
@@ -57,9 +58,13 @@ _LIMITED: "weakref.WeakKeyDictionary[dist.ProcessGroup, dict[int, dist.ProcessGr
 
 
 def limited_group(group: dist.ProcessGroup, max_ctas: int) -> dist.ProcessGroup:
-    """A group of the same ranks whose collectives use at most `max_ctas` CTAs; made once. Collective."""
+    """A group of the same ranks whose collectives use at most `max_ctas` CTAs; made once. Collective.
+
+    Raises RuntimeError if that would be while a graph is captured.
+    """
     made = _LIMITED.setdefault(group, {})
     if max_ctas not in made:
+        require_no_capture("make a communicator")
         options = dist.ProcessGroupNCCL.Options()
         options.config.min_ctas = 1
         options.config.max_ctas = max_ctas

@@ -21,7 +21,7 @@ import torch.distributed as dist
 from maco_lib.comm import c10d
 from maco_lib.comm.nccl import partial_group
 from maco_lib.comm.record import Operation, collective
-from maco_lib.comm.symmetric import ALIGNMENT, MIN_WORKSPACE, require_kernel, unreachable
+from maco_lib.comm.symmetric import ALIGNMENT, MIN_WORKSPACE, require_kernel, require_no_capture, unreachable
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 MIN_NCCL = (2, 27)
@@ -52,8 +52,7 @@ class RegisteredMemory:
 
     def allocate(self, num_bytes: int) -> torch.Tensor:
         """A registered buffer (uint8) with a pool of its own, so that it begins where the window does. Collective."""
-        if torch.cuda.is_current_stream_capturing():
-            raise RuntimeError(f"cannot register {num_bytes} bytes while a graph is captured: do it once before")
+        require_no_capture(f"register {num_bytes} bytes", "once before, with as many")
         with torch.cuda.device(self.device):
             pool = torch.cuda.MemPool(self.backend.mem_allocator)
             with torch.cuda.use_mem_pool(pool):
@@ -112,9 +111,13 @@ _MEMORY: "weakref.WeakKeyDictionary[dist.ProcessGroup, dict[int, RegisteredMemor
 
 
 def memory(group: dist.ProcessGroup, device: torch.device, num_ctas: int) -> RegisteredMemory:
-    """The registered memory of `group` for that number of CTAs; made once. Collective."""
+    """The registered memory of `group` for that number of CTAs; made once. Collective.
+
+    Raises RuntimeError if that would be while a graph is captured.
+    """
     made = _MEMORY.setdefault(group, {})
     if num_ctas not in made:
+        require_no_capture("make a communicator")
         made[num_ctas] = RegisteredMemory(group, device, num_ctas)
     return made[num_ctas]
 

@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 import torch.distributed._symmetric_memory as symmetric
 
-from maco_lib.comm.symmetric import GRANULE_BYTES, Region, SymmetricAllReduce, memory
+from maco_lib.comm.symmetric import GRANULE_BYTES, Region, SymmetricAllReduce, memory, require_no_capture
 
 MAX_ELEMENTS = 2**31 - 1
 
@@ -87,8 +87,9 @@ _PEERS: "weakref.WeakKeyDictionary[dist.ProcessGroup, Peers]" = weakref.WeakKeyD
 
 
 def peers(group: dist.ProcessGroup, device: torch.device) -> Peers:
-    """The peers of `group`, made at the first call: before a graph is captured."""
+    """The peers of `group`, made at the first call; RuntimeError if that is while a graph is captured."""
     if group not in _PEERS:
+        require_no_capture("make a group's flags")
         _PEERS[group] = Peers(group, device)
     return _PEERS[group]
 

@@ -6,6 +6,7 @@ workspace. No NVLink multicast: the `multimem` operations are left out on purpos
 """
 
 import math
+import os
 import weakref
 from dataclasses import dataclass
 
@@ -53,10 +54,7 @@ class Memory:
 
     def allocate(self, num_bytes: int) -> Region:
         """A new region. Collective; RuntimeError while a graph is captured."""
-        if torch.cuda.is_current_stream_capturing():
-            raise RuntimeError(
-                f"cannot share {num_bytes} bytes while a graph is captured: call once before, with as many"
-            )
+        require_no_capture(f"share {num_bytes} bytes", "once before, with as many")
         base = symmetric.empty(num_bytes, dtype=torch.uint8, device=self.device)
         return Region(base, symmetric.rendezvous(base, self.group_name))
 
@@ -92,6 +90,12 @@ def memory(group: dist.ProcessGroup, device: torch.device) -> Memory:
     return _MEMORY[group]
 
 
+def require_no_capture(what: str, when: str = "once before") -> None:
+    """Raise RuntimeError while a graph is captured, in which nothing can be made that all ranks share."""
+    if torch.cuda.is_current_stream_capturing():
+        raise RuntimeError(f"cannot {what} while a graph is captured: call {when}")
+
+
 def whole(num_bytes: int) -> int:
     """`num_bytes` rounded up to whole granules."""
     return -(-num_bytes // GRANULE_BYTES) * GRANULE_BYTES
@@ -114,16 +118,39 @@ def symmetric_empty(
     return region.base[: numel * dtype.itemsize].view(dtype).view(shape)
 
 
+_UNREACHABLE: "weakref.WeakKeyDictionary[dist.ProcessGroup, dict[torch.device, str]]" = weakref.WeakKeyDictionary()
+
+
 def unreachable(device: torch.device, group: dist.ProcessGroup) -> str:
-    """Why the ranks of `group` cannot address each other's memory, or ""."""
+    """Why the ranks of `group` cannot address each other's memory, or ""; found out once."""
+    known = _UNREACHABLE.setdefault(group, {})
+    if device not in known:
+        known[device] = obstacle(device, group)
+    return known[device]
+
+
+def obstacle(device: torch.device, group: dist.ProcessGroup) -> str:
+    """What `unreachable` finds out."""
     if device.type != "cuda":
         return f"symmetric memory is for GPUs, these ranks are on {device.type}"
     if group.size() > torch.cuda.device_count():
         return f"{group.size()} ranks on {torch.cuda.device_count()} visible GPUs: each must see all, on one host"
+    if elsewhere := on_other_hosts(group):
+        return f"ranks {', '.join(map(str, elsewhere))} of the group are on other hosts"
     mine = torch.cuda.current_device() if device.index is None else device.index
     others = [index for index in range(torch.cuda.device_count()) if index != mine]
     refused = [other for other in others if not torch.cuda.can_device_access_peer(mine, other)]
     return f"GPU {mine} cannot access the memory of GPU {refused[0]}" if refused else ""
+
+
+def on_other_hosts(group: dist.ProcessGroup) -> list[int]:
+    """The ranks of `group` that torchrun has started on other hosts; none if it is not torchrun that started these."""
+    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
+    rank, num_ranks, local_rank, num_local_ranks = (int(os.environ.get(name, -1)) for name in names)
+    if (rank, num_ranks) != (dist.get_rank(), dist.get_world_size()) or num_local_ranks < 1:
+        return []
+    here = range(rank - local_rank, rank - local_rank + num_local_ranks)  # torchrun numbers those of a host in a row
+    return [other for other in dist.get_process_group_ranks(group) if other not in here]
 
 
 def require_kernel(who: str, dtypes: tuple[torch.dtype, ...], name: str, dtype: torch.dtype) -> None:

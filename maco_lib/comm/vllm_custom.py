@@ -19,7 +19,7 @@ import torch
 import torch.distributed as dist
 
 from maco_lib.comm.record import Operation
-from maco_lib.comm.symmetric import GRANULE_BYTES, Region, SymmetricAllReduce, memory, whole
+from maco_lib.comm.symmetric import GRANULE_BYTES, Region, SymmetricAllReduce, memory, require_no_capture, whole
 
 NUM_RANKS = (2, 4, 6, 8)
 # vLLM's RankData: the addresses of one source, for at most 8 ranks.
@@ -59,8 +59,7 @@ class Source:
     """
 
     def __init__(self, signals: list[int], addresses: list[int], rank: int, device: torch.device):
-        if torch.cuda.is_current_stream_capturing():
-            raise RuntimeError("vLLM's all-reduce does not know this tensor: call once before a graph is captured")
+        require_no_capture("tell vLLM's all-reduce of a tensor")
         row = addresses + [0] * (MAX_RANKS - len(addresses))
         self.table = torch.tensor(row, dtype=torch.int64, device=device)
         # Filled before any stream launches: those need not be ordered after this one.

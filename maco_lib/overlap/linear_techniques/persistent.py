@@ -104,8 +104,9 @@ _EXCHANGES: "weakref.WeakKeyDictionary[dist.ProcessGroup, Exchange]" = weakref.W
 
 
 def exchange(group: dist.ProcessGroup, device: torch.device) -> Exchange:
-    """The exchange of `group`, made at the first call: before a graph is captured."""
+    """The exchange of `group`, made at the first call; RuntimeError if that is while a graph is captured."""
     if group not in _EXCHANGES:
+        require_preparation("a group's flags")
         _EXCHANGES[group] = Exchange(group, device)
     return _EXCHANGES[group]
 

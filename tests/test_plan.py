@@ -13,7 +13,7 @@ import torch.distributed as dist
 from ranks import run_ranks
 
 from maco_lib import comm
-from maco_lib.overlap import Plan, calibrate, decisions, overlap, start, tune
+from maco_lib.overlap import LinearPlan, Plan, calibrate, decisions, overlap, start, tune
 from maco_lib.overlap.auto import FIRST_CALLS, ROUNDS
 from maco_lib.overlap.model import Stretch
 from maco_lib.overlap.plan import LEFT_TO, MAX_CANDIDATES, captured, choose, overlapping, sequential, shortlist
@@ -375,6 +375,28 @@ def calibrations(rank: int, num_ranks: int) -> None:
     again(force=True)
     assert len(measured) == 5
     dist.barrier()
+
+
+def backends_that_break(rank: int, num_ranks: int) -> None:
+    """Whatever a backend stumbles over, it is left out: an error of the host's compiler is no RuntimeError."""
+    from maco_lib.overlap import auto, linear, linear_measure, measure
+
+    def broken(*args, **options):
+        raise FileNotFoundError("no C compiler")
+
+    group, told = dist.group.WORLD, "FileNotFoundError: no C compiler"
+    sums, comm.all_reduce = comm.all_reduce, broken
+    assert measure.fault("gloo", 64, CPU, group) == f"rank 0: gloo: {told}"
+    assert auto.refusal(SEQUENTIAL, torch.ones(4), group) == told
+    comm.all_reduce = sums
+    linear.RUN["chunked"] = broken
+    plan = LinearPlan("chunked", num_chunks=2)
+    fault = linear_measure.Shape(300, torch.ones(8, 4), group).fault(plan)
+    assert fault == f"rank 0: {plan}: {told}"
+
+
+def test_a_backend_that_breaks_in_any_way_is_left_out():
+    run_ranks(backends_that_break)
 
 
 def test_calibration_is_kept_and_refreshed(cache):

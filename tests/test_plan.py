@@ -255,6 +255,7 @@ def auto_settles(rank: int, num_ranks: int) -> None:
         with pytest.raises(KeyError):
             overlap(fail, x, plan="auto", key="helps, but fails")
     until_settled(rank, num_ranks, "helps, but fails")
+    assert decisions()[-1].t_comp_us == 50.0
 
 
 def tuning_finds_out(rank: int, num_ranks: int) -> None:
@@ -262,6 +263,8 @@ def tuning_finds_out(rank: int, num_ranks: int) -> None:
     from maco_lib.overlap import auto, streams
 
     small_grid()
+    planner, unknown = auto.planner(None, CPU), ("named", 3000, "torch.float32", False)
+    assert planner.foretell(unknown) == SEQUENTIAL and not decisions()[-1].predicted_us
     tensor, under_way, launch = torch.empty(1000), [], streams.launch
     beside: list[bool] = []  # of each computation, whether the all-reduce was under way
 
@@ -290,21 +293,22 @@ def tuning_finds_out(rank: int, num_ranks: int) -> None:
         overlap(compute, tensor, plan="auto", key=key)
         assert beside == [wanted == OVERLAPPED] and (tensor == 3.0).all()
     streams.launch = launch
-    assert len(decisions()) == 2
+    assert len(decisions()) == 3
     # Nothing to sum: nothing to choose.
     empty = torch.empty(0)
     for _ in range(5):
         assert overlap(lambda: 42, empty, plan="auto", key="empty") == (42, empty)
-    assert tune(int, empty) == SEQUENTIAL and len(decisions()) == 2
+    assert tune(int, empty) == SEQUENTIAL and len(decisions()) == 3
     # The default must work: without it there is nothing to judge a plan against.
     refusal, auto.refusal = auto.refusal, lambda plan, scratch, group: "out of memory"
     with pytest.raises(RuntimeError, match="gloo, the default all-reduce, fails: rank 0: out of memory"):
         tune(int, tensor, key="fails")
     auto.refusal = refusal
     # Where nothing can be measured: by the model for a known key, else sequential.
-    planner = auto.planner(None, CPU)
     assert planner.foretell(("never seen", 4000, "torch.float32", False)) == SEQUENTIAL
-    known = decisions()[0]
+    planner.foretell(unknown)
+    assert set(decisions()[-1].predicted_us) == {SEQUENTIAL, OVERLAPPED}  # which it is not any more
+    known = decisions()[1]
     for num_bytes, stretch, wanted in (
         (2000, Stretch(1.0, 1.0, 0.0), OVERLAPPED), (1000, Stretch(1.0, 1.0, 1e4), SEQUENTIAL),
     ):  # fmt: skip
@@ -314,7 +318,7 @@ def tuning_finds_out(rank: int, num_ranks: int) -> None:
         foretold = decisions()[-1]
         assert foretold.how == "predicted" and set(foretold.predicted_us) == {SEQUENTIAL, OVERLAPPED}
         assert foretold.t_comp_us == pytest.approx(known.t_comp_us * num_bytes / 4000)
-    assert len(decisions()) == 6  # with that which failed and that of an unknown key
+    assert len(decisions()) == 8  # with that which failed, of an unknown key, and of the one that became known
 
 
 def test_auto_settles_on_the_faster_plan_and_on_every_rank_the_same(cache):

@@ -153,8 +153,10 @@ class Planner:
         trial.collect()
         decision = trial.decision
         if not trial.candidates and trial.num_calls == FIRST_CALLS:
-            # The first call warms up. The least of the others: what a busy host adds is not the computation's.
-            decision.t_comp_us = max(gather(min(trial.t_comp_us[1:], default=math.inf), self.group))
+            # The first call warms up (but counts if the others failed). The least of the others: what a busy host adds
+            # is not the computation's.
+            counted = trial.t_comp_us[1:] or trial.t_comp_us
+            decision.t_comp_us = max(gather(min(counted, default=math.inf), self.group))
             trial.candidates = self.candidates(decision, tensor, in_place)
             trial.times_us = {plan: [] for plan in trial.candidates}
         plan = trial.next_plan()
@@ -192,15 +194,16 @@ class Planner:
 
         The time of a computation known at another size is taken to grow with the tensor's bytes.
         """
-        if which in self.foretold:
-            return self.foretold[which].chosen
-        decision = self.foretold[which] = self.decide(which, "predicted")
         name, num_bytes, dtype, in_place = which
         known = [
             trial
             for (its_name, _, its_dtype, _), trial in self.trials.items()
             if (its_name, its_dtype) == (name, dtype) and trial.candidates
         ]
+        foretold = self.foretold.get(which)
+        if foretold and (foretold.predicted_us or not known):
+            return foretold.chosen
+        decision = self.foretold[which] = self.decide(which, "predicted")
         decision.chosen = sequential(self.device.type)
         if known:
             nearest = min((trial.decision for trial in known), key=lambda it: abs(math.log(it.num_bytes / num_bytes)))

@@ -48,10 +48,34 @@ def test_the_full_study_asks_for_every_layer_and_peer():
         names = point["methods"].split(",")
         assert {BASE["cuda"], "sequential_two_shot", "auto"} <= set(names)
         assert ("decode" in names) == (point["m"] <= MAX_ROWS)
+        assert ("persistent" in names) == (point["m"] > MAX_ROWS)
         if point["m"] <= 256:
             assert {BASE["cuda"], "sequential_vllm_custom", "auto"} <= set(point["chain_methods"].split(","))
         else:
-            assert {"chunked2_nccl", "async_tp", "signalled", "persistent"} <= set(names) and not point["chain_methods"]
+            assert {"chunked2_nccl", "async_tp", "signalled"} <= set(names) and not point["chain_methods"]
+
+
+def test_every_technique_stands_repeats_on_both_layers_with_as_many_rows_as_it_is_for():
+    asked = points(ENDURANCE, "full", GPUS)
+    named = [METHODS[MATMUL][point["method"]] for point in asked if point["method"] in METHODS[MATMUL]]
+    techniques = {method.plan.get("technique") for method in named}
+    assert {"sequential", "chunked", "signalled", "persistent", "decode"} <= techniques
+    rows = {(point["layer"], point["method"]): point["m"] for point in asked}
+    for layer in ("Qwen3-8B o_proj", "Qwen3-32B down_proj"):
+        most = [rows[layer, method] for method in ("persistent", "decode", "fused_norm")]
+        assert most == [1024, MAX_ROWS, 256]
+    one = points(ENDURANCE, "full", GPUS, endurance_layers=[], endurance_rows=16)
+    assert {(point["layer"], point["m"]) for point in one} == {("Qwen3-8B o_proj", 16)}
+
+
+def test_a_layer_that_fails_its_repeats_is_named():
+    rows = stored.linear_endurance().assign(correct=True)
+    other = rows.assign(layer="Qwen3-32B down_proj", num_identical=[999, 1000])
+    state = {"sections": {}, "versions": {}, "records": {}, "reasons": {}}
+    tables = {"linear_endurance": pd.concat([other, rows])}
+    machine = evidence.Evidence("h200-x2", "2x NVIDIA H200", "cuda", {}, tables=tables, **state)
+    (repeats, _) = linear_promises.endurance(machine)
+    assert repeats.exceptions() == "Qwen3-32B down_proj, persistent kernel: 99.9%"
 
 
 def test_at_few_rows_the_ideal_counts_every_all_reduce_that_is_an_arm():

@@ -35,7 +35,7 @@ class Method:
         async_tp     torch's fused_matmul_reduce_scatter, then an all-gather
         norm         `linear_all_reduce_norm`, this library's chain, with the plan `norm`
     norm: for "norm" its plan; for another chain: "one_kernel" of residual and RMSNorm after the sum, or "two_kernels".
-    max_rows: it is compared up to so many; 0: at any number.
+    min_rows, max_rows: up to FEW_ROWS rows it is compared from and up to so many; max_rows = 0: up to all of them.
     """
 
     how: str
@@ -43,7 +43,12 @@ class Method:
     plan: dict[str, Any] = field(default_factory=dict)
     norm: str = ""
     is_peer: bool = False
+    min_rows: int = 1
     max_rows: int = 0
+
+    def is_for(self, rows: int) -> bool:
+        """Whether it is compared at so few rows."""
+        return self.min_rows <= rows <= (self.max_rows or rows)
 
     @property
     def num_chunks(self) -> int:
@@ -84,7 +89,7 @@ METHODS: dict[str, dict[str, Method]] = {
         "signalled": Method(
             "plan", "maco_staged_8", {"technique": "signalled", "backend": "maco_staged_8", "num_chunks": 4}
         ),
-        "persistent": Method("plan", plan={"technique": "persistent"}),
+        "persistent": Method("plan", plan={"technique": "persistent"}, min_rows=MAX_ROWS + 1),
         "decode": Method("plan", plan={"technique": "decode"}, max_rows=MAX_ROWS),
         "auto_untuned": Method("untuned"),
         "auto": Method("auto"),
@@ -116,7 +121,7 @@ FEW_ROWS_METHODS = {
     "cuda": [
         "sequential_nccl", "sequential_nccl_symmetric", "sequential_one_shot", "sequential_two_shot",
         "sequential_vllm_custom", "sequential_maco_ll", "sequential_maco_one_shot_64", "sequential_maco_push_64",
-        "decode", "auto_untuned", "auto",
+        "persistent", "decode", "auto_untuned", "auto",
     ],
 }  # fmt: skip
 CHAIN_METHODS = {
@@ -144,5 +149,7 @@ TIMELINE_METHODS = {
 # Of this library's making, so they have to stand a thousand repeats and ten thousand calls.
 ENDURANCE_METHODS = {
     "cpu": ["chunked2_gloo", "auto"],
-    "cuda": ["sequential_maco_push_64", "chunked4_maco_staged_8", "signalled", "persistent", "auto", "fused_norm"],
-}
+    "cuda": [
+        "sequential_maco_push_64", "chunked4_maco_staged_8", "signalled", "persistent", "decode", "auto", "fused_norm",
+    ],
+}  # fmt: skip

@@ -154,14 +154,18 @@ def sum_norm(
     num_rows, row_bytes = len(residual), residual.nbytes // len(residual)
     num_lines = row_bytes // LINE_DATA
     block = max(32 * PACK, triton.next_power_of_2(num_lines))
+    num_ctas = triton.cdiv(num_rows, len(inboxes)) if two_shot else num_rows
+    # Of more CTAs than SMs two are to share one, so that the last rows need not wait for the first ones' peers.
+    num_sms = torch.cuda.get_device_properties(residual.device).multi_processor_count
+    max_warps = MAX_WARPS if num_ctas <= num_sms else MAX_WARPS // 2
     normed, total = torch.empty_like(residual), torch.empty_like(residual)
     options = {} if two_shot else {"sent": sent}
     kernel = two_shot_norm_kernel if two_shot else one_shot_norm_kernel
-    kernel[(triton.cdiv(num_rows, len(inboxes)) if two_shot else num_rows,)](
+    kernel[(num_ctas,)](
         0 if sent else product.data_ptr(), residual.data_ptr(), weight.data_ptr(), normed.data_ptr(), total.data_ptr(),
         inboxes, counter.data_ptr(), num_rows, eps,
         num_lines=num_lines, block=block, rank=rank, num_ranks=len(inboxes), element=ELEMENTS[residual.dtype],
-        flagged=flagged, **options, num_warps=min(MAX_WARPS, block // (32 * PACK)),
+        flagged=flagged, **options, num_warps=min(max_warps, block // (32 * PACK)),
         launch_pdl=sent,
     )  # fmt: skip
     return normed, total

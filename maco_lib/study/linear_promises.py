@@ -149,10 +149,12 @@ def endurance(machine: Evidence) -> list[Criterion]:
     try:
         rows = machine.table("linear_endurance")
     except Missing:
-        rows = pd.DataFrame(columns=["method", "num_repeats", "num_identical", "num_calls", "grown_bytes", "correct"])
-    failed = tuple(look(name).label for name in rows.loc[~rows["correct"].astype(bool), "method"])
-    rows = rows[rows["correct"].astype(bool)]
-    names = [look(name).label for name in rows["method"]]
+        columns = ["layer", "method", "num_repeats", "num_identical", "num_calls", "grown_bytes", "correct"]
+        rows = pd.DataFrame(columns=columns)
+    rows = rows.assign(name=[f"{row.layer}, {look(row.method).label}" for row in rows.itertuples()])
+    correct = rows["correct"].astype(bool)
+    failed, rows = tuple(rows.loc[~correct, "name"]), rows[correct]
+    names = list(rows["name"])
     repeats, calls = rows["num_repeats"].max(), rows["num_calls"].max()
     same = dict(zip(names, rows["num_identical"] / rows["num_repeats"], strict=True))
     grown = dict(zip(names, rows["grown_bytes"].astype(float), strict=True))

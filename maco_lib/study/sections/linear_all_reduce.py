@@ -1,5 +1,6 @@
 """Section 5: a row-parallel layer's matmul and all-reduce as one operation, by every technique and beside its peers."""
 
+import itertools
 from typing import Literal
 
 import numpy as np
@@ -43,6 +44,7 @@ class LinearParameters(Parameters):
     timeline_rows: int = Field(4096, ge=1, description="rows M of the profiled layers")
     timeline_methods: list[str] = Field([], description="profiled methods")
     endurance_methods: list[str] = Field([], description="methods of this library that are run over and over")
+    endurance_layers: list[str] = Field([], description="layers of the runs over and over; []: the first of `layers`")
     endurance_rows: int = Field(1024, ge=1, description="largest M of the runs over and over")
     num_repeats: int = Field(1000, ge=1, description="runs that have to give the same bits")
     num_calls: int = Field(10_000, ge=10, description="calls of changing shapes in one process")
@@ -84,7 +86,7 @@ def points(parameters: LinearParameters, machine: Machine) -> list[Point]:
     for layer in parameters.layers:
         for rows in parameters.rows:
             at = shape(parameters, machine, layer, rows)
-            fitting = [name for name in few if rows <= (METHODS[MATMUL][name].max_rows or rows)]
+            fitting = [name for name in few if METHODS[MATMUL][name].is_for(rows)]
             methods = {"methods": many}
             if rows <= FEW_ROWS:
                 methods = {"methods": ",".join(fitting), "chain_methods": chain}
@@ -101,16 +103,19 @@ def timeline_points(parameters: LinearParameters, machine: Machine) -> list[Poin
 
 
 def endurance_points(parameters: LinearParameters, machine: Machine) -> list[Point]:
-    """The first layer, each method by itself."""
+    """Each method by itself on each layer, with as many rows as it is for."""
     asked = []
-    for name in parameters.endurance_methods:
+    counts = {"num_repeats": parameters.num_repeats, "num_calls": parameters.num_calls}
+    layers = parameters.endurance_layers or parameters.layers[:1]
+    for layer, name in itertools.product(layers, parameters.endurance_methods):
         operation = MATMUL if name in METHODS[MATMUL] else CHAIN
         named([name], operation)
-        if METHODS[operation][name].how == "in_place":
+        method = METHODS[operation][name]
+        if method.how == "in_place":
             raise ValueError(f"endurance_methods: {name} sums in memory of one shape")
-        rows = min(parameters.endurance_rows, FEW_ROWS) if operation == CHAIN else parameters.endurance_rows
-        counts = {"num_repeats": parameters.num_repeats, "num_calls": parameters.num_calls}
-        asked.append({**shape(parameters, machine, parameters.layers[0], rows), "method": name, **counts})
+        most = FEW_ROWS if operation == CHAIN else method.max_rows or parameters.endurance_rows
+        rows = min(parameters.endurance_rows, most)
+        asked.append({**shape(parameters, machine, layer, rows), "method": name, **counts})
     return asked
 
 
@@ -291,6 +296,7 @@ SECTION = Section(
             "cuda": {
                 **EVERY["cuda"], "rows": [1, 16, 64, 256, 512, 1024, 2048, 4096, 8192, 16384],
                 "num_launches": 3, "timeline_layers": ["Qwen3-8B o_proj", "Qwen3-32B down_proj"],
+                "endurance_layers": ["Qwen3-8B o_proj", "Qwen3-32B down_proj"],
             },
         },
     },

@@ -330,7 +330,7 @@ def released_too_late(rank: int, num_ranks: int) -> None:
     nccl_symmetric._MEMORY[world] = {16: owner}
     dist.destroy_process_group()
     nccl_symmetric.release(world)
-    dist.init_process_group("gloo")
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)  # for whoever destroys it at the end
 
 
 def test_release_after_the_default_group_has_gone_has_nothing_to_destroy():

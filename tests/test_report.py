@@ -518,6 +518,9 @@ def test_eager_code_is_told_beside_graphs_and_its_absence_too(tmp_path, fresh):
     text = of(rows)
     assert "the matmul on the side stream" not in text and lines_with(text, ", leading ", "failed: no graph → 200")
     assert "In 4 of 28 rows the host issued more than 5% of the samples late (up to 50%)" in text
+    plain = "Two streams gain 0.94× there over sequential code, which is eager too, and 1.50× leading."
+    assert plain in eager.told(machine)
+    assert "Two streams gain" not in of(rows[~(rows["method"].eq("two_stream") & rows["leads"])])
     text = of(rows[rows["launched"] == "eager"])
     assert "Nothing is captured" in text and lines_with(text, "| sequential ", "| 300 µs ")
 

@@ -12,9 +12,10 @@ import time
 import pandas as pd
 import psutil
 import pytest
+import stored
 
 from maco_lib.machine import this_machine
-from maco_lib.study import launch, sections
+from maco_lib.study import derive, evidence, launch, sections
 from maco_lib.study.rows import aggregate, as_csv
 from maco_lib.study.status import Status, section_status
 from maco_lib.study.store import DataError, Store
@@ -110,6 +111,32 @@ def test_a_failure_keeps_finished_points_and_stored_data(store):
     assert measure(store, sizes=[2]) == {}, "size 2 was finished before the failure"
 
 
+def test_a_run_that_cannot_go_on_leaves_its_finished_points_to_the_report(store):
+    parameters = toy.ToyParameters(sizes=[2, 3], fail_at=3)
+    begun = {"profile": "smoke", "parameters": parameters.model_dump(), "verdict": {"state": "running"}}
+    store.write_record("here", "toy", begun)
+    with pytest.raises(launch.LaunchError):
+        measure(store, sizes=[2, 3], fail_at=3)
+    assert "toy" not in evidence.load(store, "here")[0].tables
+    assert derive.rederive(store, "here") == ["toy"]
+    machine, problems = evidence.load(store, "here")
+    assert machine.tables["toy"]["size"].tolist() == [2] and not problems
+    state = machine.sections["toy"]
+    assert (state.state, state.error) == ("interrupted", "a run began and did not end; toy: 1 of 2 points not measured")
+    assert measure(store, sizes=[2, 3]) == {3: 1}, "a later run goes on from there"
+
+
+def test_a_section_that_only_computes_is_computed_where_it_never_ran(tmp_path):
+    store, section = stored.study(tmp_path), sections.SECTIONS["when_to_overlap"]
+    (store.data / "h200-x2" / "when_to_overlap.json").unlink()
+    stored.settle(store, "overlap", "failed")
+    assert not derive.computed_section(store, "h200-x2", section)
+    stored.settle(store, "overlap", "complete")
+    record = derive.computed_section(store, "h200-x2", section)
+    assert record["profile"] == "full" and record["verdict"]["run"] == "rederive"
+    assert section.parameters(**record["parameters"]) == section.parameters()
+
+
 def test_a_hanging_point_is_stopped(store, monkeypatch):
     monkeypatch.setattr(launch, "START_TIMEOUT_S", 10.0)
     hanging = dataclasses.replace(toy.DATASET, point_timeout_s=1.0)
@@ -170,7 +197,7 @@ def toy_processes():
 RUN = """
 import os, pathlib
 from maco_lib.machine import this_machine
-from maco_lib.study import launch, sections
+from maco_lib.study import derive, evidence, launch, sections
 from maco_lib.study.store import Store
 from tests import toy
 sections.SECTIONS["toy"] = toy.SECTION

@@ -2,13 +2,18 @@
 
     python -m maco_lib rederive [--machine NAME]
 
-computes both anew for stored machines, after their formulas changed; nothing is measured.
+computes both anew for stored machines, after their formulas changed; nothing is measured. Where a machine was taken
+away in the middle of a run, its finished points come into the tables, whose section stays "interrupted", and a section
+that only computes is computed.
 """
 
+from typing import Any
+
 from maco_lib.study import sections
-from maco_lib.study.spec import Derived, SectionParameters
-from maco_lib.study.status import input_digest, recorded_parameters
-from maco_lib.study.store import Store
+from maco_lib.study.launch import plan
+from maco_lib.study.spec import Derived, Section, SectionParameters
+from maco_lib.study.status import COMPLETE, input_digest, recorded_parameters
+from maco_lib.study.store import Store, utc_now
 
 
 def compute(store: Store, folder: str, derived: Derived, parameters: SectionParameters) -> None:
@@ -20,16 +25,40 @@ def compute(store: Store, folder: str, derived: Derived, parameters: SectionPara
 
 def rederive(store: Store, folder: str) -> list[str]:
     """Compute every stored table of data/<folder>/ anew from its launches or inputs; returns their names."""
-    done = []
+    done, machine = [], store.measured_machine(folder)
     for section in sections.SECTIONS.values():
         record = store.record(folder, section.name)
-        stored = record.get("tables", {})
-        for dataset in section.datasets:
-            if stored.get(dataset.name, {}).get("method_version") == dataset.method_version:
-                store.merge_journal(folder, dataset, stored[dataset.name]["keys"])
-                done.append(dataset.name)
+        for dataset in section.datasets if record else ():
+            stored = record.get("tables", {}).get(dataset.name, {})
+            if store.journal(folder, dataset.name).exists():
+                points = plan(dataset, recorded_parameters(section, record), machine)
+                keys = [dataset.key(point) for point in points]
+            elif stored.get("method_version") == dataset.method_version:
+                keys = stored["keys"]
+            else:
+                continue
+            store.merge_journal(folder, dataset, keys)
+            done.append(dataset.name)
+        if not section.datasets and not record:
+            record = computed_section(store, folder, section)
         for derived in section.derived:
-            if derived.name in stored:
+            if record and (derived.name in record.get("tables", {}) or not section.datasets):
                 compute(store, folder, derived, recorded_parameters(section, record))
                 done.append(derived.name)
     return done
+
+
+def computed_section(store: Store, folder: str, section: Section) -> dict[str, Any]:
+    """The record of a section that measures nothing and was never run there, {} where what it needs is not complete.
+
+    With the parameters of the profile that the sections it needs were run with.
+    """
+    needed = [store.record(folder, name) for name in section.needs]
+    if not all(record.get("verdict", {}).get("state") == COMPLETE for record in needed):
+        return {}
+    profile = needed[0]["profile"]
+    parameters = section.resolve(profile, store.measured_machine(folder))
+    verdict = {"state": COMPLETE, "error": "", "at": utc_now(), "seconds": 0.0, "run": "rederive"}
+    record = {"profile": profile, "parameters": parameters.model_dump(), "verdict": verdict}
+    store.write_record(folder, section.name, record)
+    return record

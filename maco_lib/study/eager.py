@@ -9,6 +9,7 @@ from maco_lib.study.techniques import PLANNER, geometric
 
 MODES = ("graph", "eager")
 LATE = 0.05  # the part of late samples from which on a row is named
+PLAIN = "two_stream"
 KEY = ["configuration", "method", "leads"]
 
 
@@ -21,7 +22,7 @@ def told(machine: Evidence) -> str:
         raise Missing("; ".join(reasons) or "the table overlap_eager has no finished row")
     captured = "graph" in set(rows["launched"])
     compared = roles(done) if captured else ["Nothing is captured in a CUDA graph here: the host issues all of it."]
-    parts = [" ".join([*compared, *planner(done), *late(done)]), times(rows)]
+    parts = [" ".join([*compared, *plain(done), *planner(done), *late(done)]), times(rows)]
     return "\n\n".join(filter(None, parts))
 
 
@@ -30,7 +31,7 @@ def order(machine: Evidence) -> list[str]:
     if "overlap_eager" not in machine.tables:
         return []
     done = machine.tables["overlap_eager"].dropna(subset=["t_overlap_us"])
-    return [line.rstrip(".") for line in roles(done)]
+    return [line.rstrip(".") for line in [*roles(done), *plain(done)]]
 
 
 def roles(done: pd.DataFrame) -> list[str]:
@@ -53,13 +54,27 @@ def roles(done: pd.DataFrame) -> list[str]:
             f"graph: {', and '.join(parts)}."]  # fmt: skip
 
 
+def plain(done: pd.DataFrame) -> list[str]:
+    """What the published technique gains in eager code, and the same two kernels with the streams exchanged."""
+    mine = done[done["method"].eq(PLAIN) & done["launched"].eq("eager")].dropna(subset=["speedup"])
+    if set(mine["leads"]) != {False, True}:
+        return []
+    side, leading = (ends(mine.loc[mine["leads"].eq(leads), "speedup"]) for leads in (False, True))
+    return [f"{look(PLAIN).label[0].upper()}{look(PLAIN).label[1:]} gain {side} there over sequential code, which is "
+            f"eager too, and {leading} leading."]  # fmt: skip
+
+
+def ends(values: pd.Series) -> str:
+    """ "0.95× to 1.24×"."""
+    return " to ".join(dict.fromkeys(f"{value:.2f}×" for value in (values.min(), values.max())))
+
+
 def planner(done: pd.DataFrame) -> list[str]:
     """What the planner's choices gain in eager code over sequential code, which is eager too."""
     mine = done[done["method"].eq(PLANNER) & done["launched"].eq("eager")]["speedup"].dropna()
     if mine.empty:
         return []
-    ends = " to ".join(dict.fromkeys(f"{value:.2f}×" for value in (mine.min(), mine.max())))
-    return [f"What the planner chose gains {ends} there over sequential code, issued eagerly too."]
+    return [f"What the planner chose gains {ends(mine)} there over sequential code, issued eagerly too."]
 
 
 def late(done: pd.DataFrame) -> list[str]:

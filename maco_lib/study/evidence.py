@@ -81,10 +81,7 @@ class Evidence:
 
 def load(store: Store, name: str) -> tuple[Evidence, list[str]]:
     """Everything of data/`name`/, and a problem for each damaged file, which is left out and not raised."""
-    entry = store.machine(name)
-    description = entry["description"]
-    memory = description.get("gpu_memory_bytes") or description["ram_bytes"]
-    machine = Machine(entry["kind"], entry["num_devices"], entry["hardware"], "", memory, description)
+    machine = store.measured_machine(name)
     sections, records, tables, reasons, versions, problems = {}, {}, {}, {}, {}, []
     for section in SECTIONS.values():
         try:
@@ -112,8 +109,8 @@ def load(store: Store, name: str) -> tuple[Evidence, list[str]]:
                 reasons[table] = str(error)
                 problems.append(str(error))
                 sections[section.name] = SectionState(FAILED, str(error))
-    hardware, kind = entry["hardware"], entry["kind"]
-    return Evidence(name, hardware, kind, description, sections, versions, records, tables, reasons), problems
+    about = (machine.name, machine.kind, machine.description)
+    return Evidence(name, *about, sections, versions, records, tables, reasons), problems
 
 
 def reported_launches(store: Store, name: str, section, record: dict[str, Any]) -> dict[str, dict[str, Any]]:
@@ -141,12 +138,12 @@ def state_of(store: Store, name: str, section, machine: Machine, record: dict[st
     launched = sum(launch.get("seconds", 0.0) for launch in record.get("launches", {}).values())
     seconds = launched or verdict.get("seconds", 0.0)
     facts = {"profile": record.get("profile", ""), "seconds": seconds, "at": verdict.get("at", "")}
-    if verdict["state"] == RUNNING:
-        return SectionState("interrupted", "a run began and did not end", **facts)
     if verdict["state"] in (FAILED, UNAVAILABLE):
         return SectionState(verdict["state"], verdict["error"], **facts)
     try:
         stale = stale_tables(store, name, section, machine, recorded_parameters(section, record), record)
-    except ValueError as error:
+    except (ValueError, KeyError) as error:
         stale = [str(error)]
+    if verdict["state"] == RUNNING:
+        return SectionState("interrupted", "; ".join(["a run began and did not end", *stale]), **facts)
     return SectionState("stale", "; ".join(stale), **facts) if stale else SectionState(COMPLETE, **facts)

@@ -49,6 +49,13 @@ class Store:
         """What `data/<name>/machine.json` says: kind, name of the hardware, identities, description."""
         return self._read_json(self.data / name / "machine.json")
 
+    def measured_machine(self, name: str) -> Machine:
+        """The machine that data/<name>/ was measured on, without its identity."""
+        entry = self.machine(name)
+        description = entry["description"]
+        memory = description.get("gpu_memory_bytes") or description["ram_bytes"]
+        return Machine(entry["kind"], entry["num_devices"], entry["hardware"], "", memory, description)
+
     def folder_for(self, machine: Machine, wanted: str = "auto") -> str:
         """The folder name in which `machine` may measure; raises ValueError naming the valid ones.
 

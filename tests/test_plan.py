@@ -258,6 +258,34 @@ def auto_settles(rank: int, num_ranks: int) -> None:
     assert decisions()[-1].t_comp_us == 50.0
 
 
+def tuning_knows_graphs_from_eager_code(rank: int, num_ranks: int) -> None:
+    """A plan that is tried for graphs only is followed there only, however fast its replays are."""
+    from maco_lib.overlap import auto, streams
+
+    small_grid()
+    for_graphs, followed, run_plan = Plan("gloo", urgent=False, compute_first=True), [], streams.run_plan
+    times = {"compute": 50.0, str(SEQUENTIAL): 100.0, str(OVERLAPPED): 80.0, str(for_graphs): 60.0}
+    auto.captured = lambda plans: [for_graphs]
+    auto.interleave = lambda arms, **request: {arm.name: arm.name for arm in arms}
+    auto.median_us = times.get
+    streams.run_plan = lambda plan, *rest: (followed.append(plan), run_plan(plan, *rest))[1]
+    tensor = torch.ones(1000)
+
+    def follow() -> Plan:
+        overlap(lambda: None, tensor, plan="auto", key="both")
+        return followed[-1]
+
+    assert tune(lambda: None, tensor, key="both") == for_graphs
+    decision = decisions()[-1]
+    assert (decision.captured, decision.chosen) == (for_graphs, OVERLAPPED) and len(decision.measured_us) == 3
+    assert follow() == OVERLAPPED
+    auto.capturing = lambda device: True
+    assert follow() == for_graphs
+    del times[str(for_graphs)]
+    auto.captured = lambda plans: []
+    assert tune(lambda: None, tensor, key="both") == OVERLAPPED == follow()
+
+
 def tuning_finds_out(rank: int, num_ranks: int) -> None:
     """Computations that one of the plans harms: slow while the all-reduce is under way, and slow while it is not."""
     from maco_lib.overlap import auto, streams
@@ -327,6 +355,10 @@ def test_auto_settles_on_the_faster_plan_and_on_every_rank_the_same(cache):
 
 def test_tuning_measures_at_once(cache):
     run_ranks(tuning_finds_out)
+
+
+def test_what_is_tried_for_graphs_is_followed_in_graphs_only(cache):
+    run_ranks(tuning_knows_graphs_from_eager_code)
 
 
 # -- calibration -------------------------------------------------------------------------------------------------------

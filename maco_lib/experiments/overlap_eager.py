@@ -5,7 +5,7 @@ technique is measured in both roles: the all-reduce on the side stream, and lead
 """
 
 import math
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 from maco_lib import stats
@@ -14,7 +14,7 @@ from maco_lib.experiments.overlap import planned
 from maco_lib.experiments.overlap_problem import Problem
 from maco_lib.experiments.worker import Context, Result, samples_of
 from maco_lib.overlap.plan import Plan
-from maco_lib.timing import Timing, interleave
+from maco_lib.timing import Arm, Timing, interleave
 
 AUTO = "auto"
 
@@ -22,37 +22,63 @@ AUTO = "auto"
 def measure(point: dict[str, Any], context: Context) -> Result:
     """A row for each launch mode and way: the point's methods, the overlapping ones leading as well on GPUs."""
     problem, on_gpu = Problem(point, context), context.device.type == "cuda"
-    errors: dict[str, str] = {}
-    ways: dict[str, tuple[str, Plan | None]] = {}
-    for method in point["methods"].split(","):
-        ways[method] = method, planned(problem, method, errors)
-        plan = ways[method][1]
-        if on_gpu and plan and plan.overlapped and method != AUTO:
-            ways[f"{method}, leading"] = method, replace(plan, urgent=False, leads=True)
-    arms = []
-    for name, (method, plan) in ways.items():
-        operation = AUTO if method == AUTO else plan.backend if plan else ""
-        errors[name] = errors.get(name, "") or problem.use(operation)
-        if not errors[name]:
-            arm = problem.planned(name, plan, operation)
-            errors[name] = problem.error(arm, operation, True)
-            arms += [] if errors[name] else [arm]
     rows, samples = [], []
     for launched in point["launched"].split(","):
-        timings, why = {}, dict(errors)
+        errors: dict[str, str] = {}
+        ways = ways_of(problem, point["methods"].split(","), launched, errors)
+        timings, arms = {}, usable_arms(problem, ways, errors)
         if arms:
             timings = interleave(
                 arms, group=problem.group, device=problem.device, budget_s=point["budget_s"],
                 min_iterations=point["min_iterations"], warmup=3 if on_gpu else 1, captured=launched == "graph",
             )  # fmt: skip
         for name in [name for name, timing in timings.items() if launched == "graph" and timing.timing != "graph"]:
-            why[name] = "it could not be captured in a CUDA graph"
+            errors[name] = "it could not be captured in a CUDA graph"
             del timings[name]
         for entry in samples_of(timings):
             entry.labels["launched"] = launched
             samples.append(entry)
-        rows += [row(point, context, launched, name, *way, timings, why[name]) for name, way in ways.items()]
+        rows += [
+            row(point, context, launched, name, way.method, way.plan, timings, errors[name])
+            for name, way in ways.items()
+        ]
     return Result(rows, samples)
+
+
+@dataclass(frozen=True)
+class Way:
+    """A method by one plan (None: the planner failed); operation: whose all-reduce it runs, of `Problem.operations`."""
+
+    method: str
+    plan: Plan | None
+    operation: str
+
+
+def ways_of(problem: Problem, methods: list[str], launched: str, errors: dict[str, str]) -> dict[str, Way]:
+    """The ways by name, with `errors` saying what has no plan. Collective."""
+    ways: dict[str, Way] = {}
+    for method in methods:
+        plan = planned(problem, method, errors)
+        operation = plan.backend if plan else ""
+        if method == AUTO:
+            operation = "auto, eager" if launched == "eager" else "auto"
+            plan = plan and problem.tuned[operation]
+        ways[method] = Way(method, plan, operation)
+        if problem.device.type == "cuda" and plan and plan.overlapped and method != AUTO:
+            ways[f"{method}, leading"] = Way(method, replace(plan, urgent=False, leads=True), operation)
+    return ways
+
+
+def usable_arms(problem: Problem, ways: dict[str, Way], errors: dict[str, str]) -> list[Arm]:
+    """The arms that gave the right result; `errors` says what was wrong with the others. Collective."""
+    arms = []
+    for name, way in ways.items():
+        errors[name] = errors.get(name, "") or problem.use(way.operation)
+        if not errors[name]:
+            arm = problem.planned(name, way.plan, way.operation)
+            errors[name] = problem.error(arm, way.operation, True)
+            arms += [] if errors[name] else [arm]
+    return arms
 
 
 def row(

@@ -11,7 +11,7 @@ from maco_lib.experiments.overlap_methods import DEFAULT_BACKEND, HOST_WAITS, ME
 from maco_lib.experiments.worker import Context
 from maco_lib.overlap import streams
 from maco_lib.overlap.auto import tune
-from maco_lib.overlap.plan import Plan
+from maco_lib.overlap.plan import Plan, decisions
 from maco_lib.timing import Arm, decided, first_error, synchronize
 
 NUM_CHECKED_ROWS = 128
@@ -20,8 +20,9 @@ NUM_CHECKED_ROWS = 128
 class Problem:
     """An n×n matmul and an all-reduce of `comm_bytes`, on random normal data that is new in every process and point.
 
-    `operations[backend]`: the all-reduce over each usable backend, and `unusable[backend]`: why not. The planner's is
-    called "auto": that of a tensor of the user's, in symmetric memory where the machine has it.
+    `operations[backend]`: the all-reduce over each usable backend, and `unusable[backend]`: why not. The planner's are
+    called "auto" and, in eager code, "auto, eager": of a tensor of the user's, in symmetric memory where the machine
+    has it.
     """
 
     def __init__(self, point: dict, context: Context):
@@ -80,19 +81,28 @@ class Problem:
     def plan(self, name: str) -> Plan:
         """The plan of the method called `name`, everything said; "auto" is tuned for, see `tuned`. Collective."""
         method = METHODS[self.protocol][name]
-        return self.tuned if method == "auto" else method.on(self.device.type)
+        return self.tuned["auto"] if method == "auto" else method.on(self.device.type)
 
     @functools.cached_property
-    def tuned(self) -> Plan:
-        """What the planner chooses, for a tensor of the user's. Collective; calibrates in the first point."""
+    def tuned(self) -> dict[str, Plan]:
+        """What the planner chooses, for a tensor of the user's: "auto" for captured code, "auto, eager" for eager code.
+
+        Collective; calibrates in the first point.
+        """
         tensor = self.users_tensor()
         tensor.copy_(self.reference.source)
-        plan = tune(self.matmul, tensor, self.group)
-        all_reduce = functools.partial(comm.all_reduce, backend_name=plan.backend, group=self.group)
-        self.operations["auto"] = comm.Operation(
-            "all_reduce", tensor, tensor, lambda source, result, async_op: all_reduce(result, async_op=async_op)
+        plans = {"auto": tune(self.matmul, tensor, self.group), "auto, eager": decisions()[-1].chosen}
+        self.operations |= {name: self.users_all_reduce(tensor, plan.backend) for name, plan in plans.items()}
+        return plans
+
+    def users_all_reduce(self, tensor: torch.Tensor, backend: str) -> comm.Operation:
+        """`comm.all_reduce` of the user's own tensor."""
+        return comm.Operation(
+            "all_reduce",
+            tensor,
+            tensor,
+            lambda source, result, async_op: comm.all_reduce(result, backend, self.group, async_op),
         )
-        return plan
 
     def users_tensor(self) -> torch.Tensor:
         """Where a user who cares puts the tensor; the memory is kept for the points to come."""

@@ -136,8 +136,8 @@ class Planner:
         which = self.identify(compute, tensor, key)
         trial = self.trials.get(which)
         chosen = trial.decision.chosen if trial else None
-        if chosen is None and self.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
-            chosen = self.foretell(which)
+        if capturing(self.device):
+            chosen = (trial.decision.captured if trial else None) or chosen or self.foretell(which)
         if chosen is None:
             if trial is None:
                 trial = self.trials[which] = Trial(self.decide(which, "calls"), self.device.type)
@@ -217,7 +217,7 @@ class Planner:
             decision.chosen = choose(decision.predicted_us, self.device.type)
         return decision.chosen
 
-    def tune(self, compute: Callable[[], object], tensor: torch.Tensor, key: Hashable, budget_s: float) -> Plan:
+    def tune(self, compute: Callable[[], object], tensor: torch.Tensor, key: Hashable, budget_s: float) -> Decision:
         """`tune`, for tensors and groups that are valid."""
         which = self.identify(compute, tensor, key)
         decision = self.decide(which, "tune")
@@ -226,7 +226,8 @@ class Planner:
         alone = interleave([Arm("compute", compute)], budget_s=budget_s / 10, **request)
         decision.t_comp_us = median_us(alone["compute"])
         plans = self.candidates(decision, tensor, which[-1])
-        plans += captured(plans)
+        for_graphs = captured(plans)
+        plans += for_graphs
         arms = []
         for plan in plans:
             issue = streams.planned_all_reduce(plan, tensor, self.group)
@@ -236,7 +237,16 @@ class Planner:
         tensor.copy_(before)
         trial = self.trials[which] = Trial(decision, self.device.type)
         trial.candidates = plans
-        return self.settle(decision, {plan: median_us(timings[str(plan)]) for plan in plans})
+        measured_us = {plan: median_us(timings[str(plan)]) for plan in plans}
+        decision.captured = self.settle(decision, measured_us)
+        in_eager_code = {plan: us for plan, us in measured_us.items() if plan not in for_graphs}
+        decision.chosen = choose(in_eager_code, self.device.type)
+        return decision
+
+
+def capturing(device: torch.device) -> bool:
+    """Whether the current stream is being captured in a CUDA graph."""
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
 
 def refusal(plan: Plan, scratch: torch.Tensor, group: dist.ProcessGroup) -> str:
@@ -274,12 +284,13 @@ def tune(
 
     Runs `compute` some hundred times, for about `budget_s` seconds beyond warm-up, so it must bear repetition; `tensor`
     is as before when this returns. Measures as `timing.interleave` does: on GPUs replays of a CUDA graph, without the
-    host, which is what captured code will see. A group of one, or a tensor without elements, gets the sequential plan.
-    Raises ValueError as `overlap` with `check`.
+    host, which is what captured code will see. Returns the plan of captured code; eager code follows the best of those
+    that are for it too, `decisions()[-1].chosen`. A group of one, or a tensor without elements, gets the sequential
+    plan. Raises ValueError as `overlap` with `check`.
     """
     call = (tensor, "all_reduce", group, "auto", 0)
     check_agreement(lambda: described(*call, key=key), group)
     num_ranks, _ = require_call(*call)
     if num_ranks == 1 or not tensor.numel():
         return sequential(tensor.device.type)
-    return planner(group, tensor.device).tune(compute, tensor, key, budget_s)
+    return planner(group, tensor.device).tune(compute, tensor, key, budget_s).captured

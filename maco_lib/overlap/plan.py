@@ -98,7 +98,7 @@ def shortlist(predicted: Mapping[Plan, float], kind: str) -> list[Plan]:
 def captured(plans: Iterable[Plan]) -> list[Plan]:
     """What else is worth a measurement where a CUDA graph is replayed: those that lead, with the roles exchanged.
 
-    There a side stream begins on time, and either may be the faster (table `overlap_eager`).
+    There a side stream begins on time, and either may be the faster; in eager code it is late (table `overlap_eager`).
     """
     return [replace(plan, leads=False, urgent=True) for plan in plans if plan.leads]
 
@@ -131,7 +131,8 @@ class Decision:
 
     predicted_us: by the model, of every candidate; measured_us: of those measured so far. how: "calls" (on the user's
     own calls), "tune", or "predicted" (nothing measured: under graph capture, and by `linear_all_reduce` where it was
-    not tuned). chosen: None while calls are measured.
+    not tuned). chosen: None while calls are measured. captured: what captured code follows instead, where `tune`, which
+    measures replays, found it.
     """
 
     key: str
@@ -143,6 +144,7 @@ class Decision:
     predicted_us: dict[Plan, float] = field(default_factory=dict)
     measured_us: dict[Plan, float] = field(default_factory=dict)
     chosen: Plan | None = None
+    captured: Plan | None = None
 
     @property
     def error(self) -> float:

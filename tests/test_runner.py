@@ -136,13 +136,19 @@ def stored(tmp_path, monkeypatch):
     return Store(tmp_path)
 
 
-def test_a_notebook_opens_on_the_machine_it_names(stored):
+def test_a_notebook_opens_on_the_machine_it_names(stored, capsys):
     before = stored.machines()
-    run = notebook.begin("overlap", machine="cpu-2")
+    run = notebook.begin("overlap", profile="smoke", machine="cpu-2", budget_s=0.5)
+    # What is shown was measured with other parameters, and says so.
+    recorded = stored.record("cpu-2", "overlap")
+    assert run.parameters.model_dump() == recorded["parameters"] and run.profile == recorded["profile"] != "smoke"
     run.measure()
     assert set(run.table("overlap")["backend"]) == {"gloo"}
     run.complete()
+    assert "section overlap of cpu-2 is complete" in capsys.readouterr().out
     assert stored.machines() == before
+    with pytest.raises(ValueError, match="no parameter 'budget'"):
+        notebook.begin("overlap", machine="cpu-2", budget=0.5)
 
 
 def test_a_notebook_that_cannot_measure_shows_a_reference_machine(stored, capsys):

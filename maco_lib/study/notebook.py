@@ -23,7 +23,7 @@ from maco_lib.study.figures.style import FORMATS, RC
 from maco_lib.study.sections import section as find_section
 from maco_lib.study.sections import table as find_table
 from maco_lib.study.spec import Derived, Section, SectionParameters
-from maco_lib.study.status import COMPLETE, RUNNING, UNAVAILABLE, stale_tables
+from maco_lib.study.status import COMPLETE, RUNNING, UNAVAILABLE, recorded_parameters, stale_tables
 from maco_lib.study.store import DataError, Store, utc_now
 from maco_lib.study.supervise import die_with_parent
 
@@ -46,7 +46,11 @@ def begin(section: str, profile: str = "standard", machine: str = "auto", **para
         and machine in store.machines()
         and store.machine(machine)["hardware"] != here.name
     ):
-        run = Run(store, entry, here, machine, profile, entry.resolve(profile, here, parameters), view_only=True)
+        shown = entry.resolve(profile, store.measured_machine(machine), parameters)
+        record = store.record(machine, section)
+        if record:  # the parameters that it was measured with: those given here change nothing
+            profile, shown, parameters = record["profile"], recorded_parameters(entry, record), {}
+        run = Run(store, entry, here, machine, profile, shown, view_only=True)
     else:
         folder = store.folder_for(here, machine)
         run = Run(store, entry, here, folder, profile, entry.resolve(profile, here, parameters))
@@ -160,6 +164,8 @@ class Run:
     def complete(self) -> None:
         """The section's own verdict: every expected point stored, schemas pass, every declared figure drawn."""
         if self.view_only:
+            state = self.store.record(self.folder, self.section.name).get("verdict", {}).get("state", "missing")
+            print(f"Stored results: section {self.section.name} of {self.folder} is {state}.")
             return
         if self.reasons:
             # Without its main table a section has nothing of its own to report.

@@ -57,13 +57,22 @@ def test_overlapping_costs_are_fitted_and_never_below_the_longer_side():
 def test_the_error_of_a_gain_has_those_of_the_plan_and_of_the_matmul():
     true, half = Overlapped(10.0, 1.05, 0.2), [0.5 * us for us in T_MATMUL]
     assert Overlapped.fit(SIDES, list(map(true, SIDES)), half).spread > 0.1
-    scaled = [replace(sides, predicted_us=sides.t_matmul + 20) for sides in SIDES]
-    times_us = [1.1 * sides.predicted_us for sides in scaled]
-    fitted = Overlapped.fit(scaled, times_us, T_MATMUL, scaled=True)
-    assert fitted.scale == pytest.approx(1.1) and fitted.spread < 1e-9
-    assert fitted(Sides(1.0, 2.0, predicted_us=100.0)) == pytest.approx(110.0)
+    own = [replace(sides, terms=(sides.t_matmul + 20,)) for sides in SIDES]
+    times_us = [1.1 * sides.terms[0] for sides in own]
+    fitted = Overlapped.fit(own, times_us, T_MATMUL)
+    assert fitted.scales == pytest.approx((1.1,)) and fitted.spread < 1e-9
+    assert fitted(Sides(1.0, 2.0, terms=(100.0,))) == pytest.approx(110.0)
     times_us[2] *= 1.5
-    assert 0.2 < Overlapped.fit(scaled, times_us, T_MATMUL, scaled=True).spread < 0.6
+    assert 0.2 < Overlapped.tried(Overlapped.of_terms, own, times_us, T_MATMUL).spread < 0.6
+
+
+def test_each_term_of_a_techniques_formula_has_its_own_scale_and_the_form_that_foretells_better_is_taken():
+    own = [replace(sides, terms=(20.0, sides.t_matmul)) for sides in SIDES]
+    slow_memory = Overlapped.fit(own, [20.0 + 1.5 * sides.t_matmul for sides in SIDES], T_MATMUL)
+    assert slow_memory.scales == pytest.approx((1.0, 1.5)) and slow_memory.spread < 1e-9
+    alike = Overlapped(10.0, 1.05, 0.2)
+    fitted = Overlapped.fit(own, list(map(alike, SIDES)), T_MATMUL)
+    assert not fitted.scales and fitted(own[0]) == pytest.approx(alike(SIDES[0]), rel=1e-3)
 
 
 def costs_with(gain: float, spread: float = 0.05) -> LinearCosts:
@@ -85,6 +94,7 @@ def test_an_overlapping_plan_is_predicted_only_where_its_gain_exceeds_the_errors
     # Far below what was measured nothing is predicted for a plan that overlaps.
     assert set(costs_with(60).predict(1, 64, 64)) == {NCCL, PUSH}
     costs = costs_with(60)
+    costs.overlapped[LinearPlan("decode")] = Overlapped(scales=(1.1, 0.9), spread=0.1)
     assert LinearCosts.from_json(json.loads(json.dumps(costs.to_json()))) == costs
 
 
@@ -93,9 +103,9 @@ def test_a_technique_that_sums_by_itself_is_foretold_by_its_own_formula():
     decode, matmul = LinearPlan("decode"), MatmulTime(3.0, 7e8, 4e6, 132, 2)
     costs = LinearCosts(2, ("torch.bfloat16",), matmul, {"nccl": Curve((2**10, 2**21), (16.0, 40.0))}, {}, {})
     sides = [costs.sides("decode", *shape, matmul(*shape), 16.0) for shape in shapes]
-    times_us = [1.1 * decode_time.predicted_us(*shape, 2, 66) for shape in shapes]
-    costs.overlapped[decode] = Overlapped.fit(sides, times_us, [side.t_matmul for side in sides], scaled=True)
-    wanted = 1.1 * decode_time.predicted_us(16, 5120, 12800, 2, 66)
+    times_us = [1.1 * sum(decode_time.terms_us(*shape, 2, 66)) for shape in shapes]
+    costs.overlapped[decode] = Overlapped.fit(sides, times_us, [side.t_matmul for side in sides])
+    wanted = 1.1 * sum(decode_time.terms_us(16, 5120, 12800, 2, 66))
     assert costs.predict(16, 5120, 12800)[decode] == pytest.approx(wanted)
     assert costs.choose(16, 5120, 12800, [NCCL, decode], NCCL) == decode
     assert costs.choose(16, 5120, 12800, [NCCL], NCCL) == NCCL

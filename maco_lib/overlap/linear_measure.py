@@ -12,7 +12,7 @@ import torch.distributed as dist
 
 from maco_lib.kernels.decode_tiles import MAX_ROWS
 from maco_lib.overlap.costs import Curve
-from maco_lib.overlap.linear_model import FORETOLD, MIN_POINTS, LinearCosts, MatmulTime, Overlapped, without
+from maco_lib.overlap.linear_model import MIN_POINTS, LinearCosts, MatmulTime, Overlapped, without
 from maco_lib.overlap.linear_plan import LinearPlan, candidates
 from maco_lib.overlap.linear_techniques.chunked import cut
 from maco_lib.overlap.linear_techniques.problem import EVERYTHING, Problem
@@ -110,8 +110,7 @@ def measure_linear(device: torch.device, group: dist.ProcessGroup, backends: Seq
                 t_comm_us = t_comm.get(plan.backend, min(t_comm.values()))
                 sides.append(costs.sides(plan.technique, m, n, k, t_matmul[m, n, k], t_comm_us))
             costs.overlapped[plan] = Overlapped.fit(
-                sides, [us for _, us in points], [unseen[shape] for shape, _ in points],
-                scaled=plan.technique in FORETOLD,
+                sides, [us for _, us in points], [unseen[shape] for shape, _ in points]
             )  # fmt: skip
     return costs
 

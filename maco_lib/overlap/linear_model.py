@@ -4,7 +4,8 @@
     T_comm       = a curve through measured sizes, of each backend: from the product to the result, what a sum costs
     sequential   = T_matmul + T_comm
     overlapping  = fixed + a·max(T_matmul, T_comm) + b·min(T_matmul, T_comm)
-    by itself    = scale·(`persistent_time`, `decode_time`), of the techniques that sum without a backend
+    by itself    = Σ scale·term of `persistent_time` or `decode_time`, for techniques that sum without a backend; or as
+                   overlapping, whichever foretells better what it has not seen
 
 a: how much slower than alone the longer side is (a kernel that multiplies worse than cuBLAS, SMs taken from the
 matmul); b: the part of the shorter side that is not hidden (1/C of C chunks, at best); fixed: launches, waits, the last
@@ -13,7 +14,7 @@ decides: of the predicted gain over the sequential plan, at problems that the fi
 """
 
 import math
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -32,8 +33,8 @@ TILES = (
 )  # fmt: skip
 FEW_ROWS, SMALL_TILES = 64, ((64, 64),)
 MIN_POINTS = 4
-# By technique: us from the sizes, the number of ranks and the clusters that run at a time.
-FORETOLD = {"persistent": persistent_time.predicted_us, "decode": decode_time.predicted_us}
+# By technique: terms in us from the sizes, the number of ranks and the clusters that run at a time.
+FORETOLD = {"persistent": persistent_time.terms_us, "decode": decode_time.terms_us}
 ERROR_QUANTILE = 0.9
 # What `tune_linear` measures: sequential plans predicted within SLACK of the best of them, at most so many, and as many
 # overlapping ones that are predicted within SLACK of that.
@@ -104,11 +105,11 @@ class MatmulTime:
 
 @dataclass(frozen=True)
 class Sides:
-    """Of a problem, in µs: T_matmul and T_comm, each alone; predicted_us: what a technique's formula says of both."""
+    """Of a problem, in µs: T_matmul and T_comm, each alone; terms: of the technique's own formula, where it has one."""
 
     t_matmul: float
     t_comm: float
-    predicted_us: float = 0.0
+    terms: tuple[float, ...] = ()
 
     @property
     def sequential(self) -> float:
@@ -117,7 +118,7 @@ class Sides:
 
 @dataclass(frozen=True)
 class Overlapped:
-    """The formula's constants for one plan: fixed_us, longer (a) and shorter (b), or scale of the technique's formula.
+    """The formula's constants for one plan: fixed_us, longer (a) and shorter (b), or scales of the technique's terms.
 
     least_us: the shortest T_matmul + T_comm that it was fitted to, below which it predicts nothing. spread: 90 %
     quantile of |log(predicted / measured)| of its time over the sequential one's, each predicted without the problem.
@@ -126,33 +127,41 @@ class Overlapped:
     fixed_us: float = 0.0
     longer: float = 0.0
     shorter: float = 0.0
-    scale: float = 0.0
+    scales: tuple[float, ...] = ()
     least_us: float = 0.0
     spread: float = 0.0
 
     def __call__(self, sides: Sides) -> float:
+        if self.scales:
+            return sum(scale * term for scale, term in zip(self.scales, sides.terms, strict=True))
         shorter, longer = sorted((sides.t_matmul, sides.t_comm))
-        return self.fixed_us + self.longer * longer + self.shorter * shorter + self.scale * sides.predicted_us
+        return self.fixed_us + self.longer * longer + self.shorter * shorter
 
     @classmethod
-    def fit(cls, problems: list[Sides], times_us: list[float], unseen: list[float], scaled: bool = False):
-        """To the times of as many problems, at least `MIN_POINTS`.
+    def fit(cls, problems: list[Sides], times_us: list[float], unseen: list[float]):
+        """To the times of as many problems, at least `MIN_POINTS`: of its two forms the one with the lesser spread.
 
-        unseen: T_matmul of each, as predicted from the others'. scaled: as a multiple of the technique's own formula.
+        unseen: T_matmul of each, as predicted from the others'.
         """
-        make = cls.of_scale if scaled else cls.of_sides
+        forms = [cls.of_sides, cls.of_terms] if problems[0].terms else [cls.of_sides]
+        fits = [cls.tried(form, problems, times_us, unseen) for form in forms]
+        return min(fits, key=lambda fit: fit.spread)
+
+    @classmethod
+    def tried(cls, form: Callable, problems: list[Sides], times_us: list[float], unseen: list[float]):
+        """Of one form, with its spread."""
         gains, measured = [], []
         for i, (problem, t_matmul) in enumerate(zip(problems, unseen, strict=True)):
-            fit, foreseen = make(*without(i, problems, times_us)), replace(problem, t_matmul=t_matmul)
+            fit, foreseen = form(*without(i, problems, times_us)), replace(problem, t_matmul=t_matmul)
             gains.append(fit(foreseen) / foreseen.sequential)
             measured.append(times_us[i] / problem.sequential)
         least = min(problem.sequential for problem in problems)
-        return replace(make(problems, times_us), least_us=least, spread=spread(gains, measured))
+        return replace(form(problems, times_us), least_us=least, spread=spread(gains, measured))
 
     @classmethod
-    def of_scale(cls, problems: list[Sides], times_us: list[float]):
-        ratios = [us / problem.predicted_us for problem, us in zip(problems, times_us, strict=True)]
-        return cls(scale=float(np.exp(np.mean(np.log(ratios)))))
+    def of_terms(cls, problems: list[Sides], times_us: list[float]):
+        terms = np.array([problem.terms for problem in problems]) / np.array(times_us)[:, None]
+        return cls(scales=tuple(scipy.optimize.lsq_linear(terms, np.ones(len(terms)), (0, np.inf)).x.tolist()))
 
     @classmethod
     def of_sides(cls, problems: list[Sides], times_us: list[float]):
@@ -191,7 +200,7 @@ class LinearCosts:
     def sides(self, technique: str, m: int, n: int, k: int, t_matmul: float, t_comm: float) -> Sides:
         """As the costs of the technique's plans see it."""
         clusters, foretold = self.matmul.num_sms // CTAS, FORETOLD.get(technique)
-        return Sides(t_matmul, t_comm, foretold(m, n, k, self.num_ranks, clusters) if foretold and clusters else 0.0)
+        return Sides(t_matmul, t_comm, foretold(m, n, k, self.num_ranks, clusters) if foretold and clusters else ())
 
     def predict(self, m: int, n: int, k: int) -> dict[LinearPlan, float]:
         """µs of each plan for x (m, k) and weight (n, k)."""
@@ -244,7 +253,10 @@ class LinearCosts:
             tuple(content["dtypes"]),
             MatmulTime(**content["matmul"]),
             {name: Curve(tuple(it["sizes"]), tuple(it["times_us"])) for name, it in content["all_reduce"].items()},
-            {LinearPlan(**entry["plan"]): Overlapped(**entry["cost"]) for entry in content["overlapped"]},
+            {
+                LinearPlan(**entry["plan"]): Overlapped(**{**entry["cost"], "scales": tuple(entry["cost"]["scales"])})
+                for entry in content["overlapped"]
+            },
             content["unusable"],
         )
 

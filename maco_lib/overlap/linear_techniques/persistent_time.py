@@ -99,7 +99,7 @@ def fastest_tiling(num_rows: int, num_columns: int, k: int, num_ranks: int, max_
     return min(TILINGS, key=lambda tiling: persistent_time(*shape, tiling, num_ranks, max_clusters).total)
 
 
-def predicted_us(num_rows: int, num_columns: int, k: int, num_ranks: int, max_clusters: int) -> float:
+def terms_us(num_rows: int, num_columns: int, k: int, num_ranks: int, max_clusters: int) -> tuple[float]:
     """Time with the tiles that it takes."""
     tiling = fastest_tiling(num_rows, num_columns, k, num_ranks, max_clusters)
-    return persistent_time(num_rows, num_columns, k, tiling, num_ranks, max_clusters).total
+    return (persistent_time(num_rows, num_columns, k, tiling, num_ranks, max_clusters).total,)

@@ -6,10 +6,12 @@ import math
 import warnings
 from dataclasses import replace
 
+import numpy as np
+import pandas as pd
 import pytest
 import torch
 import torch.distributed as dist
-from ranks import run_ranks
+from ranks import ROOT, run_ranks
 
 from maco_lib.overlap import LinearPlan, RowParallelLinear, decisions, linear_all_reduce, tune_linear
 from maco_lib.overlap.costs import Curve
@@ -73,6 +75,17 @@ def test_each_term_of_a_techniques_formula_has_its_own_scale_and_the_form_that_f
     alike = Overlapped(10.0, 1.05, 0.2)
     fitted = Overlapped.fit(own, list(map(alike, SIDES)), T_MATMUL)
     assert not fitted.scales and fitted(own[0]) == pytest.approx(alike(SIDES[0]), rel=1e-3)
+
+
+@pytest.mark.parametrize("machine", ["h100-x2", "h200-x2"])
+def test_decode_is_foretold_on_gpus_whose_memory_differs(machine):
+    rows = pd.read_csv(ROOT / "data" / machine / "linear_all_reduce.csv")
+    rows = rows[rows["method"].eq("decode") & rows["correct"]].sort_values("time_us")
+    terms = [decode_time.terms_us(row.m, row.n, row.k // row.tp, row.tp, 66) for row in rows.itertuples()]
+    problems = [Sides(1.0, 1.0, each) for each in terms]
+    known = Overlapped.of_terms(problems[::4], rows["time_us"].tolist()[::4])
+    errors = [abs(known(problem) / us - 1) for problem, us in zip(problems, rows["time_us"], strict=True)]
+    assert len(errors) >= 18 and np.median(errors) < 0.03 and max(errors) < 0.12
 
 
 def costs_with(gain: float, spread: float = 0.05) -> LinearCosts:

@@ -13,7 +13,7 @@ import torch.distributed as dist
 from ranks import run_ranks
 
 from maco_lib import comm
-from maco_lib.overlap import LinearPlan, Plan, calibrate, decisions, overlap, start, tune
+from maco_lib.overlap import LinearPlan, Plan, calibrate, decisions, overlap, start, streams, tune
 from maco_lib.overlap.auto import FIRST_CALLS, ROUNDS
 from maco_lib.overlap.model import Stretch
 from maco_lib.overlap.plan import LEFT_TO, MAX_CANDIDATES, captured, choose, overlapping, sequential, shortlist
@@ -104,6 +104,12 @@ def test_for_a_graph_every_leading_plan_is_also_tried_with_the_roles_exchanged()
 
 
 # -- running them ------------------------------------------------------------------------------------------------------
+
+
+def test_a_computation_is_held_back_in_and_outside_inference_mode():
+    with torch.inference_mode():
+        assert streams.run_held_back(lambda: 7, CPU) == 7
+    assert streams.run_held_back(lambda: 7, CPU) == 7
 
 
 def every_plan_gives_the_same(rank: int, num_ranks: int) -> None:

@@ -171,7 +171,8 @@ def run_held_back(compute: Callable[[], R], device: torch.device) -> R:
 
 @functools.cache
 def spare_element(device: torch.device) -> torch.Tensor:
-    return torch.zeros(1, device=device)
+    with torch.inference_mode(False):  # one made in inference mode could not be written to outside
+        return torch.zeros(1, device=device)
 
 
 def run_leading(compute: Callable[[], R], run: Run, device: torch.device) -> R:

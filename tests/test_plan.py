@@ -6,6 +6,7 @@ import itertools
 import json
 import pathlib
 import time
+import types
 
 import pytest
 import torch
@@ -110,6 +111,24 @@ def test_a_computation_is_held_back_in_and_outside_inference_mode():
     with torch.inference_mode():
         assert streams.run_held_back(lambda: 7, CPU) == 7
     assert streams.run_held_back(lambda: 7, CPU) == 7
+
+
+def test_only_eager_code_whose_matmul_would_take_every_sm_is_held_back(monkeypatch):
+    result, captures, ran = types.SimpleNamespace(device=torch.device("cuda", 0)), [False], []
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: captures[0])
+    monkeypatch.setattr(streams, "run_leading", lambda compute, run, device: compute())
+    monkeypatch.setattr(streams, "run_leaving", lambda compute, num_sms, device: (ran.append(num_sms), compute())[1])
+    monkeypatch.setattr(streams, "run_held_back", lambda compute, device: (ran.append("held"), compute())[1])
+
+    def runs(plan: Plan) -> list:
+        ran.clear()
+        assert streams.run_plan(plan, lambda: 5, lambda async_op: None, result) == 5
+        return list(ran)
+
+    leading, left = Plan("nccl", leads=True), Plan("maco_staged_12", leads=True, leaves=12)
+    assert runs(leading) == ["held"] and runs(left) == [12]
+    captures[0] = True
+    assert runs(leading) == [] and runs(left) == [12]
 
 
 def every_plan_gives_the_same(rank: int, num_ranks: int) -> None:

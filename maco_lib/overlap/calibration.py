@@ -106,9 +106,7 @@ class Calibration:
 _CALIBRATIONS: "weakref.WeakKeyDictionary[dist.ProcessGroup, dict[str, Calibration]]" = weakref.WeakKeyDictionary()
 
 
-def calibrate(
-    device: torch.device, group: dist.ProcessGroup | None = None, *, force: bool = False, grid: Grid | None = None
-) -> Calibration:
+def calibrate(device: torch.device, group: dist.ProcessGroup | None = None, *, force: bool = False) -> Calibration:
     """The calibration of this machine for the ranks of `group`: known, stored or (`force`) measured now. Collective.
 
     The same on every rank: rank 0 reads and writes the file.
@@ -116,7 +114,7 @@ def calibrate(
     group = group or dist.group.WORLD
     of_group, kind = _CALIBRATIONS.setdefault(group, {}), device.type
     if force or kind not in of_group:
-        of_group[kind] = stored_or_measured(device, group, force, grid or GRIDS[kind])
+        of_group[kind] = stored_or_measured(device, group, force, GRIDS[kind])
     return of_group[kind]
 
 

@@ -128,11 +128,15 @@ def test_a_run_that_cannot_go_on_leaves_its_finished_points_to_the_report(store)
 
 def test_a_section_that_only_computes_is_computed_where_it_never_ran(tmp_path):
     store, section = stored.study(tmp_path), sections.SECTIONS["when_to_overlap"]
-    (store.data / "h200-x2" / "when_to_overlap.json").unlink()
+    before = store.read("h200-x2", "model_shares")
+    for path in (store.data / "h200-x2").glob("when_to_overlap.*"):
+        path.unlink()
     stored.settle(store, "overlap", "failed")
-    assert not derive.computed_section(store, "h200-x2", section)
+    assert derive.compute_section(store, "h200-x2", section) == [] == list(store.record("h200-x2", section.name))
     stored.settle(store, "overlap", "complete")
-    record = derive.computed_section(store, "h200-x2", section)
+    assert derive.compute_section(store, "h200-x2", section) == ["when_to_overlap", "model_shares"]
+    pd.testing.assert_frame_equal(store.read("h200-x2", "model_shares"), before)
+    record = store.record("h200-x2", section.name)
     assert record["profile"] == "full" and record["verdict"]["run"] == "rederive"
     assert section.parameters(**record["parameters"]) == section.parameters()
 

@@ -288,9 +288,9 @@ def tune(
     that are for it too, `decisions()[-1].chosen`. A group of one, or a tensor without elements, gets the sequential
     plan. Raises ValueError as `overlap` with `check`.
     """
-    call = (tensor, "all_reduce", group, "auto", 0)
-    check_agreement(lambda: described(*call, key=key), group)
-    num_ranks, _ = require_call(*call)
+    require = functools.partial(require_call, tensor, "all_reduce", group, "auto", 0)
+    check_agreement(lambda: described(tensor, "all_reduce", require()[1], key), group)
+    num_ranks, _ = require()
     if num_ranks == 1 or not tensor.numel():
         return sequential(tensor.device.type)
     return planner(group, tensor.device).tune(compute, tensor, key, budget_s).captured

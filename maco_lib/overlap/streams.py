@@ -20,7 +20,7 @@ from maco_lib import comm
 from maco_lib.comm import c10d
 from maco_lib.overlap.plan import Plan
 from maco_lib.overlap.sm_limit import leaving
-from maco_lib.overlap.validation import check_agreement, described, require_call, require_key, result_shape
+from maco_lib.overlap.validation import check_agreement, described, require_call, result_shape
 
 R = TypeVar("R")
 Run = Callable[[bool], dist.Work | None]
@@ -220,10 +220,10 @@ def start(
     followed here (nothing else is run in its place): here alone, but with `check` on every rank, and there also when
     the ranks disagree.
     """
-    call = (tensor, collective, group, plan, priority)
+    require = functools.partial(require_call, tensor, collective, group, plan, priority, computes=False)
     if check:
-        check_agreement(lambda: described(*call, computes=False), group)
-    num_ranks, plan = require_call(*call, computes=False)
+        check_agreement(lambda: described(tensor, collective, require()[1]), group)
+    num_ranks, plan = require()
     if num_ranks == 1:
         return Handle(tensor)
     if plan is not None:
@@ -261,18 +261,17 @@ def overlap(
     key: names the computation for "auto", equal on every rank; None: where `compute` is defined. Give one if the same
     code does work of different size. The size and type of `tensor` are part of it anyhow.
     """
-    call = (tensor, collective, group, plan, priority)
+    require = functools.partial(require_call, tensor, collective, group, plan, priority, key=key)
     if check:
-        check_agreement(lambda: described(*call, key=key), group)
-    require_key(key, plan)
-    if plan is None:
+        check_agreement(lambda: described(tensor, collective, require()[1], key), group)
+    if plan is None and key is None:
         handle = start(tensor, collective, group, priority=priority)
         try:
             computed = compute()
         finally:
             total = handle.wait()
         return computed, total
-    num_ranks, plan = require_call(*call)
+    num_ranks, plan = require()
     if num_ranks == 1:
         return compute(), tensor
     if plan == "auto":

@@ -127,12 +127,6 @@ def require_plan(
     return plan
 
 
-def require_key(key: Hashable, plan: Plan | str | None) -> None:
-    """Raise ValueError on a key of the computation beside a plan that has no use for it."""
-    if key is not None and plan != "auto":
-        raise ValueError(f"key = {key!r} is for plan='auto', not for {plan!r}")
-
-
 def require_call(
     tensor: torch.Tensor,
     name: str,
@@ -140,26 +134,22 @@ def require_call(
     plan: Plan | str | None,
     priority: int,
     computes: bool = True,
+    key: Hashable = None,
 ) -> tuple[int, Plan | str | None]:
-    """(number of ranks, the plan with its backend said), as `validate` and, where there is a plan, `require_plan`."""
+    """(number of ranks, the plan with its backend said), as `validate` and, where there is a plan, `require_plan`.
+
+    Raises ValueError also on a key of the computation beside a plan that has no use for it.
+    """
+    if key is not None and plan != "auto":
+        raise ValueError(f"key = {key!r} is for plan='auto', not for {plan!r}")
     num_ranks = validate(tensor, name, group)
     if plan is not None:
         plan = require_plan(plan, tensor, name, group, num_ranks, priority, computes)
     return num_ranks, plan
 
 
-def described(
-    tensor: torch.Tensor,
-    name: str,
-    group: dist.ProcessGroup | None,
-    plan: Plan | str | None,
-    priority: int,
-    computes: bool = True,
-    key: Hashable = None,
-) -> str:
-    """What is to be the same on every rank, in words; raises ValueError where this one refuses the call."""
-    require_key(key, plan)
-    _, plan = require_call(tensor, name, group, plan, priority, computes)
+def described(tensor: torch.Tensor, name: str, plan: Plan | str | None, key: Hashable = None) -> str:
+    """What is to be the same on every rank, in words, of a call that this rank does not refuse; plan: as it runs."""
     words = [f"{name} of {tuple(tensor.shape)} {tensor.dtype}"]
     words += [f"by {plan}"] * (plan is not None) + [f"for {key!r}"] * (key is not None)
     return " ".join(words)

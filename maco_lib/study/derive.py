@@ -7,8 +7,6 @@ away in the middle of a run, its finished points come into the tables, whose sec
 that only computes is computed.
 """
 
-from typing import Any
-
 from maco_lib.study import sections
 from maco_lib.study.launch import plan
 from maco_lib.study.spec import Derived, Section, SectionParameters
@@ -39,26 +37,30 @@ def rederive(store: Store, folder: str) -> list[str]:
                 continue
             store.merge_journal(folder, dataset, keys)
             done.append(dataset.name)
-        if not section.datasets and not record:
-            record = computed_section(store, folder, section)
-        for derived in section.derived:
-            if record and (derived.name in record.get("tables", {}) or not section.datasets):
+        if section.datasets or record:
+            computed = [derived for derived in section.derived if derived.name in record.get("tables", {})]
+            for derived in computed:
                 compute(store, folder, derived, recorded_parameters(section, record))
-                done.append(derived.name)
+            done += [derived.name for derived in computed]
+        else:
+            done += compute_section(store, folder, section)
     return done
 
 
-def computed_section(store: Store, folder: str, section: Section) -> dict[str, Any]:
-    """The record of a section that measures nothing and was never run there, {} where what it needs is not complete.
+def compute_section(store: Store, folder: str, section: Section) -> list[str]:
+    """Compute a section that measures nothing and was never run there; the names of its tables.
 
-    With the parameters of the profile that the sections it needs were run with.
+    With the parameters of the profile that the sections it needs were run with; none where these are not complete.
     """
     needed = [store.record(folder, name) for name in section.needs]
     if not all(record.get("verdict", {}).get("state") == COMPLETE for record in needed):
-        return {}
+        return []
     profile = needed[0]["profile"]
     parameters = section.resolve(profile, store.measured_machine(folder))
+    for derived in section.derived:
+        compute(store, folder, derived, parameters)
     verdict = {"state": COMPLETE, "error": "", "at": utc_now(), "seconds": 0.0, "run": "rederive"}
-    record = {"profile": profile, "parameters": parameters.model_dump(), "verdict": verdict}
+    record = store.record(folder, section.name)
+    record.update(profile=profile, parameters=parameters.model_dump(), verdict=verdict)
     store.write_record(folder, section.name, record)
-    return record
+    return [derived.name for derived in section.derived]

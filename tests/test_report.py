@@ -145,6 +145,9 @@ def test_the_summary_sets_the_machines_side_by_side_and_folds_the_numbers(tmp_pa
     )
     lines = lines_with(techniques.two_streams([machine, machine], tmp_path, "device"), "Large compute, large comm")
     assert len(lines) == 2 and all("| h200-x2 |" in line and "of the ideal" not in line for line in lines)
+    cut_off = evidence.SectionState("interrupted", "a run began and did not end")
+    machine = dataclasses.replace(machine, sections={**machine.sections, "linear_all_reduce": cut_off})
+    assert "% (interrupted) |" in ideal_findings.overview([machine], tmp_path)
 
 
 def test_a_damaged_file_is_named_and_the_other_sections_go_on(tmp_path, fresh):

@@ -102,6 +102,8 @@ def ends(values: list[float]) -> str:
 
 def persistent(machine: Evidence) -> str:
     try:
-        return ends([point.fraction for point in linear_persistent.points(machine)])
+        reached = ends([point.fraction for point in linear_persistent.points(machine)])
     except Missing:
         return ABSENT
+    state = machine.sections["linear_all_reduce"]
+    return reached + ("" if state.usable else f" ({state.state})")

@@ -8,9 +8,9 @@ import torch
 pytest.importorskip("triton")
 pytest.importorskip("cuda.bindings")
 
-from maco_lib.kernels import lines
 from maco_lib.kernels.decode import decode, fits, readable
 from maco_lib.kernels.decode_tiles import MAX_ROWS
+from maco_lib.kernels.inbox import INBOX_BYTES
 
 EPS = 1e-6
 # (M, N, K): tiles of one stage and of many, several to a CTA, and M, N and K that nothing divides.
@@ -30,7 +30,7 @@ class Example:
         self.x, self.weight = draw(m, pitch)[:, :k], draw(n, pitch)[:, :k]
         self.bias = draw(n) if bias else None
         self.zeros = torch.zeros(m, n, device="cuda", dtype=dtype)
-        self.inbox = torch.zeros(lines.INBOX_BYTES, device="cuda", dtype=torch.uint8)
+        self.inbox = torch.zeros(INBOX_BYTES, device="cuda", dtype=torch.uint8)
         self.counter = torch.zeros(1, device="cuda", dtype=torch.int64)
 
     def run(self, **options) -> torch.Tensor:

@@ -9,7 +9,7 @@ import torch.distributed as dist
 from ranks import run_ranks
 
 from maco_lib.overlap import LinearPlan, linear_all_reduce_norm, linear_norm
-from maco_lib.overlap.linear_norm import kind
+from maco_lib.overlap.linear_norm import fastest_way
 
 EPS = 1e-5
 # (shape of x without K, N, K of all ranks), and sizes of decoding.
@@ -174,7 +174,7 @@ def test_without_a_process_group_it_is_the_plain_layer_and_norm():
 
 def test_whether_it_is_one_kernel_does_not_depend_on_a_ranks_share_of_k(monkeypatch):
     monkeypatch.setattr(linear_norm, "unavailable", lambda name, device, group: "")
-    monkeypatch.setattr(linear_norm, "kind", lambda *size: (False, False))
+    monkeypatch.setattr(linear_norm, "fastest_way", lambda *size: True)
     group = types.SimpleNamespace(size=lambda: 2)
     for k in (0, 5):
         assert linear_norm.unfusable(torch.ones(4, k), torch.ones(8, k), group) == ""
@@ -182,21 +182,21 @@ def test_whether_it_is_one_kernel_does_not_depend_on_a_ranks_share_of_k(monkeypa
 
 
 def test_few_bytes_go_in_one_shot_many_in_two_and_too_many_not_at_all():
-    pytest.importorskip("triton")
-    assert kind(1, 8192, 2) == kind(1, 16384, 8) == (False, False)
-    assert kind(256, 16384, 2) == (False, True)
-    assert kind(256, 16384, 4) == (True, True)
-    assert kind(257, 8192, 2) is None and kind(1, 2**18, 2) is None
+    assert fastest_way(1, 8192, 2) is fastest_way(1, 16384, 8) is True
+    assert fastest_way(256, 16384, 2) is True
+    assert fastest_way(256, 16384, 4) is False
+    assert fastest_way(257, 8192, 2) is None and fastest_way(1, 2**18, 2) is None
 
 
 def kernels_are_right(rank: int, num_ranks: int) -> None:
     """Every kind of kernel, with rows that do not divide among the ranks, in any order, and 1000 times."""
     from maco_lib.comm.mailbox import mailbox
-    from maco_lib.kernels.sum_norm import fits, sum_norm
+    from maco_lib.kernels.inbox import has_room
+    from maco_lib.kernels.sum_norm import sum_norm
 
     device = device_of(rank)
     box = mailbox(dist.group.WORLD, device)
-    kinds = [{"two_shot": two, "flagged": flagged} for two, flagged in itertools.product((False, True), repeat=2)]
+    kinds = [{"one_shot": one} for one in (False, True)]
 
     def run(operands, how):
         return sum_norm(*operands, EPS, inboxes=box.inboxes, counter=box.counter, rank=box.rank, **how)
@@ -214,7 +214,7 @@ def kernels_are_right(rank: int, num_ranks: int) -> None:
             total = (sums + residual.float()).to(dtype)
             exact = torch.nn.functional.rms_norm(total.double(), (n,), scale.double(), EPS)
             for how in kinds:
-                if not fits(num_rows, n * dtype.itemsize, num_ranks, how["two_shot"], how["flagged"]):
+                if not has_room(num_rows, n * dtype.itemsize // 8, num_ranks, how["one_shot"]):
                     continue
                 normed, got = run((products[rank], residual, scale), how)
                 assert torch.equal(got, total), (num_rows, n, dtype, how)

@@ -291,9 +291,12 @@ def test_the_persistent_model_says_on_which_machine_its_constants_were_set(machi
 
 
 def test_an_all_reduce_in_lines_is_not_called_so_where_it_is_push(machine):
-    backend = comm.backend("maco_ll")
-    assert backend.max_bytes == style.LINES_BYTES and style.size_label(style.LINES_BYTES) in style.look("maco_ll").label
-    assert f"push, {backend.num_ctas} CTAs" == style.look(style.ABOVE_LINES).label
+    for name, most in style.PUSH_ABOVE.items():
+        backend = comm.backend(name)
+        assert backend.max_bytes == most and style.size_label(most) in style.look(name).label
+        assert f"push, {backend.num_ctas} CTAs" == style.look(style.ABOVE).label
+    assert style.label_at("sequential_maco_ll128", 2**22) == "sequential, lines of 128 B"
+    assert style.label_at("sequential_maco_ll128", 2**23) == "sequential, push, 128 CTAs"
     assert style.label_at("maco_ll", 2**18) == "one-shot in lines"
     assert style.label_at("maco_ll", 2**18 + 8) == "push, 128 CTAs"
     assert style.label_at("sequential_maco_ll", 8192) == "sequential, one-shot in lines"

@@ -10,9 +10,10 @@ import torch.distributed as dist
 
 from maco_lib.comm.copy_engine import CopyEngine
 from maco_lib.comm.gloo import Gloo
+from maco_lib.comm.mailed import LongLines, OneShotLines
 from maco_lib.comm.nccl import Nccl
 from maco_lib.comm.nccl_symmetric import NcclSymmetric, release
-from maco_lib.comm.one_shot import OneShotLines, PullOneShot
+from maco_lib.comm.one_shot import PullOneShot
 from maco_lib.comm.record import COLLECTIVES, DTYPES, Collective, Operation, Reference, algbw, busbw, check, collective
 from maco_lib.comm.staged import Staged
 from maco_lib.comm.symm_mem import OneShot, TwoShot
@@ -35,6 +36,7 @@ BACKENDS = {
         Staged("maco_staged_8", num_ctas=8),
         Staged("maco_staged_12", num_ctas=12),
         OneShotLines("maco_ll"),
+        LongLines("maco_ll128"),
         PullOneShot("maco_one_shot_64"),
         CopyEngine("copy_engine"),
         VllmCustom("vllm_custom"),

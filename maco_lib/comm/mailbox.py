@@ -1,4 +1,4 @@
-"""The inboxes of a group's ranks, in which small data arrive in lines (`kernels.lines`)."""
+"""The inboxes of a group's ranks, in which small data arrive in lines (`kernels.lines`, `kernels.ll128`)."""
 
 import weakref
 
@@ -7,6 +7,7 @@ import torch.distributed as dist
 
 from maco_lib.comm.peers import peers
 from maco_lib.comm.symmetric import require_no_capture
+from maco_lib.kernels.inbox import INBOX_BYTES
 
 
 class Mailbox:
@@ -16,11 +17,9 @@ class Mailbox:
     """
 
     def __init__(self, group: dist.ProcessGroup, device: torch.device):
-        from maco_lib.kernels import lines  # needs Triton
-
         shared = peers(group, device)
         self.rank = shared.rank
-        self.region = shared.memory.allocate(lines.INBOX_BYTES)
+        self.region = shared.memory.allocate(INBOX_BYTES)
         self.region.base.zero_()
         self.inboxes = shared.rotated(self.region.addresses)
         self.counter = torch.zeros(1, dtype=torch.int64, device=device)

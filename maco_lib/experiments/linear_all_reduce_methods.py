@@ -73,7 +73,7 @@ _PEER_BACKENDS = {
     "sequential_two_shot": "symm_mem_two_shot",
     "sequential_vllm_custom": "vllm_custom",
 }
-OUR_BACKENDS = ("maco_ll", "maco_one_shot_64", "maco_push_64", "maco_push_128")
+OUR_BACKENDS = ("maco_ll", "maco_ll128", "maco_one_shot_64", "maco_push_64", "maco_push_128")
 METHODS: dict[str, dict[str, Method]] = {
     MATMUL: {
         **{name: Method("in_place", backend, is_peer=True) for name, backend in _PEER_BACKENDS.items()},
@@ -111,7 +111,7 @@ MANY_ROWS_METHODS = {
     "cpu": ["sequential_gloo", "chunked2_gloo", "chunked4_gloo", "auto_untuned", "auto"],
     "cuda": [
         "sequential_nccl", "sequential_nccl_symmetric", "sequential_two_shot", "sequential_vllm_custom",
-        "chunked2_nccl", "chunked4_nccl", "async_tp", "sequential_maco_one_shot_64", "sequential_maco_push_128",
+        "chunked2_nccl", "chunked4_nccl", "async_tp", "sequential_maco_ll128", "sequential_maco_push_128",
         *(f"chunked{number}_{backend}" for backend in ("maco_staged_8", "maco_push_64") for number in (2, 4)),
         "signalled", "persistent", "auto_untuned", "auto",
     ],
@@ -120,7 +120,7 @@ FEW_ROWS_METHODS = {
     "cpu": ["sequential_gloo", "auto_untuned", "auto"],
     "cuda": [
         "sequential_nccl", "sequential_nccl_symmetric", "sequential_one_shot", "sequential_two_shot",
-        "sequential_vllm_custom", "sequential_maco_ll", "sequential_maco_one_shot_64", "sequential_maco_push_64",
+        "sequential_vllm_custom", "sequential_maco_ll", "sequential_maco_ll128", "sequential_maco_push_64",
         "persistent", "decode", "auto_untuned", "auto",
     ],
 }  # fmt: skip
@@ -135,10 +135,10 @@ CHAIN_METHODS = {
 IDEAL_BACKENDS = {
     "cpu": (["gloo"], ["gloo"]),
     "cuda": (
-        ["nccl", "nccl_symmetric", "symm_mem_two_shot", "vllm_custom", "maco_push_64", "maco_push_128"],
+        ["nccl", "nccl_symmetric", "symm_mem_two_shot", "vllm_custom", "maco_ll128", "maco_push_64", "maco_push_128"],
         [
             "nccl", "nccl_symmetric", "symm_mem_one_shot", "symm_mem_two_shot", "vllm_custom", "maco_ll",
-            "maco_one_shot_64", "maco_push_64",
+            "maco_ll128", "maco_push_64",
         ],
     ),
 }  # fmt: skip

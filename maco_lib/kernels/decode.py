@@ -20,7 +20,7 @@ from cuda.bindings import driver
 from maco_lib.kernels import compiled
 from maco_lib.kernels.compiled import SHARED_BYTES, tensor_map, wgmma
 from maco_lib.kernels.decode_tiles import MAX_ROWS, MAX_TILE_ROWS, tile_rows_of
-from maco_lib.kernels.lines import HALF_BYTES, LINE_BYTES, MAX_CTAS
+from maco_lib.kernels.inbox import HALF_BYTES, LINE_BYTES, MAX_CTAS
 
 FOLDER = pathlib.Path(__file__).parent
 SOURCES = (FOLDER / "hopper.cuh", FOLDER / "decode_stages.cuh", FOLDER / "decode.cu")

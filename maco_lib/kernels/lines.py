@@ -2,16 +2,13 @@
 
 A line is 16 bytes: 4 of data, 4 of epoch, 4 of data, 4 of epoch. Each 8 are written and read whole, so a reader that
 finds the epoch it waits for has the data beside it: no flag, no fence, one way over the link. It costs twice the bytes;
-beyond some hundred KiB plain data and a flag behind them are faster. A rank's inbox is two halves, used in turn:
+a line of 128 bytes (`kernels.ll128`) costs 7 % more, but has to be written by 8 lanes of a warp at once.
 
-    lines    of 16 bytes, LINE_BYTES in all
-    plain    data without epochs, PLAIN_BYTES
-    flags    int32, NUM_FLAGS; raised when plain data have arrived
-
-The epoch counts the launches of all kernels on the inbox. It is counted on the device, so replays of a CUDA graph need
-no reset, and older data never look new. Where in a half the data lie is each launch's own business: a kernel ends only
-after something from every peer's launch of the same epoch has come (or something that waited for it), and that launch
-began after the peer's launch before had ended. So when epoch e + 2 writes into a peer's half, that peer has read e.
+A rank's inbox is two halves, used in turn (`kernels.inbox`). The epoch counts the launches of all kernels on it. It is
+counted on the device, so replays of a CUDA graph need no reset, and older data never look new. Where in a half the data
+lie is each launch's own business: a kernel ends only after something from every peer's launch of the same epoch came,
+or something that waited for it, and that launch began after the peer's launch before had ended. So when epoch e + 2
+writes into a peer's half, that peer has read e.
 
 A CTA sends all it has before it waits, so a kernel makes progress however few of its CTAs the GPU has room for, as long
 as GPUs start CTAs in order.
@@ -20,15 +17,9 @@ as GPUs start CTAs in order.
 import triton
 import triton.language as tl
 
-# Data of a line.
-LINE_DATA = 8
-LINE_BYTES, PLAIN_BYTES, NUM_FLAGS = 2**23, 2**24, 2**13
-HALF_BYTES = LINE_BYTES + PLAIN_BYTES + 4 * NUM_FLAGS
-INBOX_BYTES = 2 * HALF_BYTES
-# A launch adds this to the counter, whatever its number of CTAs, which is less.
-MAX_CTAS = 1023
-LAUNCH = tl.constexpr(MAX_CTAS + 1)
-LINES_END, PLAIN_END, HALF = (tl.constexpr(n) for n in (LINE_BYTES, LINE_BYTES + PLAIN_BYTES, HALF_BYTES))
+from maco_lib.kernels.inbox import HALF_BYTES, MAX_CTAS
+
+LAUNCH, HALF = tl.constexpr(MAX_CTAS + 1), tl.constexpr(HALF_BYTES)
 
 # Threads have this many lines in flight at a time; every kernel gives each thread at least so many.
 PACK = 2
@@ -113,35 +104,15 @@ def begin(counter):
 
 
 @triton.jit
-def put(half, slot, num_lines, offsets, data, epoch, inside, flagged: tl.constexpr):
-    """Write `data`, 8 bytes at each of `offsets`, into a slot of `num_lines` of a peer's half; see `raise_flag`."""
-    places = slot * num_lines + offsets
-    if flagged:
-        tl.store(words(half + LINES_END) + places, data, mask=inside)
-    else:
-        put_lines(half + places.to(tl.int64) * 16, data, epoch, inside)
+def put(half, slot, num_lines, offsets, data, epoch, inside):
+    """Write `data`, 8 bytes at each of `offsets`, into a slot of `num_lines` of a peer's half."""
+    put_lines(half + (slot * num_lines + offsets).to(tl.int64) * 16, data, epoch, inside)
 
 
 @triton.jit
-def raise_flag(half, slot, epoch, flagged: tl.constexpr):
-    """Say that this slot of a peer is filled, after a barrier of the CTA; lines need no saying."""
-    if flagged:
-        tl.atomic_xchg((half + PLAIN_END).to(tl.pointer_type(tl.int32)) + slot, epoch, sem="release", scope="sys")
-
-
-@triton.jit
-def take(half, slot, num_lines, offsets, epoch, inside, flagged: tl.constexpr):
+def take(half, slot, num_lines, offsets, epoch, inside):
     """What a peer has put into this slot of our half, once it has arrived; 0 where not `inside`."""
-    places = slot * num_lines + offsets
-    if flagged:
-        flag = (half + PLAIN_END).to(tl.pointer_type(tl.int32)) + slot
-        while tl.atomic_add(flag, 0, sem="acquire", scope="sys") != epoch:
-            pass
-        tl.debug_barrier()
-        data = words(half + LINES_END) + places
-        return tl.load(data, mask=inside, other=0, cache_modifier=".cg")
-    else:
-        return take_lines(half + places.to(tl.int64) * 16, epoch, inside)
+    return take_lines(half + (slot * num_lines + offsets).to(tl.int64) * 16, epoch, inside)
 
 
 @triton.jit
@@ -184,7 +155,7 @@ def add(left, right, element: tl.constexpr):
 @triton.jit
 def sum_of_ranks(
     own, half, first_slot, slots_per_peer, num_lines, offsets, epoch, inside,
-    rank: tl.constexpr, num_ranks: tl.constexpr, element: tl.constexpr, flagged: tl.constexpr,
+    rank: tl.constexpr, num_ranks: tl.constexpr, element: tl.constexpr,
 ):  # fmt: skip
     """Our data and what every peer has put, added in the order of the ranks: the same bits on every rank (float32).
 
@@ -196,6 +167,6 @@ def sum_of_ranks(
             term = unpack(own, element)
         else:
             slot = first_slot + (number - rank - 1 + num_ranks) % num_ranks * slots_per_peer
-            term = unpack(take(half, slot, num_lines, offsets, epoch, inside, flagged), element)
+            term = unpack(take(half, slot, num_lines, offsets, epoch, inside), element)
         total = term if number == 0 else add(total, term, element)
     return total

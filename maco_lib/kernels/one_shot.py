@@ -8,7 +8,8 @@ import torch
 import triton
 import triton.language as tl
 
-from maco_lib.kernels.lines import LINE_DATA, PACK, add, begin, pack, put, sum_of_ranks, take, unpack, words
+from maco_lib.kernels.inbox import LINE_DATA
+from maco_lib.kernels.lines import PACK, add, begin, pack, put, sum_of_ranks, take, unpack, words
 from maco_lib.kernels.sum_shares import ELEMENTS
 
 NUM_WARPS = 8
@@ -25,9 +26,9 @@ def one_shot_kernel(
     inside = offsets < num_lines
     own = tl.load(words(buffer) + offsets, mask=inside, other=0)
     for step in tl.static_range(num_ranks - 1):
-        put(inboxes[step] + half, num_ranks - 2 - step, num_lines, offsets, own, epoch, inside, False)
+        put(inboxes[step] + half, num_ranks - 2 - step, num_lines, offsets, own, epoch, inside)
     total = sum_of_ranks(
-        own, inboxes[num_ranks - 1] + half, 0, 1, num_lines, offsets, epoch, inside, rank, num_ranks, element, False
+        own, inboxes[num_ranks - 1] + half, 0, 1, num_lines, offsets, epoch, inside, rank, num_ranks, element
     )
     tl.store(words(buffer) + offsets, pack(total, element), mask=inside)
 
@@ -44,8 +45,8 @@ def take_kernel(
     if has_residual:
         old = tl.load(words(residual) + offsets, mask=inside, other=0)
     own_half = inboxes[num_ranks - 1] + half
-    own = take(own_half, num_ranks - 1, num_lines, offsets, epoch, inside, False)
-    total = sum_of_ranks(own, own_half, 0, 1, num_lines, offsets, epoch, inside, rank, num_ranks, element, False)
+    own = take(own_half, num_ranks - 1, num_lines, offsets, epoch, inside)
+    total = sum_of_ranks(own, own_half, 0, 1, num_lines, offsets, epoch, inside, rank, num_ranks, element)
     if has_residual:
         total = add(total, unpack(old, element), element)
     tl.store(words(result) + offsets, pack(total, element), mask=inside)
@@ -57,7 +58,7 @@ def one_shot(tensor: torch.Tensor, *, inboxes: tuple[int, ...], counter: torch.T
     """Sum a contiguous tensor of every rank in place, on the current stream. Collective.
 
     tensor: bf16, fp16 or fp32, a whole number of 8 bytes, at a multiple of 16, (P - 1) times as large at most as
-    `lines.LINE_BYTES` / 2, and of at most `lines.MAX_CTAS` x `BLOCK` lines. inboxes: where each rank's is, beginning
+    `inbox.LINE_BYTES` / 2, and of at most `inbox.MAX_CTAS` x `BLOCK` lines. inboxes: where each rank's is, beginning
     with the next rank, own last; counter: int64, this rank's own, of the launches on it.
     """
     num_lines = tensor.nbytes // LINE_DATA

@@ -158,24 +158,27 @@ class TileOrder:
         """What each cluster of `rank` computes and what it fetches: begin and work, begin and fetches, all int32.
 
         From begin[c] to begin[c + 1] are those of cluster c. Work: m, n, 2 * owner + is_pair, slot. Fetches, a tile
-        each: m, n, 2 * peer + is_partial, slot. A cluster fetches the partials of its own tiles and, of every
-        peer's, the sums that the peer's cluster of the same number forms; in the order of their ranks' places,
-        partials first: no two ranks then wait for each other.
+        each: m, n, 2 * peer + is_partial, slot; the partials of the rank's own tiles, and the sums of the peers'. They
+        are dealt to the clusters in turn, whoever computes the tile: the tiles that are due at a time may all be of a
+        few clusters, and these fetch slower than the link carries. In the order of their ranks' places, partials first:
+        no two ranks then wait for each other.
         """
         placed = self.placed()
         when = [{(each.work.m, n): each.place for each in order for n in columns(each.work)} for order in placed]
         work: list[list[tuple[int, ...]]] = [[] for _ in range(self.num_clusters)]
-        fetches: list[list[tuple[int, ...]]] = [[] for _ in range(self.num_clusters)]
+        fetches: list[tuple[int, ...]] = []  # place, whether it is a sum, then what the table holds
         for (m, n, width, owner, slot), _, cluster in placed[rank]:
             work[cluster].append((m, n, 2 * owner + (width == 2), slot))
             for peer in self.others(rank) if owner == rank else ():
                 for step in range(width):
-                    fetches[cluster].append((when[peer][m, n + step], 0, m, n + step, 2 * peer + 1, slot + step))
+                    fetches.append((when[peer][m, n + step], 0, m, n + step, 2 * peer + 1, slot + step))
         for peer in self.others(rank):
-            for (m, n, width, owner, slot), place, cluster in placed[peer]:
+            for (m, n, width, owner, slot), place, _ in placed[peer]:
                 if owner == peer:
-                    fetches[cluster] += [(place, 1, m, n + step, 2 * peer, slot + step) for step in range(width)]
-        return *joined(work), *joined([[fetch[2:] for fetch in sorted(cluster)] for cluster in fetches])
+                    fetches += [(place, 1, m, n + step, 2 * peer, slot + step) for step in range(width)]
+        in_order = [fetch[2:] for fetch in sorted(fetches)]
+        dealt = [in_order[cluster :: self.num_clusters] for cluster in range(self.num_clusters)]
+        return *joined(work), *joined(dealt)
 
 
 def columns(work: Work) -> range:

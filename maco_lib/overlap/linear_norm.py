@@ -16,19 +16,23 @@ import torch.distributed as dist
 from torch.distributed.distributed_c10d import _resolve_process_group
 
 from maco_lib.comm import backend
-from maco_lib.comm.mailbox import Mailbox, mailbox
+from maco_lib.comm.mailbox import mailbox
 from maco_lib.comm.symmetric import ALIGNMENT
+from maco_lib.kernels.inbox import LINE_DATA, has_room
 from maco_lib.overlap import streams
 from maco_lib.overlap.linear import operator as linear_operator
 from maco_lib.overlap.linear import result_shape, usable_backend
 from maco_lib.overlap.linear_plan import LinearPlan
-from maco_lib.overlap.linear_techniques.decode import LINES, unsuited
+from maco_lib.overlap.linear_techniques.decode import in_whole_lines, unsuited
 from maco_lib.overlap.linear_techniques.problem import flattened
 from maco_lib.overlap.validation import check_agreement, group_name, require_operands, unavailable
 
-# What the kinds of kernel are chosen by: the second way over NVLink, the wait for a flag beyond that for a line, and
-# what all SMs together write to the peers.
-WAY_US, FLAG_US, BYTES_PER_US = 1.5, 2.0, 350e3
+MAX_ROWS = 256
+# What has to be usable for its kernel.
+SUM = "maco_ll128"
+# What the ways of the sum are chosen by: the second way over NVLink, and what all SMs together write to the peers, of
+# which lines are twice the data, long lines 16 / 15 of it.
+WAY_US, BYTES_PER_US, IN_LINES, IN_LONG_LINES = 1.0, 350e3, 2.0, 16 / 15
 # What is saved where the matmul itself sends its product, in lines: a launch, and the way through memory.
 SENT_US = 3.0
 
@@ -155,60 +159,45 @@ def unfusable(x: torch.Tensor, weight: torch.Tensor, group: dist.ProcessGroup | 
     """Why the kernel cannot do what follows the matmul, or ""; the same on every rank."""
     if group is None:
         return "a single rank has nothing to sum"
-    if why := unavailable(LINES, x.device, group):
+    if why := unavailable(SUM, x.device, group):
         return why
-    if x.dtype not in backend(LINES).dtypes:
-        return f"it is for {', '.join(map(str, backend(LINES).dtypes))}, not {x.dtype}"
+    if x.dtype not in backend(SUM).dtypes:
+        return f"it is for {', '.join(map(str, backend(SUM).dtypes))}, not {x.dtype}"
     num_rows = math.prod(x.shape[:-1])  # K may be 0 on some ranks
     num_columns = weight.shape[0]
     if num_rows < 1 or num_columns < 1:
         return "there is nothing to sum"
     if num_columns * x.itemsize % 8:
         return f"N = {num_columns} of {x.dtype} is no whole number of 8 bytes"
-    if kind(num_rows, num_columns * x.itemsize, group.size()) is None:
+    if fastest_way(num_rows, num_columns * x.itemsize, group.size()) is None:
         return f"{num_rows} rows of {num_columns} are more than it has room for"
     return ""
 
 
-def kinds(num_rows: int, row_bytes: int, num_ranks: int) -> dict[tuple[bool, bool], float]:
-    """Those (two_shot, flagged) of `kernels.sum_norm` that have room, in us by bytes moved, ways and waits."""
-    from maco_lib.kernels.sum_norm import fits
-
-    times = {}
-    for two_shot in (False, True):
-        for flagged in (False, True):
-            if fits(num_rows, row_bytes, num_ranks, two_shot, flagged):
-                num_ways = 2 if two_shot else 1
-                copies = 2 * -(-num_rows // num_ranks) / num_rows if two_shot else 1.0
-                moved = (num_ranks - 1) * copies * num_rows * row_bytes * (1 if flagged else 2)
-                waits = num_ways * FLAG_US * flagged + (num_ways - 1) * WAY_US
-                times[two_shot, flagged] = waits + moved / BYTES_PER_US
-    return times
+def ways(num_rows: int, row_bytes: int, num_ranks: int) -> dict[bool, float]:
+    """One-shot (True) and two-shot, those that have room, in us by bytes moved and ways."""
+    others, long_bytes = num_ranks - 1, num_rows * row_bytes * IN_LONG_LINES
+    copies = {True: 1.0, False: 2 * -(-num_rows // num_ranks) / num_rows}
+    return {
+        one_shot: others * copies[one_shot] * long_bytes / BYTES_PER_US + (0.0 if one_shot else WAY_US)
+        for one_shot in copies
+        if num_rows <= MAX_ROWS and has_room(num_rows, row_bytes // LINE_DATA, num_ranks, one_shot)
+    }
 
 
-def kind(num_rows: int, row_bytes: int, num_ranks: int) -> tuple[bool, bool] | None:
-    """The fastest (two_shot, flagged) of `kernels.sum_norm`; None: none has room."""
-    times = kinds(num_rows, row_bytes, num_ranks)
-    return min(times, key=lambda kind: times[kind], default=None)
+def fastest_way(num_rows: int, row_bytes: int, num_ranks: int) -> bool | None:
+    """Whether the sum is one-shot; None: there is no room either way."""
+    times = ways(num_rows, row_bytes, num_ranks)
+    return min(times, key=lambda way: times[way], default=None)
 
 
 def sends(x: torch.Tensor, weight: torch.Tensor, num_ranks: int) -> bool:
     """Whether the matmul is to send its product itself, one-shot in lines; the same on every rank."""
-    if unsuited(len(x), len(weight), x.dtype, x.device, num_ranks):
+    num_rows, row_bytes = len(x), len(weight) * x.itemsize
+    if unsuited(num_rows, len(weight), x.dtype, x.device, num_ranks):
         return False
-    times = kinds(len(x), len(weight) * x.itemsize, num_ranks)
-    in_lines = times.pop((False, False), math.inf)
-    return in_lines < math.inf and in_lines - SENT_US <= min(times.values(), default=math.inf)
-
-
-def sent(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, box: Mailbox) -> bool:
-    """Launch the matmul that sends its product; False if it cannot read the operands where they lie."""
-    from maco_lib.kernels.decode import decode, readable
-
-    if not readable(x, weight):
-        return False
-    decode(x, weight, bias, inboxes=box.inboxes, counter=box.counter)
-    return True
+    in_lines = (num_ranks - 1) * num_rows * row_bytes * IN_LINES / BYTES_PER_US
+    return in_lines - SENT_US <= min(ways(num_rows, row_bytes, num_ranks).values(), default=math.inf)
 
 
 def fused(
@@ -227,22 +216,23 @@ def fused(
     streams.wait_for_planned(x.device)
     box = mailbox(group, x.device)
     own_bias = bias.contiguous() if bias is not None and group.rank() == 0 else None
-    in_lines = sends(x, weight, group.size())
-    # A rank whose matmul cannot send still meets the others in lines.
-    two_shot, flagged = (False, False) if in_lines else kind(len(x), len(weight) * x.itemsize, group.size())
-    is_sent = in_lines and sent(x, weight, own_bias, box)
-    product = None if is_sent else torch.nn.functional.linear(x, weight, own_bias)
-    return sum_norm(
-        product, aligned(residual), aligned(norm_weight), eps,
-        inboxes=box.inboxes, counter=box.counter, rank=box.rank, two_shot=two_shot, flagged=flagged,
-    )  # fmt: skip
+    place = {"inboxes": box.inboxes, "counter": box.counter}
+    product, one_shot = None, True
+    if sends(x, weight, group.size()):
+        from maco_lib.kernels.decode import decode
+
+        decode(in_whole_lines(x), in_whole_lines(weight), own_bias, **place)
+    else:
+        product = torch.nn.functional.linear(x, weight, own_bias)
+        one_shot = fastest_way(len(product), product.nbytes // len(product), group.size())
+    return sum_norm(product, aligned(residual), aligned(norm_weight), eps, **place, rank=box.rank, one_shot=one_shot)
 
 
 def add_norm(
     total: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """(normed, total + residual) of (M, N): what `fused` does after the sum, on this rank alone."""
-    if total.device.type == "cuda" and total.numel() and total.dtype in backend(LINES).dtypes:
+    if total.device.type == "cuda" and total.numel() and total.dtype in backend(SUM).dtypes:
         from maco_lib.kernels.add_rms_norm import add_rms_norm
 
         return add_rms_norm(total, residual.contiguous(), weight.contiguous(), eps)

@@ -7,7 +7,7 @@ before table `linear_all_reduce` of h200-x2 was measured.
 """
 
 import functools
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 from maco_lib.kernels.tile_order import ROWS, TileOrder
@@ -31,7 +31,6 @@ ITEMSIZE = 2
 TILE_STEP_US = {Tiling(128, False): 0.376, Tiling(160, False): 0.4625, Tiling(96, True): 0.29, Tiling(128, True): 0.378}
 PAIR_STEP_US = {Tiling(96, True): 0.555, Tiling(128, True): 0.74}
 TILE_US, FETCHED_BYTES_PER_US, END_US = 0.6, 340e3, 8.0
-GROUPS_PER_RANK = (1, 2)
 
 
 @dataclass(frozen=True)
@@ -58,18 +57,20 @@ class PersistentTime:
         return "matmul" if self.waves + self.last_sums >= self.first + self.fetched else "transfers"
 
 
-def order_of(num_rows: int, num_columns: int, k: int, tiling: Tiling, num_ranks: int, max_clusters: int) -> TileOrder:
+def order_of(num_rows: int, num_columns: int, tiling: Tiling, num_ranks: int, max_clusters: int) -> TileOrder:
     """The order of a result's tiles.
 
     In one group for two ranks: the least waiting for partials. For more in several, as partials are fetched while a
-    rank computes others' tiles, sums while it computes its own, which are fewer: both are to go on all the time. In
-    most where the matmul takes the longest, so that few sums are left to be fetched after it.
+    rank computes others' tiles, sums while it computes its own, which are fewer: both are to go on all the time. A
+    group of about a wave, as a rank's own tiles of one are computed with the others' of the next, in which their
+    partials are fetched; and no fewer than ranks, so that few sums are left to be fetched after the last.
     """
-    shape = (-(-num_rows // ROWS), -(-num_columns // tiling.columns), num_ranks, max_clusters)
-    fewer, more = (TileOrder(*shape, groups * num_ranks, pairs=tiling.pairs) for groups in GROUPS_PER_RANK)
+    order = TileOrder(
+        -(-num_rows // ROWS), -(-num_columns // tiling.columns), num_ranks, max_clusters, pairs=tiling.pairs
+    )
     if num_ranks == 2:
-        return TileOrder(*shape, pairs=tiling.pairs)
-    return fewer if time_of(fewer, k, tiling).limit == "transfers" else more
+        return order
+    return replace(order, num_groups=max(num_ranks, round(order.pieces / max_clusters)))
 
 
 def time_of(order: TileOrder, k: int, tiling: Tiling) -> PersistentTime:
@@ -89,7 +90,7 @@ def persistent_time(
     num_rows: int, num_columns: int, k: int, tiling: Tiling, num_ranks: int, max_clusters: int
 ) -> PersistentTime:
     """For x (num_rows, k) and weight (num_columns, k) on each rank."""
-    return time_of(order_of(num_rows, num_columns, k, tiling, num_ranks, max_clusters), k, tiling)
+    return time_of(order_of(num_rows, num_columns, tiling, num_ranks, max_clusters), k, tiling)
 
 
 @functools.lru_cache(maxsize=4096)

@@ -30,9 +30,12 @@ BLUE, VERMILLION, PURPLE, GREY = "#0072B2", "#D55E00", "#CC79A7", "#8C8C8C"
 LIGHT = "#D9D9D9"
 
 
-# `comm.one_shot`'s all-reduce in lines is push above so many bytes (that module imports torch, this one must not).
-LINES, LINES_BYTES, ABOVE_LINES = "maco_ll", 2**18, "maco_push_128"
+# Those of `comm.mailed` are push above so many bytes (that module imports torch, this one must not): what they are
+# called as a whole, and up to there.
+PUSH_ABOVE = {"maco_ll": 2**18, "maco_ll128": 2**22}
+ABOVE = "maco_push_128"
 LINES_THEN_PUSH, IN_LINES = "lines to 256 KiB, then push", "one-shot in lines"
+LONG_THEN_PUSH, IN_LONG_LINES = "lines of 128 B to 4 MiB, then push", "lines of 128 B"
 
 
 class NothingToDraw(ValueError):
@@ -85,6 +88,7 @@ LOOKS: dict[str, Look] = {
     "sequential_two_shot": Look("sequential, symmetric two-shot", GREEN, "<"),
     "sequential_vllm_custom": Look("sequential, kernels of vLLM", GREY, "H"),
     "sequential_maco_ll": Look(f"sequential, {LINES_THEN_PUSH}", PURPLE, "*"),
+    "sequential_maco_ll128": Look(f"sequential, {LONG_THEN_PUSH}", BLUE, "*"),
     "sequential_maco_one_shot_64": Look("sequential, one-shot, 64 CTAs", ORANGE, ">"),
     "sequential_maco_push_64": Look("sequential, push, 64 CTAs", VERMILLION, "X"),
     "sequential_maco_push_128": Look("sequential, push, 128 CTAs", VERMILLION, "D"),
@@ -114,6 +118,7 @@ LOOKS: dict[str, Look] = {
     "symm_mem_one_shot": Look("symmetric one-shot", VERMILLION, ">"),
     "symm_mem_two_shot": Look("symmetric two-shot", GREEN, "<"),
     "maco_ll": Look(LINES_THEN_PUSH, PURPLE, "*"),
+    "maco_ll128": Look(LONG_THEN_PUSH, BLUE, "*"),
     "maco_one_shot_64": Look("one-shot, 64 CTAs", ORANGE, ">"),
     "maco_pull_8": Look("pull, 8 CTAs", GREEN, "P"),
     "maco_push_64": Look("push, 64 CTAs", VERMILLION, "X"),
@@ -155,9 +160,10 @@ def look(name: str) -> Look:
 
 def label_at(name: str, num_bytes: float) -> str:
     """The label of `name` where it sums `num_bytes`: in lines or by push, not both."""
-    if name.endswith(LINES) and num_bytes > LINES_BYTES:
-        name = name.replace(LINES, ABOVE_LINES)
-    return look(name).label.replace(LINES_THEN_PUSH, IN_LINES)
+    for lines, most in PUSH_ABOVE.items():
+        if name.endswith(lines) and num_bytes > most:
+            name = name.removesuffix(lines) + ABOVE
+    return look(name).label.replace(LINES_THEN_PUSH, IN_LINES).replace(LONG_THEN_PUSH, IN_LONG_LINES)
 
 
 FONT = "DejaVu Sans of matplotlib"

@@ -151,7 +151,7 @@ FIT = Derived(
     compute=bandwidth_fit,
 )
 # Those of section 1, and two that are for other sizes, or for memory of another kind, than section 1's.
-EVERY = {"all_reduces": [*IDEAL_BACKENDS["cuda"], "maco_ll", "maco_one_shot_64"]}
+EVERY = {"all_reduces": [*IDEAL_BACKENDS["cuda"], "maco_ll", "maco_ll128", "maco_one_shot_64"]}
 SECTION = Section(
     name="bandwidth",
     title="3. Communication bandwidth",

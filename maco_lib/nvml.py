@@ -1,6 +1,7 @@
 """What the NVIDIA driver says of the GPUs this process may use, through NVML; no CUDA context is made."""
 
 import contextlib
+import functools
 import itertools
 import os
 from collections.abc import Callable, Iterator
@@ -102,6 +103,17 @@ def link_limit_gb_per_s(gpus: list) -> tuple[str, float | None]:
 def nvlink_status(first, second) -> int | None:
     """NVML's status of NVLink between two GPUs, NVML_P2P_STATUS_OK where they have it; None: no answer."""
     return ask(pynvml.nvmlDeviceGetP2PStatus, first, second, pynvml.NVML_P2P_CAPS_INDEX_NVLINK)
+
+
+@functools.cache
+def without_nvlink() -> str:
+    """Which two of the visible GPUs the driver does not say to be joined by NVLink ("0 and 1"); "" where none."""
+    with session() as answers:
+        gpus = list(enumerate(handles())) if answers else []
+        for (i, first), (j, second) in itertools.combinations(gpus, 2):
+            if nvlink_status(first, second) != pynvml.NVML_P2P_STATUS_OK:
+                return f"{i} and {j}"
+    return "" if len(gpus) > 1 else "0 and 1"
 
 
 def nvlink_signalling_gb_per_s(handle) -> float | None:

@@ -10,6 +10,7 @@ from maco_lib.overlap import LinearPlan, linear_all_reduce
 from maco_lib.overlap.linear_plan import SUMMING
 from maco_lib.overlap.linear_techniques import persistent
 from maco_lib.overlap.linear_techniques.persistent_time import (
+    TIE,
     TILINGS,
     Tiling,
     fastest_tiling,
@@ -163,7 +164,7 @@ def test_a_plan_that_sums_by_itself_takes_no_backend(technique):
 def test_tiles_are_chosen_by_the_waves_and_what_is_left_to_fetch(num_ranks):
     for m, n, k in ((2048, 4096, 2048), (4096, 5120, 12800), (16384, 8192, 14336), (1, 8, 64)):
         times = {tiling: persistent_time(m, n, k, tiling, num_ranks, 66).total for tiling in TILINGS}
-        assert fastest_tiling(m, n, k, num_ranks, 66) == min(times, key=times.get)
+        assert times[fastest_tiling(m, n, k, num_ranks, 66)] <= TIE * min(times.values())
         assert all(persistent_time(m, n, 2 * k, tiling, num_ranks, 66).total > us for tiling, us in times.items())
     # 4096 x 4096 in tiles of 256 x 128 is 512 of them, 7.8 waves of 66 clusters; 256 rows more are 32 tiles more.
     for rows, waves, last in ((4096, 8, 50), (4097, 9, 16)):
@@ -175,11 +176,12 @@ def test_tiles_are_chosen_by_the_waves_and_what_is_left_to_fetch(num_ranks):
         assert (order.pair_waves, order.single_waves, order.last_wave) == waves
 
 
-def test_more_than_two_ranks_take_a_group_for_each_wave_and_at_least_one_for_each_rank():
+def test_more_than_two_ranks_take_a_group_for_each_wave_and_one_to_four_for_each_rank():
     assert order_of(16384, 4096, TILES, 2, 66).num_groups == 1
     assert order_of(1024, 4096, TILES, 4, 66).num_groups == 4
-    assert order_of(16384, 4096, TILES, 4, 66).num_groups == round(2048 / 66)
-    assert order_of(16384, 4096, PAIRS, 4, 66).num_groups == round(1024 / 66)
+    assert order_of(6144, 4096, TILES, 4, 66).num_groups == round(768 / 66)
+    assert order_of(12288, 4096, PAIRS, 4, 66).num_groups == round(768 / 66)
+    assert order_of(16384, 4096, TILES, 4, 66).num_groups == 16
     grouped = order_of(4096, 4096, TILES, 4, 66)
     one = TileOrder(grouped.num_m, grouped.num_n, 4, 66)
     assert time_of(grouped, 8192, TILES).last_sums < time_of(one, 8192, TILES).last_sums

@@ -96,6 +96,25 @@ def test_the_link_limit_is_told_only_where_the_driver_tells(monkeypatch, num_lin
     assert ("link_limit" in quantities) == (limit is not None)
 
 
+@pytest.mark.parametrize(
+    ("p2p", "visible", "apart"),
+    [
+        (pynvml.NVML_P2P_STATUS_OK, "0,1,2,3", ""),
+        (pynvml.NVML_P2P_STATUS_NOT_SUPPORTED, "2,3", "0 and 1"),
+        (None, "2,3", "0 and 1"),
+        (pynvml.NVML_P2P_STATUS_OK, "2", "0 and 1"),
+    ],
+)
+def test_what_is_not_known_to_be_nvlink_is_none(monkeypatch, p2p, visible, apart):
+    four_h200s(monkeypatch, 18, p2p)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    nvml.without_nvlink.cache_clear()
+    try:
+        assert nvml.without_nvlink() == apart
+    finally:
+        nvml.without_nvlink.cache_clear()
+
+
 def test_this_machine_can_be_stored_and_stays_itself():
     first, second = machine.this_machine(), machine.this_machine()
     assert first == second

@@ -17,6 +17,7 @@ from maco_lib.comm.mailbox import mailbox
 from maco_lib.comm.symmetric import ALIGNMENT, Region
 from maco_lib.comm.two_shot import PushTwoShot
 from maco_lib.kernels.inbox import LINE_DATA
+from maco_lib.nvml import without_nvlink
 
 
 @dataclass(frozen=True)
@@ -64,14 +65,16 @@ class OneShotLines(Mailed):
 @dataclass(frozen=True)
 class LongLines(Mailed):
     max_bytes: int = 2**22
-    needs: str = "Hopper GPUs of one host that can access each other's memory, bf16, fp16 or fp32"
+    needs: str = "Hopper GPUs of one host, joined by NVLink, bf16, fp16 or fp32"
 
     def unavailable(self, collective: str, device: torch.device, group: dist.ProcessGroup) -> str | None:
         """Why it cannot run here, or None."""
         if why := super().unavailable(collective, device, group):
             return why
-        hopper = torch.cuda.get_device_capability(device)[0] == 9
-        return None if hopper else f"{self.name} is compiled for Hopper GPUs, and {device} is none"
+        if torch.cuda.get_device_capability(device)[0] != 9:
+            return f"{self.name} is compiled for Hopper GPUs, and {device} is none"
+        apart = without_nvlink()
+        return f"{self.name} needs NVLink, by which GPUs {apart} are not known to be joined" if apart else None
 
     def kernel(self) -> Callable:
         from maco_lib.kernels.ll128 import ll128_sum

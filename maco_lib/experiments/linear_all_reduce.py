@@ -22,6 +22,8 @@ from maco_lib.experiments.linear_all_reduce_methods import (
 )
 from maco_lib.experiments.linear_all_reduce_problem import Problem, Run
 from maco_lib.experiments.worker import Context, Result, samples_of
+from maco_lib.kernels.tile_order import CTAS
+from maco_lib.overlap.linear_techniques.persistent_time import fastest_tiling
 from maco_lib.timing import Arm, Timing, first_error, interleave
 
 UNUSABLE = (RuntimeError, ValueError, ImportError, AttributeError)
@@ -154,6 +156,7 @@ def row(
         "backend": method.backend,
         "plan": plan,
         "predicted_us": predicted,
+        "tiling": tiling(problem, plan) if one.run else "",
         "dtype": point["dtype"],
         "timing": timings[arm].timing if arm in timings else "",
         "num_runs": problem.num_runs,
@@ -178,6 +181,14 @@ def row(
         "correct": arm in timings,
         "error": one.error,
     }
+
+
+def tiling(problem: Problem, plan: str) -> str:
+    """The tiles that the persistent kernel takes here, as its model's table shows them; "" of other plans."""
+    if plan != "persistent":
+        return ""
+    share, num_ranks = problem.x.shape[1], problem.context.num_ranks
+    return str(fastest_tiling(problem.m, problem.n, share, num_ranks, problem.num_sms // CTAS))
 
 
 if __name__ == "__main__":

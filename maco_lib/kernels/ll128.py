@@ -1,9 +1,9 @@
 """All-reduce of some hundred KiB to a few MiB in lines of 128 bytes that say themselves that they have arrived.
 
-120 bytes of data and 8 of epoch, as in NCCL's LL128 protocol, and like it this relies on NVLink to deliver what a warp
-writes to 128 aligned bytes in one instruction at once. So there is no flag behind the data and no fence, as with the
-lines of 16 bytes (`kernels.lines`), for 7 % more bytes instead of 100 %. Anywhere in memory, without a copy: data go
-through the mailbox. A CTA for each block waits only for the CTAs of the same block:
+120 bytes of data and 8 of epoch, as in NCCL's LL128 protocol, and like it this relies on NVLink (PCIe would not do) to
+deliver what a warp writes to 128 aligned bytes in one instruction at once. So there is no flag behind the data and no
+fence, as with the lines of 16 bytes (`kernels.lines`), for 7 % more bytes instead of 100 %. Anywhere in memory, without
+a copy: data go through the mailbox. A CTA for each block waits only for the CTAs of the same block:
 
 one-shot    every rank sends its block to all others and adds them up: one way over the link, (P - 1) S bytes
 two-shot    a block's owner adds it up and sends the sum to all: two ways, 2 (P - 1) / P S bytes, the least there can be

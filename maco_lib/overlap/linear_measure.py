@@ -1,7 +1,7 @@
 """Measure what `LinearCosts` holds, and any plan of `linear_all_reduce` on a shape, as `timing.interleave` does.
 
-Each run multiplies with another copy of the weight, as a model's next layer has another one: so many that the GPU's L2
-cache does not hold them all. Copies make no difference where one sample is one long run.
+Each run multiplies with another copy of the weight, as a model's next layer has another one: so many that a GPU's L2
+cache holds half of them at most. Copies make no difference where one sample is one long run.
 """
 
 import itertools
@@ -24,8 +24,13 @@ from maco_lib.timing import MAX_REPEATS, Arm, first_error, interleave
 # The type that is measured, and those that take as long.
 DTYPE = {"cuda": torch.bfloat16, "cpu": torch.float32}
 ALIKE = {"cuda": (torch.bfloat16, torch.float16), "cpu": (torch.float32,)}
-COLD_BYTES = 2**26
+COLD_BYTES = 2**26  # on CPUs
 COLUMNS = 4096
+
+
+def cold_bytes(device: torch.device) -> int:
+    """As many as no cache holds."""
+    return 2 * torch.cuda.get_device_properties(device).L2_cache_size if device.type == "cuda" else COLD_BYTES
 
 
 class Shape:
@@ -34,7 +39,7 @@ class Shape:
     def __init__(self, num_rows: int, weight: torch.Tensor, group: dist.ProcessGroup):
         self.num_rows, self.weight, self.group = num_rows, weight, group
         self.x = torch.randn(num_rows, weight.shape[1], device=weight.device).to(weight.dtype)
-        num_copies = min(MAX_REPEATS, -(-COLD_BYTES // max(1, weight.nbytes)))
+        num_copies = min(MAX_REPEATS, -(-cold_bytes(weight.device) // max(1, weight.nbytes)))
         self.weights = itertools.cycle([weight, *(weight.clone() for _ in range(num_copies - 1))])
 
     @property

@@ -55,7 +55,8 @@ def linear_all_reduce_norm(
     x: (..., K), bf16, fp16, fp32 or fp64; weight: (N, K), K being this rank's share; residual: (..., N);
     norm_weight, bias: (N,). All but x and weight are the same on every rank; all are of x's type and on its device.
     group: None for all ranks; of one rank, or no process group at all: the plain layer and norm.
-    plan: "fused": one kernel after the matmul; for bf16, fp16 and fp32, up to 256 rows, on GPUs that reach each other.
+    plan: "fused": one kernel after the matmul; for bf16, fp16 and fp32, up to 256 rows, on Hopper GPUs with NVLink. (Up
+    to 64 rows it may copy a weight whose rows do not begin at multiples of 16 bytes, each time.)
     A `LinearPlan`: `linear_all_reduce` by it, then residual and norm. "auto": "fused" where it can be, else
     `linear_all_reduce` as it is by default.
     check: first compare shape, type and plan across the ranks (blocks the host; not for captured or compiled code).

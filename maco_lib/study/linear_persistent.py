@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from maco_lib.experiments.linear_all_reduce_methods import MATMUL
 from maco_lib.kernels.tile_order import CTAS
 from maco_lib.overlap.linear_techniques.persistent_time import (
+    TILINGS,
     PersistentTime,
     Tiling,
     fastest_tiling,
@@ -17,8 +18,8 @@ from maco_lib.study.linear import cells
 from maco_lib.study.report_tables import table, us
 
 TECHNIQUE = "persistent"
-# The machine whose earlier runs set the model's constants.
-CONSTANTS_OF = "h200-x2"
+# The machine to whose points, and the one to whose earlier runs, the model's constants were fitted.
+FITTED_TO, FITTED_BEFORE = "h200-x2", "h200-x4"
 # Why a point falls short.
 TRANSFERS, SUMS = "first wave and transfers", "sums of the last wave"
 MATMUL_ITSELF, MODEL, UNDECIDED = "its matmul", "more than the model tells", "undecided"
@@ -28,12 +29,14 @@ MATMUL_ITSELF, MODEL, UNDECIDED = "its matmul", "more than the model tells", "un
 class Point:
     """One layer and M: `model`, the kernel's time with tiles as `tiling`, beside what was measured, in µs.
 
-    matmul_us: cuBLAS's, alone. wanted: the fraction of ideal to be reached, None where none is set.
+    tiles: `tiling` in words, in brackets where the run did not record what it took. matmul_us: cuBLAS's, alone. wanted:
+    the fraction of ideal to be reached, None where none is set.
     """
 
     layer: str
     m: int
     tiling: Tiling
+    tiles: str
     model: PersistentTime
     matmul_us: float
     ideal_us: float
@@ -98,10 +101,12 @@ def points(machine: Evidence) -> list[Point]:
         row = rows.iloc[0]
         ranks = int(row["tp"])
         shape, clusters = (cell.m, int(row["n"]), int(row["k"]) // ranks), int(row["num_sms"]) // CTAS
-        tiling = fastest_tiling(*shape, ranks, clusters)
+        recorded = next((tiling for tiling in TILINGS if str(tiling) == row.get("tiling")), None)
+        tiling = recorded or fastest_tiling(*shape, ranks, clusters)
+        tiles = str(tiling) if recorded else f"({tiling})"
         model = persistent_time(*shape, tiling, ranks, clusters)
-        found.append(Point(cell.layer, cell.m, tiling, model, row["t_matmul_us"], row["ideal_us"], row["time_us"],
-                           LINEAR_TARGETS.get(ranks)))  # fmt: skip
+        times = (row[f"{name}_us"] for name in ("t_matmul", "ideal", "time"))
+        found.append(Point(cell.layer, cell.m, tiling, tiles, model, *times, LINEAR_TARGETS.get(ranks)))
     if not found:
         raise Missing(f"the persistent kernel finished no point of {LINEAR_MANY_ROWS} rows or more")
     return found
@@ -110,7 +115,7 @@ def points(machine: Evidence) -> list[Point]:
 def modelled(machine: Evidence) -> str:
     """The parts of its time at every layer and many rows, what they add up to, and what they leave to reach."""
     body = [
-        [one.layer, one.m, one.tiling, us(one.model.first), us(one.model.waves), us(one.model.last_sums),
+        [one.layer, one.m, one.tiles, us(one.model.first), us(one.model.waves), us(one.model.last_sums),
          us(one.model.fetched), one.model.limit, f"{us(one.model.total)}, {us(one.time_us)}, {one.error:+.1%}",
          f"{one.fraction:.1%}", spread(one.reach), one.cause]
         for one in points(machine)
@@ -149,6 +154,9 @@ def told(machine: Evidence) -> list[str]:
 
 def constants(machine: Evidence) -> str:
     """Where the model's constants come from, seen from this machine."""
-    if machine.hardware == CONSTANTS_OF:
-        return f"They were set by earlier runs of some of these shapes on {CONSTANTS_OF}, not by the points below."
-    return f"They were set by runs on {CONSTANTS_OF}: the model's error here is also what the two machines differ by."
+    fitted = f"They were fitted to the points of {FITTED_TO} and to runs on {FITTED_BEFORE} before those of its tables"
+    if machine.hardware == FITTED_TO:
+        return f"{fitted}: the model's error here is that of a fit."
+    if machine.hardware == FITTED_BEFORE:
+        return f"{fitted}."
+    return f"{fitted}: the model's error here is also what the machines differ by."

@@ -9,7 +9,6 @@ from typing import Any
 
 import jinja2
 
-from maco_lib.overlap.linear_techniques.persistent_time import END_US
 from maco_lib.study import (
     clocks,
     eager,
@@ -116,7 +115,6 @@ def render(
         linear=linear,
         linear_limits=linear_limits,
         linear_persistent=linear_persistent,
-        END_US=END_US,
         linear_promises=linear_promises,
         take_home=findings.take_home,
         numbers_behind=findings.numbers_behind,

@@ -2,8 +2,9 @@
 
     T = end + max(all waves of tiles + the sums of the last wave's, the first wave + all transfers)
 
-A wave is as many tiles, or pairs of them, as there are clusters at a time. The constants were set by runs on 2 H200s
-before table `linear_all_reduce` of h200-x2 was measured.
+A wave is as many tiles, or pairs of them, as there are clusters at a time; with more than two ranks it is longer by the
+partials of the others, which are added one after the other. The constants were fitted to runs on H200s: 30 points of
+table `linear_all_reduce` of h200-x2, and 360 on 4 GPUs, of every tiling in 4, 8 and 16 groups, before h200-x4's.
 """
 
 import functools
@@ -23,14 +24,24 @@ class Tiling(NamedTuple):
         return f"2 × {self.columns}" if self.pairs else f"{self.columns}"
 
 
-TILINGS = (Tiling(128, False), Tiling(160, False), Tiling(96, True), Tiling(128, True))
+TILINGS = (Tiling(128, False), Tiling(128, True), Tiling(160, False), Tiling(96, True))
+# Of those predicted to take so much more than the fastest at most, the first: the model is no better.
+TIE = 1.02
 STEP = 64
 ITEMSIZE = 2
-# On H200s: a step of 64 along K of a tile and of a pair, the rest of a tile or pair; what a GPU fetches from its peers
-# in a us; what follows the last fetch.
-TILE_STEP_US = {Tiling(128, False): 0.376, Tiling(160, False): 0.4625, Tiling(96, True): 0.29, Tiling(128, True): 0.378}
-PAIR_STEP_US = {Tiling(96, True): 0.555, Tiling(128, True): 0.74}
-TILE_US, FETCHED_BYTES_PER_US, END_US = 0.6, 340e3, 8.0
+# On H200s: a step of 64 along K of a tile and of a pair, the rest of a tile or pair; what the partials of each rank but
+# the first other add to an own tile; what a GPU fetches from its peers in a us; what comes before the first wave and
+# after the last fetch, of 2 ranks and for each further one.
+TILE_STEP_US = {
+    Tiling(128, False): 0.344,
+    Tiling(160, False): 0.435,
+    Tiling(96, True): 0.2655,
+    Tiling(128, True): 0.344,
+}
+PAIR_STEP_US = {Tiling(96, True): 0.508, Tiling(128, True): 0.677}
+TILE_US, ADDED_US, FETCHED_BYTES_PER_US, END_US, END_OF_RANK_US = 2.44, 3.4, 329e3, 3.6, 5.3
+# More groups were slower: 9 % at 31 of them on 4 ranks.
+GROUPS_PER_RANK = 4
 
 
 @dataclass(frozen=True)
@@ -45,7 +56,7 @@ class PersistentTime:
     first: float
     last_sums: float
     fetched: float
-    end: float = END_US
+    end: float
 
     @property
     def total(self) -> float:
@@ -63,14 +74,16 @@ def order_of(num_rows: int, num_columns: int, tiling: Tiling, num_ranks: int, ma
     In one group for two ranks: the least waiting for partials. For more in several, as partials are fetched while a
     rank computes others' tiles, sums while it computes its own, which are fewer: both are to go on all the time. A
     group of about a wave, as a rank's own tiles of one are computed with the others' of the next, in which their
-    partials are fetched; and no fewer than ranks, so that few sums are left to be fetched after the last.
+    partials are fetched; no fewer than ranks, so that few sums are left to be fetched after the last, and no more than
+    `GROUPS_PER_RANK` times as many.
     """
     order = TileOrder(
         -(-num_rows // ROWS), -(-num_columns // tiling.columns), num_ranks, max_clusters, pairs=tiling.pairs
     )
     if num_ranks == 2:
         return order
-    return replace(order, num_groups=max(num_ranks, round(order.pieces / max_clusters)))
+    waves = round(order.pieces / max_clusters)
+    return replace(order, num_groups=min(max(num_ranks, waves), GROUPS_PER_RANK * num_ranks))
 
 
 def time_of(order: TileOrder, k: int, tiling: Tiling) -> PersistentTime:
@@ -81,9 +94,12 @@ def time_of(order: TileOrder, k: int, tiling: Tiling) -> PersistentTime:
     tile_us = ROWS * tiling.columns * ITEMSIZE / FETCHED_BYTES_PER_US
     own = order.num_tiles / order.num_ranks / order.whole_groups
     others = order.num_ranks - 1
+    further = max(others - 1, 0)
     fetched = 2 * others / order.num_ranks * order.num_tiles * tile_us
-    waves = order.pair_waves * pair + order.single_waves * single
-    return PersistentTime(waves, pair or single, min(order.last_wave, own) * others * tile_us, fetched)
+    added = (2 * order.pair_waves + order.single_waves) / order.num_ranks * further * ADDED_US
+    waves = order.pair_waves * pair + order.single_waves * single + added
+    end = END_US + further * END_OF_RANK_US
+    return PersistentTime(waves, pair or single, min(order.last_wave, own) * others * tile_us, fetched, end)
 
 
 def persistent_time(
@@ -95,9 +111,10 @@ def persistent_time(
 
 @functools.lru_cache(maxsize=4096)
 def fastest_tiling(num_rows: int, num_columns: int, k: int, num_ranks: int, max_clusters: int) -> Tiling:
-    """The one predicted to be the fastest, of `TILINGS`."""
+    """The first of `TILINGS` that is predicted to be the fastest, or hardly slower (`TIE`)."""
     shape = (num_rows, num_columns, k)
-    return min(TILINGS, key=lambda tiling: persistent_time(*shape, tiling, num_ranks, max_clusters).total)
+    times = {tiling: persistent_time(*shape, tiling, num_ranks, max_clusters).total for tiling in TILINGS}
+    return next(tiling for tiling, us in times.items() if us <= TIE * min(times.values()))
 
 
 def terms_us(num_rows: int, num_columns: int, k: int, num_ranks: int, max_clusters: int) -> tuple[float]:

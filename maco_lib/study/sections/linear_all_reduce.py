@@ -144,6 +144,8 @@ SCHEMA = pa.DataFrameSchema(
         "backend": pa.Column(str),
         "plan": pa.Column(str),
         "predicted_us": TIME,
+        # Of the persistent kernel; not in tables of earlier runs.
+        "tiling": pa.Column(str, required=False),
         "timing": pa.Column(str, pa.Check.isin(["graph", "backlog", "host", ""])),
         **{f"{name}{bound}_us": TIME for name in ("time", "t_matmul") for bound in ("", "_lo", "_hi")},
         # Mean SM clocks: none on CPUs and in tables of earlier runs.

@@ -7,6 +7,7 @@ from ranks import run_ranks
 
 from maco_lib import comm
 from maco_lib.comm import record
+from maco_lib.kernels import inbox
 from maco_lib.timing import first_error
 
 GROUP_OF = {"cpu": "gloo", "cuda": "nccl"}
@@ -68,6 +69,15 @@ def gloo_checks(rank: int, num_ranks: int) -> None:
 @pytest.mark.gpu(num_gpus=2)
 def test_every_gpu_backend_gives_the_right_result():
     run_ranks(check_every_backend, backend="nccl", timeout_s=180)
+
+
+@pytest.mark.parametrize("num_ranks", range(2, 9))
+def test_the_inbox_has_room_for_the_largest_sum_that_goes_through_it(num_ranks):
+    in_lines, in_long_lines = (comm.backend(name).max_bytes for name in ("maco_ll", "maco_ll128"))
+    assert (num_ranks - 1) * in_lines * 2 <= inbox.LINE_BYTES
+    blocks = -(-in_long_lines // (inbox.BLOCK_WORDS * inbox.LINE_DATA))
+    assert inbox.has_room(blocks, inbox.BLOCK_WORDS, num_ranks, one_shot=num_ranks == 2)
+    assert not inbox.has_room(4 * blocks, inbox.BLOCK_WORDS, num_ranks, one_shot=num_ranks == 2)
 
 
 def test_bandwidths_follow_their_definitions():

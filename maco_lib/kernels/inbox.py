@@ -6,7 +6,7 @@ long ones of 128 (`kernels.ll128`). Without torch or Triton.
 
 # Data of a line of 16 bytes: a word.
 LINE_DATA = 8
-LINE_BYTES, LONG_BYTES = 2**23, 2**23
+LINE_BYTES, LONG_BYTES = 2**23, 2**24
 HALF_BYTES = LINE_BYTES + LONG_BYTES
 INBOX_BYTES = 2 * HALF_BYTES
 # A launch adds one more than this to the inbox's counter, whatever its number of CTAs, which is no more than this.

@@ -79,8 +79,8 @@ def launch(
 def ll128_sum(tensor: torch.Tensor, *, inboxes: tuple[int, ...], counter: torch.Tensor, rank: int) -> None:
     """Sum a contiguous tensor of every rank in place, on the current stream. Collective.
 
-    tensor: bf16, fp16 or fp32, a whole number of 8 bytes, `inbox.LONG_BYTES` / 2 at most, at a multiple of 8. inboxes,
-    counter: as in `one_shot`.
+    tensor: bf16, fp16 or fp32, a whole number of 8 bytes, of a size for which the inbox `has_room`, at a multiple of 8.
+    inboxes, counter: as in `one_shot`.
     """
     place = {"inboxes": inboxes, "counter": counter, "rank": rank}
     launch(tensor, tensor, BLOCK_WORDS, len(inboxes) == 2, **place)

@@ -1,10 +1,9 @@
-// An all-reduce in lines of 128 bytes, and what may follow it: residual and RMSNorm. See ll128.py.
+// An all-reduce in lines of 128 bytes, and what may follow it: residual and RMSNorm. See ll128.py. long_line.cuh comes
+// before this file.
 // A CTA sums a block; a group of 8 lanes holds a line, each lane 16 bytes: two words of 8 bytes, the last lane's second
 // word being the epoch. Defined at compile time: RANKS, RANK, KIND (0: float, 1: bf16, 2: fp16), WARPS, PASSES (lines of
 // a group), ONE_SHOT, NORM, LAUNCH, HALF, BEGIN (where long lines are in a half).
 
-typedef unsigned int u32;
-typedef unsigned long long u64;
 constexpr int DATA = 15, GROUP = 8, LINE_BYTES = 128;  // words of data in a line, its lanes
 constexpr int VALUES = KIND ? 4 : 2;                   // in a word
 constexpr int OTHERS = RANKS - 1;
@@ -14,14 +13,6 @@ struct Inboxes { u64 at[RANKS]; };  // beginning with the next rank, own last
 // Which of `Inboxes` is a rank's; of a sender, also which of its receiver's slots it fills.
 __device__ __forceinline__ constexpr int index_of(int rank, int seen_from) {
     return (rank - seen_from - 1 + RANKS) % RANKS;
-}
-
-// One instruction for a warp: the 8 lanes of a line fill one transaction of 128 bytes, which arrives whole.
-__device__ __forceinline__ void put(u64 place, u64 first, u64 second) {
-    asm volatile("st.volatile.global.v2.u64 [%0], {%1, %2};" ::"l"(place), "l"(first), "l"(second) : "memory");
-}
-__device__ __forceinline__ void get(u64 place, u64& first, u64& second) {
-    asm volatile("ld.volatile.global.v2.u64 {%0, %1}, [%2];" : "=l"(first), "=l"(second) : "l"(place) : "memory");
 }
 
 struct Values { float of[VALUES]; };

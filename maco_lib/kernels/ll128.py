@@ -21,7 +21,8 @@ import torch
 from maco_lib.kernels import compiled
 from maco_lib.kernels.inbox import BLOCK_WORDS, HALF_BYTES, LINE_BYTES, LINE_DATA, MAX_CTAS, shape_of
 
-SOURCE = pathlib.Path(__file__).with_suffix(".cu")
+FOLDER = pathlib.Path(__file__).parent
+SOURCES = (FOLDER / "long_line.cuh", FOLDER / "ll128.cu")
 KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
 
@@ -43,7 +44,7 @@ class Constants:
             "PASSES": self.passes, "ONE_SHOT": int(self.one_shot), "NORM": int(self.norm),
             "LAUNCH": f"{MAX_CTAS + 1}ull", "HALF": f"{HALF_BYTES}ull", "BEGIN": f"{LINE_BYTES}ull",
         }  # fmt: skip
-        return compiled.defines(constants) + SOURCE.read_text()
+        return compiled.defines(constants) + "".join(path.read_text() for path in SOURCES)
 
 
 @functools.cache

@@ -10,7 +10,7 @@ import torch.distributed as dist
 
 from maco_lib.comm.copy_engine import CopyEngine
 from maco_lib.comm.gloo import Gloo
-from maco_lib.comm.mailed import LongLines, OneShotLines
+from maco_lib.comm.mailed import LL128, OneShotLines
 from maco_lib.comm.nccl import Nccl
 from maco_lib.comm.nccl_symmetric import NcclSymmetric, release
 from maco_lib.comm.one_shot import PullOneShot
@@ -36,7 +36,7 @@ BACKENDS = {
         Staged("maco_staged_8", num_ctas=8),
         Staged("maco_staged_12", num_ctas=12),
         OneShotLines("maco_ll"),
-        LongLines("maco_ll128"),
+        LL128("maco_ll128"),
         PullOneShot("maco_one_shot_64"),
         CopyEngine("copy_engine"),
         VllmCustom("vllm_custom"),

@@ -63,7 +63,7 @@ class OneShotLines(Mailed):
 
 
 @dataclass(frozen=True)
-class LongLines(Mailed):
+class LL128(Mailed):
     max_bytes: int = 2**22
     needs: str = "Hopper GPUs of one host, joined by NVLink, bf16, fp16 or fp32"
 

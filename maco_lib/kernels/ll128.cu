@@ -110,14 +110,15 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS) ll128_kernel(
     const u32 epoch = (u32)(launches + 1);
     const u64 mark = (u64)epoch << 32 | epoch, half = launches % 2 * HALF + BEGIN;
     const bool marks = lane == GROUP - 1;
-    const auto place = [&](int rank, int slot, int pass) {
+    const auto place = [&](u64 inbox, int slot, int pass) {
         const int line = pass * (WARPS * 32 / GROUP) + group;
-        return inboxes.at[index_of(rank, RANK)] + half + ((u64)slot * lines + line) * LINE_BYTES + lane * 16;
+        return inbox + half + ((u64)slot * lines + line) * LINE_BYTES + lane * 16;
     };
-    const auto send = [&](int rank, int slot, int pass, const Pair& data) {
-        if (has_line[pass]) put(place(rank, slot, pass), data.word[0], marks ? mark : data.word[1]);
+    const auto send = [&](u64 inbox, int slot, int pass, const Pair& data) {
+        if (has_line[pass]) put(place(inbox, slot, pass), data.word[0], marks ? mark : data.word[1]);
         __syncwarp();
     };
+    const u64 own_inbox = inboxes.at[OTHERS];
 
     Pair data[PASSES];
     const int owner = block % RANKS, of_owner = block / RANKS;
@@ -128,20 +129,14 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS) ll128_kernel(
             if (rank == owner) inbox = inboxes.at[index_of(rank, RANK)];
         const int slot = index_of(RANK, owner) * slots + of_owner;
 #pragma unroll
-        for (int pass = 0; pass < PASSES; pass++) {
-            const int line = pass * (WARPS * 32 / GROUP) + group;
-            if (has_line[pass])
-                put(inbox + half + ((u64)slot * lines + line) * LINE_BYTES + lane * 16, own[pass].word[0],
-                    marks ? mark : own[pass].word[1]);
-            __syncwarp();
-        }
+        for (int pass = 0; pass < PASSES; pass++) send(inbox, slot, pass, own[pass]);
 #pragma unroll
         for (int pass = 0; pass < PASSES; pass++) {
             bool late;
             do {
                 late = false;
                 if (has_line[pass]) {
-                    get(place(RANK, OTHERS * slots + block, pass), data[pass].word[0], data[pass].word[1]);
+                    get(place(own_inbox, OTHERS * slots + block, pass), data[pass].word[0], data[pass].word[1]);
                     late = marks && data[pass].word[1] != mark;
                 }
             } while (__any_sync(0xffffffffu, late));
@@ -152,8 +147,8 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS) ll128_kernel(
             for (int pass = 0; pass < PASSES; pass++) {
 #pragma unroll
                 for (int step = 1; step < RANKS; step++) {
-                    const int rank = (RANK + step) % RANKS;
-                    send(rank, index_of(RANK, rank) * gridDim.x + block, pass, own[pass]);
+                    const int slot = index_of(RANK, (RANK + step) % RANKS) * gridDim.x + block;
+                    send(inboxes.at[step - 1], slot, pass, own[pass]);
                 }
             }
         }
@@ -167,7 +162,7 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS) ll128_kernel(
 #pragma unroll
                     for (int other = 0; other < OTHERS; other++) {
                         const int slot = ONE_SHOT ? other * gridDim.x + block : other * slots + of_owner;
-                        get(place(RANK, slot, pass), others[other].word[0], others[other].word[1]);
+                        get(place(own_inbox, slot, pass), others[other].word[0], others[other].word[1]);
                         late |= marks && others[other].word[1] != mark;
                     }
                 }
@@ -176,38 +171,36 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS) ll128_kernel(
             if (!ONE_SHOT) {
 #pragma unroll
                 for (int step = 1; step < RANKS; step++)
-                    send((RANK + step) % RANKS, OTHERS * slots + block, pass, data[pass]);
+                    send(inboxes.at[step - 1], OTHERS * slots + block, pass, data[pass]);
             }
         }
     }
 
-    float squares = 0;
-#pragma unroll
-    for (int pass = 0; pass < PASSES; pass++) {
-        const int word = (pass * (WARPS * 32 / GROUP) + group) * DATA + 2 * lane;
-#pragma unroll
-        for (int w = 0; w < 2; w++) {
-            if (!has[pass][w]) continue;
-            total[begin + word + w] = data[pass].word[w];
-            const Values values = unpack(data[pass].word[w]);
-#pragma unroll
-            for (int v = 0; v < VALUES; v++) squares += values.of[v] * values.of[v];
-        }
-    }
-    if (NORM) {
-        const float scale = 1.0f / sqrtf(sum_of_cta(squares) / (VALUES * block_words) + eps);
+    // `visit(pass, w, word)` for each word of the block that this thread has.
+    const auto each_word = [&](auto visit) {
 #pragma unroll
         for (int pass = 0; pass < PASSES; pass++) {
             const int word = (pass * (WARPS * 32 / GROUP) + group) * DATA + 2 * lane;
 #pragma unroll
-            for (int w = 0; w < 2; w++) {
-                if (!has[pass][w]) continue;
-                Values values = unpack(data[pass].word[w]);
-                const Values weights = unpack(weight[word + w]);
-#pragma unroll
-                for (int v = 0; v < VALUES; v++) values.of[v] *= scale * weights.of[v];
-                normed[begin + word + w] = pack(values);
-            }
+            for (int w = 0; w < 2; w++)
+                if (has[pass][w]) visit(pass, w, word + w);
         }
+    };
+    float squares = 0;
+    each_word([&](int pass, int w, int word) {
+        total[begin + word] = data[pass].word[w];
+        const Values values = unpack(data[pass].word[w]);
+#pragma unroll
+        for (int v = 0; v < VALUES; v++) squares += values.of[v] * values.of[v];
+    });
+    if (NORM) {
+        const float scale = 1.0f / sqrtf(sum_of_cta(squares) / (VALUES * block_words) + eps);
+        each_word([&](int pass, int w, int word) {
+            Values values = unpack(data[pass].word[w]);
+            const Values weights = unpack(weight[word]);
+#pragma unroll
+            for (int v = 0; v < VALUES; v++) values.of[v] *= scale * weights.of[v];
+            normed[begin + word] = pack(values);
+        });
     }
 }

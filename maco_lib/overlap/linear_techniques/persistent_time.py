@@ -40,7 +40,7 @@ TILE_STEP_US = {
 }
 PAIR_STEP_US = {Tiling(96, True): 0.508, Tiling(128, True): 0.677}
 TILE_US, ADDED_US, FETCHED_BYTES_PER_US, END_US, END_OF_RANK_US = 2.44, 3.4, 329e3, 3.6, 5.3
-# More groups were slower: 9 % at 31 of them on 4 ranks.
+# More groups were up to 4 % slower: 19 to 62 of them on 4 ranks.
 GROUPS_PER_RANK = 4
 
 

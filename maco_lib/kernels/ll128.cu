@@ -92,18 +92,20 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS) ll128_kernel(
     if (threadIdx.x == 0)
         launches = atomicAdd(counter, block == 0 ? (u64)LAUNCH - gridDim.x + 1 : 1ull) / LAUNCH;
 
+    // This thread's line of a pass, and its w-th word of it; both count in the block.
+    const auto line_of = [&](int pass) { return pass * (WARPS * 32 / GROUP) + group; };
+    const auto word_of = [&](int pass, int w) { return line_of(pass) * DATA + 2 * lane + w; };
     Pair own[PASSES], old[PASSES];
     bool has_line[PASSES], has[PASSES][2];
 #pragma unroll
     for (int pass = 0; pass < PASSES; pass++) {
-        const int line = pass * (WARPS * 32 / GROUP) + group, word = line * DATA + 2 * lane;
-        has_line[pass] = line * DATA < count;
-        has[pass][0] = word < count;
-        has[pass][1] = word + 1 < count && lane < GROUP - 1;
+        has_line[pass] = line_of(pass) * DATA < count;
 #pragma unroll
         for (int w = 0; w < 2; w++) {
-            own[pass].word[w] = has[pass][w] ? product[begin + word + w] : 0;
-            old[pass].word[w] = NORM && has[pass][w] ? residual[begin + word + w] : 0;
+            const int word = word_of(pass, w);
+            has[pass][w] = word < count && 2 * lane + w < DATA;
+            own[pass].word[w] = has[pass][w] ? product[begin + word] : 0;
+            old[pass].word[w] = NORM && has[pass][w] ? residual[begin + word] : 0;
         }
     }
     __syncthreads();
@@ -111,8 +113,7 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS) ll128_kernel(
     const u64 mark = (u64)epoch << 32 | epoch, half = launches % 2 * HALF + BEGIN;
     const bool marks = lane == GROUP - 1;
     const auto place = [&](u64 inbox, int slot, int pass) {
-        const int line = pass * (WARPS * 32 / GROUP) + group;
-        return inbox + half + ((u64)slot * lines + line) * LINE_BYTES + lane * 16;
+        return inbox + half + ((u64)slot * lines + line_of(pass)) * LINE_BYTES + lane * 16;
     };
     const auto send = [&](u64 inbox, int slot, int pass, const Pair& data) {
         if (has_line[pass]) put(place(inbox, slot, pass), data.word[0], marks ? mark : data.word[1]);
@@ -176,31 +177,27 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS) ll128_kernel(
         }
     }
 
-    // `visit(pass, w, word)` for each word of the block that this thread has.
-    const auto each_word = [&](auto visit) {
-#pragma unroll
-        for (int pass = 0; pass < PASSES; pass++) {
-            const int word = (pass * (WARPS * 32 / GROUP) + group) * DATA + 2 * lane;
-#pragma unroll
-            for (int w = 0; w < 2; w++)
-                if (has[pass][w]) visit(pass, w, word + w);
-        }
-    };
     float squares = 0;
-    each_word([&](int pass, int w, int word) {
-        total[begin + word] = data[pass].word[w];
+#pragma unroll
+    for (int each = 0; each < 2 * PASSES; each++) {
+        const int pass = each / 2, w = each % 2;
+        if (!has[pass][w]) continue;
+        total[begin + word_of(pass, w)] = data[pass].word[w];
         const Values values = unpack(data[pass].word[w]);
 #pragma unroll
         for (int v = 0; v < VALUES; v++) squares += values.of[v] * values.of[v];
-    });
+    }
     if (NORM) {
         const float scale = 1.0f / sqrtf(sum_of_cta(squares) / (VALUES * block_words) + eps);
-        each_word([&](int pass, int w, int word) {
+#pragma unroll
+        for (int each = 0; each < 2 * PASSES; each++) {
+            const int pass = each / 2, w = each % 2;
+            if (!has[pass][w]) continue;
             Values values = unpack(data[pass].word[w]);
-            const Values weights = unpack(weight[word]);
+            const Values weights = unpack(weight[word_of(pass, w)]);
 #pragma unroll
             for (int v = 0; v < VALUES; v++) values.of[v] *= scale * weights.of[v];
-            normed[begin + word] = pack(values);
-        });
+            normed[begin + word_of(pass, w)] = pack(values);
+        }
     }
 }

@@ -123,6 +123,8 @@ void land_any() {
 // hopper.cuh
 void barrier_init(u32 barrier, u32 count) { barriers[self->cta][barrier] = {int(count), int(count), 0, 0}; }
 void expect(u32 barrier, u32 bytes) { arrive_with(self->cta, barrier, bytes); yield(); }
+void expect_by_warp(u32 barrier, u32 bytes) { expect(barrier, bytes); }  // of a warp's threads, one fiber
+int same(int value) { return value; }
 void arrive(u32 barrier) { arrive_with(self->cta, barrier, 0); yield(); }
 void arrive_at(u32 barrier, u32 cta);
 void wait(u32 barrier, u32 parity) {

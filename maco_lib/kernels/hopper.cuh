@@ -7,11 +7,20 @@ struct alignas(64) TensorMap { u64 words[16]; };
 
 __device__ __forceinline__ u32 shared_address(const void* p) { return (u32)__cvta_generic_to_shared(p); }
 
+// The value of a warp's first thread, for all of them. The compiler then knows that it is the same: a loop around TMA
+// loads whose operands are not known to be takes twice as long, which the matmul that waits for them feels.
+__device__ __forceinline__ int same(int value) { return __shfl_sync(0xffffffffu, value, 0); }
+
 __device__ __forceinline__ void barrier_init(u32 barrier, u32 count) {
     asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(barrier), "r"(count));
 }
 __device__ __forceinline__ void expect(u32 barrier, u32 bytes) {
     asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes) : "memory");
+}
+__device__ __forceinline__ void expect_by_warp(u32 barrier, u32 bytes) {
+    asm volatile(
+        "{ .reg .pred one; elect.sync _|one, 0xffffffff;\n"
+        "@one mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1; }" ::"r"(barrier), "r"(bytes) : "memory");
 }
 __device__ __forceinline__ void arrive(u32 barrier) {
     asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(barrier) : "memory");
@@ -32,15 +41,18 @@ __device__ __forceinline__ void wait(u32 barrier, u32 parity) {
 __device__ __forceinline__ void prefetch_map(const TensorMap& map) {
     asm volatile("prefetch.tensormap [%0];" ::"l"(&map) : "memory");
 }
+// By a whole warp, as is the next one.
 __device__ __forceinline__ void load_box(u32 to, const TensorMap& map, int column, int row, u32 barrier) {
     asm volatile(
-        "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3}], [%4];"
+        "{ .reg .pred one; elect.sync _|one, 0xffffffff;\n"
+        "@one cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3}], [%4]; }"
         ::"r"(to), "l"(&map), "r"(column), "r"(row), "r"(barrier) : "memory");
 }
 __device__ __forceinline__ void load_box_to_both(u32 to, const TensorMap& map, int column, int row, u32 barrier) {
     asm volatile(
-        "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster"
-        " [%0], [%1, {%2, %3}], [%4], %5;"
+        "{ .reg .pred one; elect.sync _|one, 0xffffffff;\n"
+        "@one cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster"
+        " [%0], [%1, {%2, %3}], [%4], %5; }"
         ::"r"(to), "l"(&map), "r"(column), "r"(row), "r"(barrier), "h"((unsigned short)3) : "memory");
 }
 __device__ __forceinline__ void store_box(const TensorMap& map, int column, int row, u32 from) {

@@ -79,7 +79,7 @@ struct Multiplier {  // one thread of the warps that multiply
     // A piece of work from the first multiplication to the finished tile in shared memory.
     template <u32 W>
     __device__ __forceinline__ void run(const Work& work, Ring<W>& ring) {
-        const int group = threadIdx.x / 128 - 1, thread = threadIdx.x % 128, lane = threadIdx.x % 32;
+        const int group = same(threadIdx.x / 128 - 1), thread = threadIdx.x % 128, lane = threadIdx.x % 32;
         const int inner_row = thread / 32 * 16 + lane / 4;  // of the warpgroup's 64; and the one 8 below
         const u32 swizzle = (inner_row >> 1) & 3;
         const u32 out = out_tile + group * HALF_BYTES + inner_row * (BOX_COLUMNS * 2) + (lane % 4) * 4;
@@ -161,8 +161,8 @@ extern "C" __global__ void __cluster_dims__(CTAS, 1, 1) __launch_bounds__(384, 1
 
     u32 cta;
     asm("mov.u32 %0, %%cluster_ctarank;" : "=r"(cta));
-    const int cluster = blockIdx.x / CTAS, warp = threadIdx.x / 32;
-    const int begin = work_begin[cluster], end = work_begin[cluster + 1];
+    const int cluster = blockIdx.x / CTAS, warp = same(threadIdx.x / 32);
+    const int begin = same(work_begin[cluster]), end = same(work_begin[cluster + 1]);
 
     if (threadIdx.x == 0) {
         prefetch_map(x_map);
@@ -187,7 +187,7 @@ extern "C" __global__ void __cluster_dims__(CTAS, 1, 1) __launch_bounds__(384, 1
 
     if (warp < 4) {
         asm volatile("setmaxnreg.dec.sync.aligned.u32 40;");
-        if (threadIdx.x == 0) {
+        if (warp == 0) {
             load_operands(x_map, weight_map, weight_pair_map, works + begin, end - begin, cta, num_steps, single, wide,
                           spare_free);
         } else if (threadIdx.x == 32) {  // finished tiles go to this GPU's memory, where the peers fetch them

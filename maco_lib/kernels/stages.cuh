@@ -1,4 +1,4 @@
-// Operands on their way through shared memory: loaded by one thread, for both CTAs of a cluster where both need them,
+// Operands on their way through shared memory: loaded by one warp, for both CTAs of a cluster where both need them,
 // and multiplied by two warpgroups. Comes between hopper.cuh and persistent.cu, which says what is defined where.
 
 constexpr int BM = 128, BK = 64, CTAS = 2;
@@ -42,28 +42,30 @@ struct Ring {
     __device__ __forceinline__ void wait_for_bytes(u32 begin, u32 end) const {
         for (u32 s = begin / BYTES; s < SIZE && s * BYTES < end; s++) wait_for(s);
     }
-    // A step of all of A's and this CTA's part of B's rows, for both CTAs.
+    // A step of this CTA's part of B's rows, for both CTAs, and of all of A's.
     __device__ __forceinline__ void load(const TensorMap& x_map, const TensorMap& weight_map, const Work& work, u32 cta,
                                          int k) {
         const int row = (work.m * CTAS + cta) * BM, column = work.n * BN + cta * (W * BN / 2);
         wait_for(stage);
-        expect(full(stage), BYTES);
-        load_box(a(), x_map, k * BK, row, full(stage));
+        expect_by_warp(full(stage), BYTES);
         load_box_to_both(b() + cta * (W * B_BYTES / 2), weight_map, k * BK, column, full(stage));
+        load_box(a(), x_map, k * BK, row, full(stage));
         next();
     }
 };
 
-// Everything that a CTA's part of `works` is multiplied from, by one thread. spare_free: where both CTAs tell that the
+// Everything that a CTA's part of `works` is multiplied from, by one warp. spare_free: where both CTAs tell that the
 // last pair before a single tile has gone out.
 __device__ __forceinline__ void load_operands(
     const TensorMap& x_map, const TensorMap& weight_map, const TensorMap& weight_pair_map, const Work* works,
     int num_works, u32 cta, int num_steps, Ring<1>& single, Ring<WIDTH>& wide, u32 spare_free) {
     u32 unchecked = 0, switches = 0;  // stages of single tiles that pairs may still use; from pairs to single ones
+    u32 width = 0;
     for (int i = 0; i < num_works; i++) {
-        const Work work = works[i];
-        const bool changes = i > 0 && works[i - 1].width() != work.width();
-        if (WIDTH == 1 || work.width() == 1) {
+        const Work work{same(works[i].m), same(works[i].n), same(works[i].owner_and_pair), same(works[i].slot)};
+        const bool changes = i > 0 && work.width() != width;
+        width = work.width();
+        if (WIDTH == 1 || width == 1) {
             if (changes) unchecked = Ring<1>::SIZE, switches++;
             for (int k = 0; k < num_steps; k++) {
                 if (unchecked) {

@@ -5,8 +5,8 @@ import torch
 
 pytest.importorskip("cuda.bindings.nvrtc")
 
-from maco_lib.kernels import compiled, decode, ll128, persistent  # noqa: E402
-from maco_lib.overlap.linear_techniques.persistent_time import TILINGS, Tiling  # noqa: E402
+from maco_lib.kernels import compiled, decode, ll128, persistent
+from maco_lib.overlap.linear_techniques.persistent_time import TILINGS, Tiling
 
 BF16, FP16 = torch.bfloat16, torch.float16
 

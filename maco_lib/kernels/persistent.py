@@ -4,8 +4,8 @@ A persistent CUDA kernel (`persistent.cu`, `stages.cuh`) for Hopper: TMA loads s
 and warps of their own for loading, storing and fetching. Each rank computes first the tiles that others own, whose
 partials these fetch; then its own, to which it adds the partials fetched from the others, and whose sums the others
 fetch. All transfers are bulk reads, a box at a time: they take no SM, and the loads of the matmul go on beside them.
-(They did not beside bulk stores to a peer, which held them up for as long as they took.) What is left after the last
-multiplication is to fetch the sums of the last tiles.
+(They did not beside stores to a peer, bulk or ordinary ones, which held them up for as long as they took.) What is left
+after the last multiplication is to fetch the sums of the last tiles.
 
 CUDA and not Triton: Triton 3.6 neither shares loads within a cluster nor specialises warps on Hopper, and its bulk
 stores cannot be waited for, which flags between ranks need. Compiled by NVRTC, which torch brings along, at the first

@@ -3,8 +3,8 @@
     T = end + max(all waves of tiles + the sums of the last wave's, the first wave + all transfers)
 
 A wave is as many tiles, or pairs of them, as there are clusters at a time; with more than two ranks it is longer by the
-partials of the others, which are added one after the other. The constants were fitted to runs on H200s: 30 points of
-table `linear_all_reduce` of h200-x2, and 360 on 4 GPUs, of every tiling in 4, 8 and 16 groups, before h200-x4's.
+partials of the others, which are added one after the other. The constants were fitted to runs on H200s before those of
+today's tables: 30 points of `linear_all_reduce` on 2 GPUs, and 360 on 4, of every tiling in 4, 8 and 16 groups.
 """
 
 import functools

@@ -42,8 +42,7 @@ extern "C" __global__ void __cluster_dims__(CTAS, 1, 1) __launch_bounds__(NUM_CO
     int tile_rows, int num_stages, int num_tiles, int num_steps, int num_rows, int num_columns) {
     extern __shared__ unsigned char storage[];
     __shared__ u64 launches;
-    u32 cta;
-    asm("mov.u32 %0, %%cluster_ctarank;" : "=r"(cta));
+    const u32 cta = rank_in_cluster();
     const u32 stage_bytes = BOXES * (tile_rows + BN) * ROW_BYTES, pitch = tile_rows * 2 + 16;
     const u32 operands = (shared_address(storage) + 1023) & ~1023u, sums = operands + num_stages * stage_bytes;
     const u32 turned = sums + SUMS_BYTES, barriers = turned + BN * pitch;
@@ -53,7 +52,7 @@ extern "C" __global__ void __cluster_dims__(CTAS, 1, 1) __launch_bounds__(NUM_CO
     const int num_all = (num_tiles - first_of_cluster + (int)gridDim.x - 1) / (int)gridDim.x * num_steps;
     if (threadIdx.x == NUM_CONSUMERS) {
         stages.init();
-        asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+        fence_barrier_init();
         fence_async_shared();
     }
     asm volatile("griddepcontrol.wait;" ::: "memory");  // for what the kernel before has written

@@ -52,20 +52,13 @@ __device__ __forceinline__ u64 place_offset(u32 slot, u32 cta) { return (u64)(sl
 __device__ __forceinline__ u32 flag_index(u32 kind, u32 place, u32 peer) {
     return (place * RANKS + peer) * NUM_KINDS + kind;
 }
-__device__ __forceinline__ void raise(u64 flags, u32 index) {
-    asm volatile("st.relaxed.sys.global.u32 [%0], %1;" ::"l"(flags + 4ull * index), "r"(1) : "memory");
-}
-__device__ __forceinline__ void raise_here(u64 flags, u32 index) {
-    asm volatile("st.release.gpu.global.u32 [%0], %1;" ::"l"(flags + 4ull * index), "r"(1) : "memory");
-}
+__device__ __forceinline__ void raise(u64 flags, u32 index) { store_relaxed(flags + 4ull * index, 1); }
+__device__ __forceinline__ void raise_here(u64 flags, u32 index) { store_release_gpu(flags + 4ull * index, 1); }
 __device__ __forceinline__ void take(u64 flags, u32 index) {
     const u64 flag = flags + 4ull * index;
-    u32 value;
-    do {
-        asm volatile("ld.acquire.sys.global.u32 %0, [%1];" : "=r"(value) : "l"(flag) : "memory");
-    } while (value == 0);
-    asm volatile("st.relaxed.sys.global.u32 [%0], %1;" ::"l"(flag), "r"(0) : "memory");
-    asm volatile("fence.proxy.async.global;" ::: "memory");  // the bulk copy that follows comes after
+    while (load_acquire(flag) == 0) {}
+    store_relaxed(flag, 0);
+    fence_async_global();  // the bulk copy that follows comes after
 }
 
 struct Multiplier {  // one thread of the warps that multiply
@@ -99,9 +92,7 @@ struct Multiplier {  // one thread of the warps that multiply
                 wait(partial_full, num_partials & 1);
 #pragma unroll
                 for (int j = 0; j < W * BN / 8; j++) {
-                    u32 upper, lower;
-                    asm volatile("ld.shared.u32 %0, [%1];" : "=r"(upper) : "r"(place(j)) : "memory");
-                    asm volatile("ld.shared.u32 %0, [%1];" : "=r"(lower) : "r"(place(j) + HALF_ROWS) : "memory");
+                    const u32 upper = load_shared(place(j)), lower = load_shared(place(j) + HALF_ROWS);
                     add_pair(sum[4 * j], sum[4 * j + 1], upper);
                     add_pair(sum[4 * j + 2], sum[4 * j + 3], lower);
                 }
@@ -132,9 +123,8 @@ struct Multiplier {  // one thread of the warps that multiply
         if (RANKS == 1 || work.owner() != RANK) wait(out_sent, (num_done & 1) ^ 1);
 #pragma unroll
         for (int j = 0; j < W * BN / 8; j++) {
-            asm volatile("st.shared.u32 [%0], %1;" ::"r"(place(j)), "r"(pack(sum[4 * j], sum[4 * j + 1])) : "memory");
-            asm volatile("st.shared.u32 [%0], %1;" ::"r"(place(j) + HALF_ROWS),
-                         "r"(pack(sum[4 * j + 2], sum[4 * j + 3])) : "memory");
+            store_shared(place(j), pack(sum[4 * j], sum[4 * j + 1]));
+            store_shared(place(j) + HALF_ROWS, pack(sum[4 * j + 2], sum[4 * j + 3]));
         }
         fence_async_shared();
         arrive(out_ready);
@@ -159,8 +149,7 @@ extern "C" __global__ void __cluster_dims__(CTAS, 1, 1) __launch_bounds__(384, 1
     Ring<1> single(operands, spare_free + 8);
     Ring<WIDTH> wide(operands, single.barriers + (WIDTH == 1 ? 0 : Ring<1>::BARRIER_BYTES));
 
-    u32 cta;
-    asm("mov.u32 %0, %%cluster_ctarank;" : "=r"(cta));
+    const u32 cta = rank_in_cluster();
     const int cluster = blockIdx.x / CTAS, warp = same(threadIdx.x / 32);
     const int begin = same(work_begin[cluster]), end = same(work_begin[cluster + 1]);
 
@@ -180,10 +169,10 @@ extern "C" __global__ void __cluster_dims__(CTAS, 1, 1) __launch_bounds__(384, 1
         barrier_init(out_ready, NUM_CONSUMERS);
         barrier_init(out_sent, 1);
         barrier_init(spare_free, CTAS);
-        asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+        fence_barrier_init();
     }
     __syncthreads();
-    asm volatile("barrier.cluster.arrive.release; barrier.cluster.wait.acquire;" ::: "memory");
+    cluster_meets();
 
     if (warp < 4) {
         asm volatile("setmaxnreg.dec.sync.aligned.u32 40;");
@@ -301,5 +290,5 @@ extern "C" __global__ void __cluster_dims__(CTAS, 1, 1) __launch_bounds__(384, 1
     }
     __syncwarp();
     // Neither CTA leaves while the other may still arrive at its barriers.
-    asm volatile("barrier.cluster.arrive.release; barrier.cluster.wait.acquire;" ::: "memory");
+    cluster_meets();
 }

@@ -1,6 +1,6 @@
-// ll128.cu on a CPU: the threads of every rank as fibers, which take turns at random; lines of 128 bytes arrive whole, but
-// whenever they like. Each rank runs launch after launch, a CTA at a time, the least that a GPU may have room for. Exits
-// with 1 and a line that says what is wrong, or that all of them wait. Arguments: seed, number of launches.
+// ll128.cu on a CPU: the threads of every rank as fibers, which take turns at random; lines of 128 bytes arrive whole,
+// but whenever they like. Each rank runs launch after launch, a CTA at a time, the least that a GPU may have room for.
+// Exits with 1 and a line that says what is wrong, or that all of them wait. Arguments: seed, number of launches.
 // Defined at compile time: RANKS, WARPS, PASSES, ONE_SHOT, NORM; elements are floats.
 
 #include <ucontext.h>

@@ -425,7 +425,7 @@ int main(int, char** arguments) {
             advance(*stores[chosen]);
             if (stores[chosen]->state == 2) std::swap(stores[chosen], stores.back()), stores.pop_back();
         }
-        if (ready.empty() && loads.empty() && stores.empty()) fail("all wait", ranks[0].launch, ranks[RANKS - 1].launch);
+        if (ready.empty() && loads.empty() && stores.empty()) fail("all wait", 0, ranks[0].launch);
         if (ready.empty()) continue;
         std::swap(ready[below(ready.size())], ready.back());
         self = ready.back();

@@ -6,9 +6,8 @@ namespace NAMED(rank, RANK) {
 #include "persistent.cu"
 void run(const Launch& launch) {
     Addresses at;
-    for (int rank = 0; rank < RANKS; rank++) {
-        at.partials[rank] = launch.partials[rank], at.sums[rank] = launch.sums[rank], at.flags[rank] = launch.flags[rank];
-    }
+    for (int r = 0; r < RANKS; r++)
+        at.partials[r] = launch.partials[r], at.sums[r] = launch.sums[r], at.flags[r] = launch.flags[r];
     at.inbox = launch.inbox, at.area_bytes = launch.area_bytes;
     persistent_kernel(launch.x, launch.weight, launch.weight_pair, launch.result, at, launch.tables[0],
                       (const Work*)launch.tables[1], launch.tables[2], (const Fetch*)launch.tables[3], launch.num_steps,

@@ -1,4 +1,4 @@
-"""The persistent kernel's own code on CPUs, 2 to 4 ranks: right launch after launch, in whatever order things happen."""
+"""The persistent kernel's own code on CPUs, 2 to 4 ranks: right launch after launch, whatever comes when."""
 
 import os
 import pathlib

@@ -1,8 +1,8 @@
 // An all-reduce in lines of 128 bytes, and what may follow it: residual and RMSNorm. See ll128.py. long_line.cuh comes
 // before this file.
 // A CTA sums a block; a group of 8 lanes holds a line, each lane 16 bytes: two words of 8 bytes, the last lane's second
-// word being the epoch. Defined at compile time: RANKS, RANK, KIND (0: float, 1: bf16, 2: fp16), WARPS, PASSES (lines of
-// a group), ONE_SHOT, NORM, LAUNCH, HALF, BEGIN (where long lines are in a half).
+// word being the epoch. Defined at compile time: RANKS, RANK, KIND (0: float, 1: bf16, 2: fp16), WARPS, PASSES (lines
+// of a group), ONE_SHOT, NORM, LAUNCH, HALF, BEGIN (where long lines are in a half).
 
 constexpr int DATA = 15, GROUP = 8, LINE_BYTES = 128;  // words of data in a line, its lanes
 constexpr int VALUES = KIND ? 4 : 2;                   // in a word

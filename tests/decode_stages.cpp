@@ -5,8 +5,6 @@
 // other at the end of a tile. Of a warpgroup there are the threads that arrive at CTAs, the next one, and the first of
 // its last warp.
 
-#include <cstring>
-
 constexpr unsigned NUM_CTAS = CTAS;
 #include "fibers.h"
 

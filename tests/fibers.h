@@ -2,23 +2,9 @@
 // bulk copies that land in any order. What goes wrong is said in a line, and the program exits with 1.
 // NUM_CTAS, of the cluster, is defined before this file. Of shared memory each KiB is followed.
 
-#include <ucontext.h>
+#include "on_cpu.h"
 
-#include <algorithm>
-#include <cstdio>
-#include <cstdlib>
-#include <functional>
-#include <map>
-#include <memory>
-#include <random>
-#include <vector>
-
-typedef unsigned int u32;
-typedef unsigned long long u64;
 struct TensorMap { u32 bytes; };  // of a box
-
-std::mt19937 generator;
-u32 below(u32 limit) { return generator() % limit; }
 
 struct Index { u32 x; };
 struct Fiber {
@@ -39,11 +25,7 @@ void enter() {
     self->ended = true;
     yield();
 }
-void fail(const char* what, u32 address, u32 cta) {
-    printf("%s: byte %u of CTA %u\n", what, address, cta);
-    fflush(stdout);
-    _Exit(1);  // nothing is destroyed, such as the stack that this runs on
-}
+void fail(const char* what, u32 address, u32 cta) { fail(what, "CTA", cta, address); }
 u32 any_pace() { return below(4) ? 1 : 20; }
 void add_fiber(u32 cta, u32 reader, u32 pace, u32 thread, std::function<void()> body) {
     fibers.push_back(std::unique_ptr<Fiber>(new Fiber{cta, reader, pace, {thread}, body}));
@@ -124,7 +106,7 @@ void land_any() {
 void barrier_init(u32 barrier, u32 count) { barriers[self->cta][barrier] = {int(count), int(count), 0, 0}; }
 void expect(u32 barrier, u32 bytes) { arrive_with(self->cta, barrier, bytes); yield(); }
 void expect_by_warp(u32 barrier, u32 bytes) { expect(barrier, bytes); }  // of a warp's threads, one fiber
-int same(int value) { return value; }
+int warp_uniform(int value) { return value; }
 void arrive(u32 barrier) { arrive_with(self->cta, barrier, 0); yield(); }
 void arrive_at(u32 barrier, u32 cta);
 void wait(u32 barrier, u32 parity) {
@@ -139,9 +121,6 @@ void load_box_to_each(u32 to, const TensorMap& map, int column, int row, u32 bar
     yield();
 }
 u64 matrix(u32 address) { return address / 16; }
-
-#define __device__
-#define __forceinline__ inline
 
 void forget_all() {
     fibers.clear(), landings.clear();

@@ -3,38 +3,16 @@
 // Exits with 1 and a line that says what is wrong, or that all of them wait. Arguments: seed, number of launches.
 // Defined at compile time: RANKS, WARPS, PASSES, ONE_SHOT, NORM; elements are floats.
 
-#include <ucontext.h>
-
-#include <algorithm>
-#include <cmath>
-#include <cstdio>
-#include <cstdlib>
-#include <cstring>
-#include <memory>
-#include <random>
-#include <vector>
+#include "on_cpu.h"
 
 #define KIND 0
 #define LAUNCH 1024ull
 #define BEGIN 0
 #define HALF (1ull << 20)
-#define __device__
-#define __forceinline__ inline
-#define __global__
-#define __grid_constant__
-#define __launch_bounds__(...)
 #define __shared__ static
-typedef unsigned int u32;
-typedef unsigned long long u64;
 using std::min;
 
-std::mt19937 generator;
-u32 below(u32 limit) { return generator() % limit; }
-void fail(const char* what, int rank, int at) {
-    printf("%s: rank %d, %d\n", what, rank, at);
-    fflush(stdout);
-    _Exit(1);
-}
+void fail(const char* what, int rank, int at) { fail(what, "rank", rank, at); }
 
 constexpr int NUM_THREADS = 32 * WARPS;
 struct Index { int x; };

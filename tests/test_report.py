@@ -128,6 +128,21 @@ def test_what_is_computed_from_stale_data_says_so(tmp_path, fresh, monkeypatch):
     assert "section bandwidth rests on" not in text
 
 
+def test_a_section_measured_at_two_commits_says_which_table_is_of_which(tmp_path, fresh):
+    def told(**commits: str) -> list[str]:
+        launches = {table: {"table": table, "git": {"commit": commit * 40}} for table, commit in commits.items()}
+        store.write_record("h200-x2", "overlap", {**record, "launches": launches})
+        return [line for line in text_of(store).splitlines() if "at more than one commit" in line]
+
+    store = stored.study(tmp_path)
+    record = store.record("h200-x2", "overlap")
+    assert told(overlap="a", overlap_timeline="a") == []
+    (line,) = told(overlap="a", overlap_timeline="b")
+    assert line == (
+        "> h200-x2: section overlap was measured at more than one commit: overlap aaaaaaa; overlap_timeline bbbbbbb"
+    )
+
+
 def test_the_summary_sets_the_machines_side_by_side_and_folds_the_numbers(tmp_path, fresh):
     store = stored.study(tmp_path, speedup=1.6)
     machine, _ = evidence.load(store, "h200-x2")

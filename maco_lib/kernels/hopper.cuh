@@ -7,16 +7,16 @@ struct alignas(64) TensorMap { u64 words[16]; };
 
 __device__ __forceinline__ u32 shared_address(const void* p) { return (u32)__cvta_generic_to_shared(p); }
 
-// The value of a warp's first thread, for all of them. The compiler then knows that it is the same: a loop around TMA
-// loads whose operands are not known to be takes twice as long, which the matmul that waits for them feels.
-__device__ __forceinline__ int same(int value) { return __shfl_sync(0xffffffffu, value, 0); }
+// The value of a warp's first thread, for all of them. The compiler then knows that it is the same: around a TMA load
+// whose operands are not known to be it puts a loop over the threads, which the matmul that waits for the load feels.
+__device__ __forceinline__ int warp_uniform(int value) { return __shfl_sync(0xffffffffu, value, 0); }
 
 __device__ __forceinline__ u32 rank_in_cluster() {
     u32 rank;
     asm("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
     return rank;
 }
-__device__ __forceinline__ void cluster_meets() {
+__device__ __forceinline__ void cluster_sync() {
     asm volatile("barrier.cluster.arrive.release; barrier.cluster.wait.acquire;" ::: "memory");
 }
 

@@ -72,7 +72,7 @@ struct Multiplier {  // one thread of the warps that multiply
     // A piece of work from the first multiplication to the finished tile in shared memory.
     template <u32 W>
     __device__ __forceinline__ void run(const Work& work, Ring<W>& ring) {
-        const int group = same(threadIdx.x / 128 - 1), thread = threadIdx.x % 128, lane = threadIdx.x % 32;
+        const int group = warp_uniform(threadIdx.x / 128 - 1), thread = threadIdx.x % 128, lane = threadIdx.x % 32;
         const int inner_row = thread / 32 * 16 + lane / 4;  // of the warpgroup's 64; and the one 8 below
         const u32 swizzle = (inner_row >> 1) & 3;
         const u32 out = out_tile + group * HALF_BYTES + inner_row * (BOX_COLUMNS * 2) + (lane % 4) * 4;
@@ -150,8 +150,8 @@ extern "C" __global__ void __cluster_dims__(CTAS, 1, 1) __launch_bounds__(384, 1
     Ring<WIDTH> wide(operands, single.barriers + (WIDTH == 1 ? 0 : Ring<1>::BARRIER_BYTES));
 
     const u32 cta = rank_in_cluster();
-    const int cluster = blockIdx.x / CTAS, warp = same(threadIdx.x / 32);
-    const int begin = same(work_begin[cluster]), end = same(work_begin[cluster + 1]);
+    const int cluster = blockIdx.x / CTAS, warp = warp_uniform(threadIdx.x / 32);
+    const int begin = warp_uniform(work_begin[cluster]), end = warp_uniform(work_begin[cluster + 1]);
 
     if (threadIdx.x == 0) {
         prefetch_map(x_map);
@@ -172,7 +172,7 @@ extern "C" __global__ void __cluster_dims__(CTAS, 1, 1) __launch_bounds__(384, 1
         fence_barrier_init();
     }
     __syncthreads();
-    cluster_meets();
+    cluster_sync();
 
     if (warp < 4) {
         asm volatile("setmaxnreg.dec.sync.aligned.u32 40;");
@@ -290,5 +290,5 @@ extern "C" __global__ void __cluster_dims__(CTAS, 1, 1) __launch_bounds__(384, 1
     }
     __syncwarp();
     // Neither CTA leaves while the other may still arrive at its barriers.
-    cluster_meets();
+    cluster_sync();
 }

@@ -62,7 +62,8 @@ __device__ __forceinline__ void load_operands(
     u32 unchecked = 0, switches = 0;  // stages of single tiles that pairs may still use; from pairs to single ones
     u32 width = 0;
     for (int i = 0; i < num_works; i++) {
-        const Work work{same(works[i].m), same(works[i].n), same(works[i].owner_and_pair), same(works[i].slot)};
+        const Work work{warp_uniform(works[i].m), warp_uniform(works[i].n), warp_uniform(works[i].owner_and_pair),
+                        warp_uniform(works[i].slot)};
         const bool changes = i > 0 && work.width() != width;
         width = work.width();
         if (WIDTH == 1 || width == 1) {

@@ -156,5 +156,5 @@ def constants(machine: Evidence) -> str:
     """Where the model's constants come from, seen from this machine."""
     fitted = f"They were fitted to runs on {' and '.join(FITTED_TO)} before those of the tables"
     if machine.hardware in FITTED_TO:
-        return f"{fitted}: of other hosts, and of this kernel's code at that time."
+        return f"{fitted}, of the kernel's code at that time."
     return f"{fitted}: the model's error here is also what the machines differ by."

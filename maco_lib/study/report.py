@@ -154,7 +154,8 @@ def attempt_lines(make: Callable[..., list], machine: Evidence, *arguments) -> l
 
 
 def states(machines: list[Evidence], section: str) -> str:
-    """A line per machine on which the section is not complete, or rests on stale data: what happened, what to do."""
+    """A line per machine on which the section is not complete, rests on stale data or is of more than one commit: what
+    happened, what to do."""
     lines = []
     for machine in machines:
         state = machine.sections[section]
@@ -168,7 +169,19 @@ def states(machines: list[Evidence], section: str) -> str:
                 f"> **{machine.name}: section {section} rests on stale data**, of {' and '.join(stale)} "
                 f"({HINT} {' '.join(stale)})"
             )
+        elif told := of_commits(machine, section):
+            lines.append(f"> {machine.name}: section {section} was measured at more than one commit: {told}")
     return "\n>\n".join(lines)
+
+
+def of_commits(machine: Evidence, section: str) -> str:
+    """By table the commits that its launches ran; "" where they all ran the same one."""
+    commits: dict[str, set[str]] = {}
+    for launch in machine.records[section].get("launches", {}).values():
+        commits.setdefault(launch["table"], set()).add(commit_of(launch.get("git", {})))
+    if len(set().union(*commits.values())) < 2:
+        return ""
+    return "; ".join(f"{table} {', '.join(sorted(of_table))}" for table, of_table in commits.items())
 
 
 def caveats(machine: Evidence) -> str:

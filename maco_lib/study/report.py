@@ -178,7 +178,7 @@ def of_commits(machine: Evidence, section: str) -> str:
     """By table the commits that its launches ran; "" where they all ran the same one."""
     commits: dict[str, set[str]] = {}
     for launch in machine.records[section].get("launches", {}).values():
-        commits.setdefault(launch["table"], set()).add(commit_of(launch.get("git", {})))
+        commits.setdefault(launch.get("table", section), set()).add(commit_of(launch.get("git", {})))
     if len(set().union(*commits.values())) < 2:
         return ""
     return "; ".join(f"{table} {', '.join(sorted(of_table))}" for table, of_table in commits.items())

@@ -72,7 +72,7 @@ def test_it_is_right_in_a_graph_where_launches_follow_each_other_at_once():
     examples = [Example(*size, torch.bfloat16) for size in SIZES]
     wanted = [example.run() for example in examples]
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    with torch.cuda.graph(graph, capture_error_mode="thread_local"):
         results = [example.run() for example in examples * 5]
     for _ in range(20):
         for result in results:

@@ -26,18 +26,19 @@ def written(order: TileOrder, m: int, n: int, k: int, path: pathlib.Path) -> Non
 
 @pytest.mark.skipif(CXX is None, reason="needs a C++ compiler")
 @pytest.mark.parametrize(
-    ("num_ranks", "columns", "width", "stages", "m", "n", "k", "groups", "extras"),
+    ("num_ranks", "columns", "width", "stages", "m", "n", "k", "groups", "extras", "staggered"),
     [
-        (2, 64, 2, 3, 500, 520, 136, 1, 0),
-        (2, 32, 1, 4, 300, 200, 328, 1, 1),
-        (3, 64, 2, 2, 700, 330, 72, 2, 1),
-        (4, 32, 2, 3, 600, 264, 64, 4, 0),
+        (2, 64, 2, 3, 500, 520, 136, 1, 0, False),
+        (2, 32, 1, 4, 300, 200, 328, 1, 1, False),
+        (3, 64, 2, 2, 700, 330, 72, 2, 1, True),
+        (4, 32, 2, 3, 600, 264, 64, 4, 0, True),
     ],
 )
 def test_launch_after_launch_sums_what_every_rank_has(
-    num_ranks, columns, width, stages, m, n, k, groups, extras, tmp_path
+    num_ranks, columns, width, stages, m, n, k, groups, extras, staggered, tmp_path
 ):
-    order = TileOrder(-(-m // ROWS), -(-n // columns), num_ranks, 2, num_groups=groups, pairs=width == 2)
+    tiles = -(-m // ROWS), -(-n // columns)
+    order = TileOrder(*tiles, num_ranks, 2, num_groups=groups, pairs=width == 2, staggered=staggered)
     assert bool(order.pair_waves) == (width == 2)
     written(order, m, n, k, tmp_path / "problem")
     constants = {

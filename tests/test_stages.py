@@ -13,11 +13,11 @@ from maco_lib.overlap.linear_techniques.persistent_time import TILINGS
 TESTS = pathlib.Path(__file__).parent
 CXX = shutil.which(os.environ.get("CXX", "g++")) or shutil.which("clang++")
 # As many pairs of tiles as fit into shared memory, by the columns of one (kernels.persistent.Constants.num_stages).
-NUM_STAGES = {128: 3, 96: 4}
+NUM_STAGES = {128: 3, 96: 4, 64: 5}
 
 
 @pytest.mark.skipif(CXX is None, reason="needs a C++ compiler")
-@pytest.mark.parametrize("columns", [tiling.columns for tiling in TILINGS if tiling.pairs])
+@pytest.mark.parametrize("columns", sorted({tiling.columns for tiling in TILINGS if tiling.pairs}))
 def test_pairs_and_single_tiles_in_any_order_overwrite_nothing_that_is_needed(columns, tmp_path):
     program, headers = tmp_path / "stages", pathlib.Path(kernels.__file__).parent
     macros = [f"-DBN={columns}", f"-DSTAGES={NUM_STAGES[columns]}"]

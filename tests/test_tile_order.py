@@ -7,7 +7,7 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from maco_lib.kernels.tile_order import TileOrder, columns
+from maco_lib.kernels.tile_order import FURTHER, KINDS, LAST, PARTIAL, TileOrder, columns
 
 ORDERS = st.builds(
     TileOrder,
@@ -17,15 +17,17 @@ ORDERS = st.builds(
     max_clusters=st.integers(1, 80),
     num_groups=st.sampled_from((1, 2, 4, 8)),
     pairs=st.booleans(),
+    staggered=st.booleans(),
 )
 FEWER_TILES_THAN_RANKS = TileOrder(1, 2, 4, 66, 4)
 HALF_A_WAVE_MORE = TileOrder(9, 11, 2, 66)
 MANY_GROUPS = TileOrder(8, 20, 8, 66, 8)
 PAIRS_AND_AN_ODD_COLUMN = TileOrder(16, 43, 4, 66, 8, pairs=True)
+STAGGERED = TileOrder(16, 44, 4, 66, 8, pairs=True, staggered=True)
 
 
 def checked(test):
-    for case in (FEWER_TILES_THAN_RANKS, HALF_A_WAVE_MORE, MANY_GROUPS, PAIRS_AND_AN_ODD_COLUMN):
+    for case in (FEWER_TILES_THAN_RANKS, HALF_A_WAVE_MORE, MANY_GROUPS, PAIRS_AND_AN_ODD_COLUMN, STAGGERED):
         test = example(case)(test)
     return settings(deadline=None, max_examples=60)(given(ORDERS)(test))
 
@@ -57,8 +59,8 @@ def computed(order: TileOrder, rank: int) -> list[list[tuple[tuple[int, int], in
 
 
 def fetched(order: TileOrder, rank: int) -> list[list[tuple[tuple[int, int], int, int, int]]]:
-    """The kind: 0 for a sum; 1 for a partial, + 2 for all but a tile's first, + 4 for its last."""
-    return by_cluster(*order.tables(rank)[2:], 8)
+    """The kind: 0 for a sum; PARTIAL, + FURTHER for all but a tile's first, + LAST for its last."""
+    return by_cluster(*order.tables(rank)[2:], KINDS)
 
 
 def tiles(tile: tuple[int, int], is_pair: bool) -> list[tuple[int, int]]:
@@ -100,7 +102,7 @@ def test_partials_of_own_tiles_and_sums_of_the_others_are_fetched_once_and_every
 @checked
 def test_partials_of_a_tile_are_added_up_by_one_cluster_the_first_first_and_the_last_last(order):
     others = order.num_ranks - 1
-    wanted = [1 + 2 * (number > 0) + 4 * (number == others - 1) for number in range(others)]
+    wanted = [PARTIAL + FURTHER * (number > 0) + LAST * (number == others - 1) for number in range(others)]
     for rank in range(order.num_ranks):
         kinds = defaultdict(list)
         for cluster, rows in enumerate(fetched(order, rank)):
@@ -127,10 +129,21 @@ def test_clusters_have_the_same_to_do_and_the_last_wave_is_of_single_tiles(order
             load[cluster] += work.width
         assert set(load) == set(range(order.num_clusters))
         assert max(load.values()) - min(load.values()) <= 1 + (order.pair_waves > 0)
-        assert all(work.width == 1 for work, _, _ in placed[-order.last_wave :])
+        if order.single_waves > 1 or not order.ahead:
+            assert all(work.width == 1 for work, _, _ in placed[-order.last_wave :])
         if order.num_n % 2 == 0:
             assert max(load.values()) == 2 * order.pair_waves + order.single_waves
             assert sum(work.width for work, _, _ in placed if work.width == 2) == order.in_pairs
+
+
+@checked
+def test_staggered_half_of_the_clusters_begin_with_a_single_tile(order):
+    for placed in order.placed():
+        first = {cluster: work.width for work, _, cluster in reversed(placed)}
+        if order.pair_waves and order.num_n % 2 == 0:
+            singly = sum(width == 1 for width in first.values())
+            assert singly == (min(order.ahead, order.num_clusters) if order.staggered else 0)
+            assert order.ahead == 0 or abs(order.ahead - order.max_clusters / 2) < 2
 
 
 @checked

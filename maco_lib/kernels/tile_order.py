@@ -17,6 +17,8 @@ import numpy as np
 CTAS = 2
 ROWS = 128 * CTAS
 BAND = 8  # tiles; 2048 rows
+# What is fetched, as in persistent.cu.
+PARTIAL, FURTHER, LAST, KINDS = 1, 2, 4, 8
 
 
 class Work(NamedTuple):
@@ -46,7 +48,8 @@ class TileOrder:
 
     height: so many rows of tiles are finished before the next so many are begun; 0: no such order. pairs: neighbours
     are multiplied at once, but for those of the last wave: single tiles fill it better, and leave less to be fetched
-    after it.
+    after it. staggered: half of the clusters begin with a single tile, and are half a pair ahead from then on: there is
+    something to be fetched earlier, and half as much at a time twice as often.
 
     Raises ValueError where there are no tiles.
     """
@@ -58,6 +61,7 @@ class TileOrder:
     num_groups: int = 1
     height: int = 0
     pairs: bool = False
+    staggered: bool = False
 
     def __post_init__(self) -> None:
         if self.num_m < 1 or self.num_n < 1:
@@ -72,9 +76,15 @@ class TileOrder:
         return min(self.max_clusters, self.num_tiles)
 
     @property
+    def ahead(self) -> int:
+        """Tiles of each rank's order that are multiplied singly before any pair: an even number."""
+        return -(-self.max_clusters // 4) * 2 if self.staggered else 0
+
+    @property
     def pair_waves(self) -> int:
         """Waves in which every cluster multiplies a pair; what is left is less than one and, if possible, not none."""
-        return (-(-self.num_tiles // 2) - 1) // self.max_clusters if self.pairs else 0
+        left = max(self.num_tiles - self.ahead, 1)
+        return (-(-left // 2) - 1) // self.max_clusters if self.pairs else 0
 
     @property
     def in_pairs(self) -> int:
@@ -87,8 +97,11 @@ class TileOrder:
 
     @property
     def last_wave(self) -> int:
-        """Tiles in the last wave."""
-        return self.num_tiles - self.in_pairs - (self.single_waves - 1) * self.max_clusters
+        """Tiles that are finished last, at about the same time."""
+        single = self.num_tiles - self.in_pairs - (self.single_waves - 1) * self.max_clusters
+        # The clusters that began with a single tile end with a pair.
+        ends_in_pairs = self.pair_waves and self.single_waves == 1
+        return single + self.ahead if ends_in_pairs else single
 
     @property
     def pieces(self) -> int:
@@ -141,7 +154,7 @@ class TileOrder:
             begun, done = 0, []
             free = [(0, cluster) for cluster in range(self.num_clusters)]
             for place, piece in enumerate(order):
-                is_split = begun + piece.width > self.in_pairs
+                is_split = not self.ahead <= begun <= self.ahead + self.in_pairs - piece.width
                 for work in singles(piece) if is_split else (piece,):
                     when, cluster = heapq.heappop(free)
                     done.append(Placed(work, place, cluster))
@@ -158,11 +171,11 @@ class TileOrder:
         """What each cluster of `rank` computes and what it fetches: begin and work, begin and fetches, all int32.
 
         From begin[c] to begin[c + 1] are those of cluster c. Work: m, n, 2 * owner + is_pair, slot. Fetches, a tile
-        each: m, n, 8 * peer + kind, slot; the partials of the rank's own tiles (kind 1, + 2 for all but the first of a
-        tile, + 4 for the last), and the sums of the peers' (0). They are dealt to the clusters in turn, whoever
-        computes the tile: the tiles that are due at a time may all be of a few clusters, and these fetch slower than
-        the link carries; but all partials of a tile to one, which adds them up. In the order of their ranks' places,
-        partials first: no two ranks then wait for each other.
+        each: m, n, KINDS * peer + kind, slot; the partials of the rank's own tiles (kind PARTIAL, + FURTHER for all but
+        the first of a tile, + LAST for the last), and the sums of the peers' (0). They are dealt to the clusters in
+        turn, whoever computes the tile: the tiles that are due at a time may all be of a few clusters, and these fetch
+        slower than the link carries; but all partials of a tile to one, which adds them up. In the order of their
+        ranks' places, partials first: no two ranks then wait for each other.
         """
         placed = self.placed()
         when = [{(each.work.m, n): each.place for each in order for n in columns(each.work)} for order in placed]
@@ -173,19 +186,19 @@ class TileOrder:
             for step in range(width) if owner == rank else ():
                 due = sorted((when[peer][m, n + step], peer) for peer in self.others(rank))
                 for number, (place, peer) in enumerate(due):
-                    kind = 1 + 2 * (number > 0) + 4 * (number == len(due) - 1)
-                    place_of = (slot + step) % self.num_clusters
-                    fetches.append((place, 0, place_of, m, n + step, 8 * peer + kind, slot + step))
+                    kind = PARTIAL + FURTHER * (number > 0) + LAST * (number == len(due) - 1)
+                    fetcher = (slot + step) % self.num_clusters
+                    fetches.append((place, 0, fetcher, m, n + step, KINDS * peer + kind, slot + step))
         sums = []
         for peer in self.others(rank):
             for (m, n, width, owner, slot), place, _ in placed[peer]:
                 if owner == peer:
-                    sums += [(place, 1, m, n + step, 8 * peer, slot + step) for step in range(width)]
-        for number, (place, is_sum, *fetch) in enumerate(sorted(sums)):
-            fetches.append((place, is_sum, number % self.num_clusters, *fetch))
+                    sums += [(place, m, n + step, KINDS * peer, slot + step) for step in range(width)]
+        for number, (place, *fetch) in enumerate(sorted(sums)):
+            fetches.append((place, 1, number % self.num_clusters, *fetch))
         dealt: list[list[tuple[int, ...]]] = [[] for _ in range(self.num_clusters)]
-        for _, _, cluster, *fetch in sorted(fetches):
-            dealt[cluster].append(tuple(fetch))
+        for _, _, fetcher, *fetch in sorted(fetches):
+            dealt[fetcher].append(tuple(fetch))
         return *joined(work), *joined(dealt)
 
 

@@ -1,5 +1,6 @@
 """Section 5: what the persistent kernel waits for, by the model of its time, and what a faster matmul could change."""
 
+import dataclasses
 import statistics
 from dataclasses import dataclass
 
@@ -52,19 +53,20 @@ class Point:
         return self.ideal_us / self.time_us
 
     @property
-    def with_cublas_us(self) -> tuple[float, float]:
-        """(least, most) of its time if all waves together took as long as cuBLAS's matmul, from what was measured.
+    def with_cublas(self) -> PersistentTime:
+        """As modelled if all waves together took as long as cuBLAS's matmul."""
+        return dataclasses.replace(self.model, waves=self.matmul_us)
 
-        Where the model's error lies is not known, so what comes beside the waves is taken once as modelled and once as
-        the measured time without the modelled waves. Where the transfers limit, the waves hide: they stay as measured.
+    @property
+    def with_cublas_us(self) -> tuple[float, float]:
+        """(least, most) of its time then, from what was measured.
+
+        Where the model's error lies is not known: once as modelled, once the measured time less what the model says
+        that it gains; never less than the ideal.
         """
-        model = self.model
-        modelled = model.last_sums + model.end
-        if model.limit == "transfers":
-            return (max(self.matmul_us + modelled, self.time_us),) * 2
-        transfers = model.first + model.fetched + model.end
-        rest = modelled, max(self.time_us - model.waves, 0.0)
-        return tuple(max(self.matmul_us + part, transfers) for part in (min(rest), max(rest)))
+        modelled = self.with_cublas.total
+        gained = max(self.time_us - (self.model.total - modelled), self.ideal_us)
+        return min(modelled, gained), max(modelled, gained)
 
     @property
     def reach(self) -> tuple[float, float]:
@@ -79,8 +81,7 @@ class Point:
             return ""
         least, most = self.reach
         if most < self.wanted:
-            beside_waves = self.matmul_us + self.model.last_sums + self.model.end
-            return TRANSFERS if self.with_cublas_us[0] > beside_waves else SUMS
+            return TRANSFERS if self.with_cublas.limit == "transfers" else SUMS
         if self.ideal_us / self.model.total >= self.wanted:
             return MODEL
         return MATMUL_ITSELF if least >= self.wanted else UNDECIDED

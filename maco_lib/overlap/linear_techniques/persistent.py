@@ -164,7 +164,7 @@ def run(problem: Problem, tiling: Tiling | None = None, trace: torch.Tensor | No
         size = rows.stop - first
         of_part = (size, num_columns, k)
         tiles = tiling or fastest_tiling(*of_part, shared.num_ranks, shared.max_clusters)
-        order = order_of(size, num_columns, tiles, shared.num_ranks, shared.max_clusters)
+        order = order_of(*of_part, tiles, shared.num_ranks, shared.max_clusters)
         persistent(
             x[rows], weight, bias, None if residual is None else residual[rows], problem.result[rows], tiles.columns,
             order, shared.schedule(order), shared.addresses(order, tiles.columns), shared.rank, trace,

@@ -1,10 +1,12 @@
 """How long the persistent kernel takes, from a few constants, and which tiles it takes the least with. Without torch.
 
-    T = end + max(all waves of tiles + the sums of the last wave's, the first wave + all transfers)
+    T = end + together(all waves of tiles + the sums of the last wave's, the first wave + all transfers)
+    together(a, b) = (a³ + b³)^⅓
 
-A wave is as many tiles, or pairs of them, as there are clusters at a time; with more than two ranks it is longer by the
-partials of the others, which are added one after the other. The constants were fitted to runs on H200s before those of
-today's tables: 30 points of `linear_all_reduce` on 2 GPUs, and 360 on 4, of every tiling in 4, 8 and 16 groups.
+A wave is as many tiles, or pairs of them, as there are clusters at a time. Multiplying and fetching go on side by side
+but each waits for the other now and then, most where they take equally long. The constants were fitted to 70 runs of
+every tiling on H200s before those of today's tables, 36 on 2 GPUs and 36 on 4; less to the times than to which tiling
+was the fastest: hosts differ by more than the model is off, as their GPUs run into the power limit at different sizes.
 """
 
 import functools
@@ -15,33 +17,38 @@ from maco_lib.kernels.tile_order import ROWS, TileOrder
 
 
 class Tiling(NamedTuple):
-    """Columns of a tile, and whether two neighbours are multiplied at once (see `kernels.tile_order`)."""
+    """Columns of a tile, whether two neighbours are multiplied at once, and staggered (see `kernels.tile_order`)."""
 
     columns: int
-    pairs: bool
+    pairs: bool = False
+    staggered: bool = False
 
     def __str__(self) -> str:
-        return f"2 × {self.columns}" if self.pairs else f"{self.columns}"
+        return f"{'2 × ' * self.pairs}{self.columns}{' staggered' * self.staggered}"
 
 
-TILINGS = (Tiling(128, False), Tiling(128, True), Tiling(160, False), Tiling(96, True))
-# Of those predicted to take so much more than the fastest at most, the first: the model is no better.
-TIE = 1.02
+TILINGS = (Tiling(64), Tiling(64, True), Tiling(64, True, True), Tiling(96, True), Tiling(128, True, True))
 STEP = 64
 ITEMSIZE = 2
-# On H200s: a step of 64 along K of a tile and of a pair, the rest of a tile or pair; what the partials of each rank but
-# the first other add to an own tile; what a GPU fetches from its peers in a us; what comes before the first wave and
-# after the last fetch, of 2 ranks and for each further one.
-TILE_STEP_US = {
-    Tiling(128, False): 0.344,
-    Tiling(160, False): 0.435,
-    Tiling(96, True): 0.2655,
-    Tiling(128, True): 0.344,
-}
-PAIR_STEP_US = {Tiling(96, True): 0.508, Tiling(128, True): 0.677}
-TILE_US, ADDED_US, FETCHED_BYTES_PER_US, END_US, END_OF_RANK_US = 2.44, 3.4, 329e3, 3.6, 5.3
+# On H200s, in us. Of so many columns multiplied at once: a step of 64 along K. Of a tile or pair: the rest.
+STEP_US = {64: 0.213, 96: 0.271, 128: 0.352, 192: 0.518, 256: 0.700}
+PIECE_US = 0.54
+# Once: from pairs to single tiles; before the first wave and after the last fetch, of 2 ranks and for each further one.
+# On more than 2 ranks an own tile also waits for partials that others compute at the same time, so much of a piece.
+SWITCH_US, END_US, END_OF_RANK_US, BEHIND = 4.9, 0.7, 1.9, 0.2
+# What a GPU fetches from its peers.
+FETCHED_BYTES_PER_US = 328e3
+NORM = 3
 # More groups were up to 4 % slower: 19 to 62 of them on 4 ranks.
 GROUPS_PER_RANK = 4
+# Tiles of so many columns in a group: about a wave. Fewer than so many waves are two groups, and so is a matmul that
+# takes less than so much of the transfers' time.
+GROUP_COLUMNS, FEW_WAVES, SHORT = 128, 1.5, 0.75
+
+
+def together(matmul_us: float, transfers_us: float) -> float:
+    """What two that go on side by side take."""
+    return (matmul_us**NORM + transfers_us**NORM) ** (1 / NORM)
 
 
 @dataclass(frozen=True)
@@ -49,7 +56,7 @@ class PersistentTime:
     """In µs.
 
     waves: all waves of tiles. first: one of them. last_sums: to fetch what the others sum in the last wave, which
-    nothing hides. fetched: to fetch everything. end: what follows the last fetch.
+    nothing hides. fetched: to fetch everything. end: what comes before the first wave and after the last fetch.
     """
 
     waves: float
@@ -59,62 +66,85 @@ class PersistentTime:
     end: float
 
     @property
+    def matmul(self) -> float:
+        return self.waves + self.last_sums
+
+    @property
+    def transfers(self) -> float:
+        return self.first + self.fetched
+
+    @property
     def total(self) -> float:
-        return max(self.waves + self.last_sums, self.first + self.fetched) + self.end
+        return together(self.matmul, self.transfers) + self.end
 
     @property
     def limit(self) -> str:
-        """What it waits for: "matmul" or "transfers"."""
-        return "matmul" if self.waves + self.last_sums >= self.first + self.fetched else "transfers"
+        """What it waits for most: "matmul" or "transfers"."""
+        return "matmul" if self.matmul >= self.transfers else "transfers"
 
 
-def order_of(num_rows: int, num_columns: int, tiling: Tiling, num_ranks: int, max_clusters: int) -> TileOrder:
-    """The order of a result's tiles.
+def transfer_us(tiling: Tiling, num_tiles: float) -> float:
+    """To fetch so many tiles."""
+    return num_tiles * ROWS * tiling.columns * ITEMSIZE / FETCHED_BYTES_PER_US
+
+
+def num_fetched(order: TileOrder) -> float:
+    """Tiles that a rank fetches: partials of its own, sums of the others'."""
+    return 2 * (order.num_ranks - 1) / order.num_ranks * order.num_tiles
+
+
+def order_of(num_rows: int, num_columns: int, k: int, tiling: Tiling, num_ranks: int, max_clusters: int) -> TileOrder:
+    """The order of a result's tiles, for `k` of each rank.
 
     In one group for two ranks: the least waiting for partials. For more in several, as partials are fetched while a
     rank computes others' tiles, sums while it computes its own, which are fewer: both are to go on all the time. A
     group of about a wave, as a rank's own tiles of one are computed with the others' of the next, in which their
     partials are fetched; no fewer than ranks, so that few sums are left to be fetched after the last, and no more than
-    `GROUPS_PER_RANK` times as many.
+    `GROUPS_PER_RANK` times as many. But two where there are few waves, and where the transfers take longer than the
+    matmul: they go on all the time, and own tiles that wait for them would hold up the others'.
     """
     order = TileOrder(
-        -(-num_rows // ROWS), -(-num_columns // tiling.columns), num_ranks, max_clusters, pairs=tiling.pairs
-    )
-    if num_ranks == 2:
+        -(-num_rows // ROWS), -(-num_columns // tiling.columns), num_ranks, max_clusters, pairs=tiling.pairs,
+        staggered=tiling.staggered,
+    )  # fmt: skip
+    if num_ranks <= 2:
         return order
-    waves = round(order.pieces / max_clusters)
-    return replace(order, num_groups=min(max(num_ranks, waves), GROUPS_PER_RANK * num_ranks))
+    waves = order.num_tiles * tiling.columns / GROUP_COLUMNS / max_clusters
+    multiplied = waves * -(-k // STEP) * STEP_US[GROUP_COLUMNS]
+    if waves < FEW_WAVES or multiplied < SHORT * transfer_us(tiling, num_fetched(order)):
+        return replace(order, num_groups=2)
+    return replace(order, num_groups=min(max(num_ranks, round(waves)), GROUPS_PER_RANK * num_ranks))
 
 
 def time_of(order: TileOrder, k: int, tiling: Tiling) -> PersistentTime:
     """For tiles in this order, and `k` of each rank."""
-    num_steps = -(-k // STEP)
-    single = num_steps * TILE_STEP_US[tiling] + TILE_US
-    pair = num_steps * PAIR_STEP_US[tiling] + TILE_US if order.pair_waves else 0.0
-    tile_us = ROWS * tiling.columns * ITEMSIZE / FETCHED_BYTES_PER_US
-    own = order.num_tiles / order.num_ranks / order.whole_groups
-    others = order.num_ranks - 1
+    num_steps, others = -(-k // STEP), order.num_ranks - 1
+    single = pair = num_steps * STEP_US[tiling.columns] + PIECE_US
+    waves = order.single_waves * single
+    if order.pair_waves:
+        pair = num_steps * STEP_US[2 * tiling.columns] + PIECE_US
+        waves += order.pair_waves * pair + SWITCH_US
     further = max(others - 1, 0)
-    fetched = 2 * others / order.num_ranks * order.num_tiles * tile_us
-    added = (2 * order.pair_waves + order.single_waves) / order.num_ranks * further * ADDED_US
-    waves = order.pair_waves * pair + order.single_waves * single + added
+    behind = BEHIND * pair if further else 0.0
+    own = order.num_tiles / order.num_ranks / order.whole_groups
+    last_sums = transfer_us(tiling, min(order.last_wave, own) * others)
+    first = single if tiling.staggered else pair
     end = END_US + further * END_OF_RANK_US
-    return PersistentTime(waves, pair or single, min(order.last_wave, own) * others * tile_us, fetched, end)
+    return PersistentTime(waves + behind, first, last_sums, transfer_us(tiling, num_fetched(order)), end)
 
 
 def persistent_time(
     num_rows: int, num_columns: int, k: int, tiling: Tiling, num_ranks: int, max_clusters: int
 ) -> PersistentTime:
     """For x (num_rows, k) and weight (num_columns, k) on each rank."""
-    return time_of(order_of(num_rows, num_columns, tiling, num_ranks, max_clusters), k, tiling)
+    return time_of(order_of(num_rows, num_columns, k, tiling, num_ranks, max_clusters), k, tiling)
 
 
 @functools.lru_cache(maxsize=4096)
 def fastest_tiling(num_rows: int, num_columns: int, k: int, num_ranks: int, max_clusters: int) -> Tiling:
-    """The first of `TILINGS` that is predicted to be the fastest, or hardly slower (`TIE`)."""
+    """That of `TILINGS` which is predicted to be the fastest; of equal ones, the first."""
     shape = (num_rows, num_columns, k)
-    times = {tiling: persistent_time(*shape, tiling, num_ranks, max_clusters).total for tiling in TILINGS}
-    return next(tiling for tiling, us in times.items() if us <= TIE * min(times.values()))
+    return min(TILINGS, key=lambda tiling: persistent_time(*shape, tiling, num_ranks, max_clusters).total)
 
 
 def terms_us(num_rows: int, num_columns: int, k: int, num_ranks: int, max_clusters: int) -> tuple[float]:

@@ -29,7 +29,7 @@ from maco_lib.overlap.linear_techniques.persistent import (
     misplaced,
     require_preparation,
 )
-from maco_lib.overlap.linear_techniques.persistent_time import fastest_tiling
+from maco_lib.overlap.linear_techniques.persistent_time import fastest_tiling, order_of
 from maco_lib.overlap.linear_techniques.problem import EVERYTHING, Block, Problem
 from maco_lib.overlap.streams import highest_priority, side_stream
 
@@ -120,7 +120,7 @@ def on_side_stream(problem: Problem, blocks: list[Block]) -> None:
     max_clusters = (shared.num_sms - NUM_FREE_SMS) // CTAS
     tiling = fastest_tiling(num_rows, num_columns, k, 1, max_clusters)
     num_n, height = -(-num_columns // tiling.columns), blocks[0].piece[0].stop // ROWS
-    order = TileOrder(-(-num_rows // ROWS), num_n, 1, max_clusters, height=height, pairs=tiling.pairs)
+    order = dataclasses.replace(order_of(num_rows, num_columns, k, tiling, 1, max_clusters), height=height)
     flags, schedule = shared.flags_for(order.num_tiles), shared.schedule(order)
     current, side = torch.cuda.current_stream(device), side_stream(device, highest_priority())
     side.wait_stream(current)

@@ -174,14 +174,6 @@ void store_box(const TensorMap& map, int column, int row, u32 from) {
 void store_bytes(u64 to, u32 from, u32 bytes) {
     store(from, bytes, [=](const std::vector<unsigned char>& data) { memcpy((void*)to, data.data(), bytes); });
 }
-void add_bytes(u64 to, u32 from, u32 bytes) {
-    store(from, bytes, [=](const std::vector<unsigned char>& data) {
-        for (u32 i = 0; i < bytes / 2; i++) {
-            u16& sum = ((u16*)to)[i];
-            sum = bits_of(value_of(sum) + value_of(((const u16*)data.data())[i]));
-        }
-    });
-}
 void advance(Store& one) {
     if (!comes(one.is_late)) return;
     if (one.state == 0) {

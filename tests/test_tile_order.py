@@ -1,13 +1,13 @@
 """The order of tiles on several ranks: all are computed and fetched as often as needed, and nobody waits for ever."""
 
-from collections import Counter, defaultdict
+from collections import Counter
 
 import numpy as np
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from maco_lib.kernels.tile_order import FURTHER, KINDS, LAST, PARTIAL, TileOrder, columns
+from maco_lib.kernels.tile_order import TileOrder, columns
 
 ORDERS = st.builds(
     TileOrder,
@@ -46,21 +46,19 @@ def owned(order: TileOrder, rank: int = 0) -> dict[tuple[int, int], tuple[int, i
     return {(work.m, n): (work.owner, work.slot + n - work.n) for work in works for n in columns(work)}
 
 
-def by_cluster(begin: np.ndarray, rows: np.ndarray, kinds: int) -> list[list[tuple[tuple[int, int], int, int, int]]]:
-    """By cluster: (tile, owner or peer, kind, slot)."""
+def by_cluster(begin: np.ndarray, rows: np.ndarray) -> list[list[tuple[tuple[int, int], int, bool, int]]]:
+    """By cluster: (tile, owner or peer, whether it is a pair or a partial, slot)."""
     assert begin.dtype == rows.dtype == np.int32 and begin[0] == 0 and begin[-1] == len(rows)
-    parts = [((m, n), which // kinds, which % kinds, slot) for m, n, which, slot in rows.tolist()]
+    parts = [((m, n), kind // 2, kind % 2 == 1, slot) for m, n, kind, slot in rows.tolist()]
     return [parts[first:last] for first, last in zip(begin[:-1], begin[1:], strict=True)]
 
 
-def computed(order: TileOrder, rank: int) -> list[list[tuple[tuple[int, int], int, int, int]]]:
-    """The kind: 1 for a pair."""
-    return by_cluster(*order.tables(rank)[:2], 2)
+def computed(order: TileOrder, rank: int) -> list[list[tuple[tuple[int, int], int, bool, int]]]:
+    return by_cluster(*order.tables(rank)[:2])
 
 
-def fetched(order: TileOrder, rank: int) -> list[list[tuple[tuple[int, int], int, int, int]]]:
-    """The kind: 0 for a sum; PARTIAL, + FURTHER for all but a tile's first, + LAST for its last."""
-    return by_cluster(*order.tables(rank)[2:], KINDS)
+def fetched(order: TileOrder, rank: int) -> list[list[tuple[tuple[int, int], int, bool, int]]]:
+    return by_cluster(*order.tables(rank)[2:])
 
 
 def tiles(tile: tuple[int, int], is_pair: bool) -> list[tuple[int, int]]:
@@ -87,7 +85,7 @@ def test_partials_of_own_tiles_and_sums_of_the_others_are_fetched_once_and_every
     every = owned(order)
     for rank in range(order.num_ranks):
         by_cluster = fetched(order, rank)
-        got = [(tile, peer, kind > 0, slot) for rows in by_cluster for tile, peer, kind, slot in rows]
+        got = [(tile, peer, partial, slot) for rows in by_cluster for tile, peer, partial, slot in rows]
         wanted = []
         for tile, (owner, slot) in every.items():
             if owner == rank:
@@ -96,20 +94,7 @@ def test_partials_of_own_tiles_and_sums_of_the_others_are_fetched_once_and_every
                 wanted.append((tile, owner, False, slot))
         assert sorted(got) == sorted(wanted)
         counts = [len(rows) for rows in by_cluster]
-        assert max(counts) - min(counts) <= order.num_ranks
-
-
-@checked
-def test_partials_of_a_tile_are_added_up_by_one_cluster_the_first_first_and_the_last_last(order):
-    others = order.num_ranks - 1
-    wanted = [PARTIAL + FURTHER * (number > 0) + LAST * (number == others - 1) for number in range(others)]
-    for rank in range(order.num_ranks):
-        kinds = defaultdict(list)
-        for cluster, rows in enumerate(fetched(order, rank)):
-            for tile, _, kind, _ in rows:
-                if kind:
-                    kinds[tile, cluster].append(kind)
-        assert all(each == wanted for each in kinds.values())
+        assert max(counts) - min(counts) <= 1
 
 
 @checked
@@ -155,7 +140,7 @@ def test_every_rank_finishes_if_clusters_compute_and_fetch_in_order(order):
 
     def can_compute(rank: int, tile: tuple[int, int], owner: int, is_pair: bool, slot: int) -> bool:
         parts = [(rank, peer, each) for peer in order.others(rank) for each in tiles(tile, is_pair)]
-        return owner != rank or arrived.issuperset(parts)  # all of them, as only the last one says so
+        return owner != rank or arrived.issuperset(parts)
 
     progress = True
     while progress:

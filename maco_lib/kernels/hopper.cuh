@@ -81,15 +81,6 @@ __device__ __forceinline__ void store_bytes(u64 to, u32 from, u32 bytes) {
     asm volatile("cp.async.bulk.global.shared::cta.bulk_group [%0], [%1], %2;" ::"l"(to), "r"(from), "r"(bytes)
                  : "memory");
 }
-// Rounds what it adds up; one after the other where the first is waited for.
-__device__ __forceinline__ void add_bytes(u64 to, u32 from, u32 bytes) {
-#if BF16
-    asm volatile("cp.reduce.async.bulk.global.shared::cta.bulk_group.add.noftz.bf16 [%0], [%1], %2;"
-#else
-    asm volatile("cp.reduce.async.bulk.global.shared::cta.bulk_group.add.noftz.f16 [%0], [%1], %2;"
-#endif
-                 ::"l"(to), "r"(from), "r"(bytes) : "memory");
-}
 __device__ __forceinline__ void commit_stores() { asm volatile("cp.async.bulk.commit_group;" ::: "memory"); }
 template <int PENDING>
 __device__ __forceinline__ void stores_read() {  // all but the last PENDING groups have left shared memory

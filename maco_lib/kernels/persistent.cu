@@ -11,14 +11,12 @@
 // FETCH_BUFFERS, RANKS, RANK, BF16, HAS_BIAS, HAS_RESIDUAL, WGMMA_1, WGMMA_2 (of one and two tiles), TRACE,
 // TRACE_TILES.
 
-// A tile to be fetched from a peer: one that it has summed, or (PARTIAL) its partial of one of ours, to be added to those
-// fetched before (FURTHER), after which no other comes (LAST).
+// A tile to be fetched from a peer: one that it has summed, or (is_partial) its partial of one of ours.
 struct alignas(16) Fetch { int m, n, peer_and_kind, slot; };
-enum { PARTIAL = 1, FURTHER = 2, LAST = 4, KINDS = 8 };
 struct Addresses {
     u64 partials[RANKS], sums[RANKS], flags[RANKS];  // of each rank, as this one sees them
-    u64 inbox;                                       // where this rank adds up the partials that it has fetched
-    u64 area_bytes;                                  // in `partials` from owner to owner
+    u64 inbox;                                       // where this rank keeps the partials that it has fetched
+    u64 area_bytes;  // in `partials` from owner to owner, in `inbox` from source to source
 };
 
 enum Event { MULTIPLY, MULTIPLIED, ADDED, STORED, FETCH, FETCHED, TRACE_EVENTS };
@@ -64,11 +62,11 @@ __device__ __forceinline__ void take(u64 flags, u32 index) {
 }
 
 struct Multiplier {  // one thread of the warps that multiply
-    u32 out_tile, partial_full, out_ready, out_sent;
+    u32 out_tile, partial_full, partial_added, out_ready, out_sent;
     const u32 *bias, *residual;
     int num_steps, num_rows, num_columns;
     u32 cta;
-    u32 num_done, num_own;
+    u32 num_done, num_partials;
     u64* trace;
 
     // A piece of work from the first multiplication to the finished tile in shared memory.
@@ -89,14 +87,16 @@ struct Multiplier {  // one thread of the warps that multiply
         if (work.owner() == RANK) {
             const int row = (work.m * CTAS + cta) * BM + group * 64 + inner_row;
             const int column = work.n * BN + lane % 4 * 2;
-            if (RANKS > 1) {
-                wait(partial_full, num_own++ & 1);
+#pragma unroll 1
+            for (int other = 1; other < RANKS; other++, num_partials++) {
+                wait(partial_full, num_partials & 1);
 #pragma unroll
                 for (int j = 0; j < W * BN / 8; j++) {
                     const u32 upper = load_shared(place(j)), lower = load_shared(place(j) + HALF_ROWS);
                     add_pair(sum[4 * j], sum[4 * j + 1], upper);
                     add_pair(sum[4 * j + 2], sum[4 * j + 3], lower);
                 }
+                arrive(partial_added);
             }
 #if HAS_BIAS
 #pragma unroll
@@ -144,8 +144,8 @@ extern "C" __global__ void __cluster_dims__(CTAS, 1, 1) __launch_bounds__(384, 1
     const u32 out_tile = operands + RING_BYTES + SPARE_BYTES;  // of a pair the first one's, the second's is before it
     const u32 fetched = out_tile + TILE_BYTES, barriers = fetched + FETCH_BUFFERS * BOX_BYTES;
     const u32 fetched_full = barriers, fetched_empty = fetched_full + 8 * FETCH_BUFFERS;
-    const u32 partial_full = fetched_empty + 8 * FETCH_BUFFERS;
-    const u32 out_ready = partial_full + 8, out_sent = out_ready + 8, spare_free = out_sent + 8;
+    const u32 partial_full = fetched_empty + 8 * FETCH_BUFFERS, partial_added = partial_full + 8;
+    const u32 out_ready = partial_added + 8, out_sent = out_ready + 8, spare_free = out_sent + 8;
     Ring<1> single(operands, spare_free + 8);
     Ring<WIDTH> wide(operands, single.barriers + (WIDTH == 1 ? 0 : Ring<1>::BARRIER_BYTES));
 
@@ -165,6 +165,7 @@ extern "C" __global__ void __cluster_dims__(CTAS, 1, 1) __launch_bounds__(384, 1
             barrier_init(fetched_empty + 8 * b, 1);
         }
         barrier_init(partial_full, 1);
+        barrier_init(partial_added, NUM_CONSUMERS);
         barrier_init(out_ready, NUM_CONSUMERS);
         barrier_init(out_sent, 1);
         barrier_init(spare_free, CTAS);
@@ -179,16 +180,22 @@ extern "C" __global__ void __cluster_dims__(CTAS, 1, 1) __launch_bounds__(384, 1
             load_operands(x_map, weight_map, weight_pair_map, works + begin, end - begin, cta, num_steps, single, wide,
                           spare_free);
         } else if (threadIdx.x == 32) {  // finished tiles go to this GPU's memory, where the peers fetch them
+            u32 added = 0;
             for (int i = begin; i < end; i++) {
                 const Work work = works[i];
                 const u32 width = work.width();
-                if (RANKS > 1 && work.owner() == RANK) {
-                    for (u32 t = 0; t < width; t++)
-                        take(at.flags[RANK], flag_index(PARTIAL_FETCHED, (work.slot + t) * CTAS + cta, RANK));
-                    expect(partial_full, width * TILE_BYTES);
-                    for (u32 t = 0; t < width; t++)
-                        load_bytes(out_tile - t * TILE_BYTES, at.inbox + place_offset(work.slot + t, cta), TILE_BYTES,
-                                   partial_full);
+                if (work.owner() == RANK) {
+                    for (int other = 1; other < RANKS; other++, added++) {
+                        const int source = (RANK + other) % RANKS;
+                        const u64 inbox = at.inbox + source * at.area_bytes;
+                        for (u32 t = 0; t < width; t++)
+                            take(at.flags[RANK], flag_index(PARTIAL_FETCHED, (work.slot + t) * CTAS + cta, source));
+                        if (other > 1) wait(partial_added, (added - 1) & 1);
+                        expect(partial_full, width * TILE_BYTES);
+                        for (u32 t = 0; t < width; t++)
+                            load_bytes(out_tile - t * TILE_BYTES, inbox + place_offset(work.slot + t, cta), TILE_BYTES,
+                                       partial_full);
+                    }
                 }
                 wait(out_ready, (i - begin) & 1);
                 for (u32 t = 0; t < width; t++) {
@@ -227,7 +234,7 @@ extern "C" __global__ void __cluster_dims__(CTAS, 1, 1) __launch_bounds__(384, 1
             u32 count = 0;
             for (int j = fetch_begin[cluster]; j < fetch_begin[cluster + 1]; j++) {
                 const Fetch fetch = fetches[j];
-                const int peer = fetch.peer_and_kind / KINDS, is_partial = fetch.peer_and_kind & PARTIAL;
+                const int peer = fetch.peer_and_kind / 2, is_partial = fetch.peer_and_kind % 2;
                 const u32 place = fetch.slot * CTAS + cta;
                 const u64 from = (is_partial ? at.partials[peer] + RANK * at.area_bytes : at.sums[peer]) +
                                  place_offset(fetch.slot, cta);
@@ -244,17 +251,14 @@ extern "C" __global__ void __cluster_dims__(CTAS, 1, 1) __launch_bounds__(384, 1
             u32 count = 0;
             for (int j = fetch_begin[cluster]; j < fetch_begin[cluster + 1]; j++) {
                 const Fetch fetch = fetches[j];
-                const int kind = fetch.peer_and_kind % KINDS, is_partial = kind & PARTIAL;
+                const int peer = fetch.peer_and_kind / 2, is_partial = fetch.peer_and_kind % 2;
                 const u32 place = fetch.slot * CTAS + cta;
-                const u64 inbox = at.inbox + place_offset(fetch.slot, cta);
+                const u64 inbox = at.inbox + peer * at.area_bytes + place_offset(fetch.slot, cta);
                 const int row = (fetch.m * CTAS + cta) * BM;
-                if (kind & FURTHER) stores_done();  // what it is added to is there
                 for (u32 box = 0; box < NUM_BOXES; box++, count++) {
                     const u32 buffer = count % FETCH_BUFFERS, from = fetched + buffer * BOX_BYTES;
                     wait(fetched_full + 8 * buffer, count / FETCH_BUFFERS & 1);
-                    if (kind & FURTHER)
-                        add_bytes(inbox + box * BOX_BYTES, from, BOX_BYTES);
-                    else if (is_partial)
+                    if (is_partial)
                         store_bytes(inbox + box * BOX_BYTES, from, BOX_BYTES);
                     else
                         store_box(result_map, fetch.n * BN + box % HALF_BOXES * BOX_COLUMNS,
@@ -264,9 +268,9 @@ extern "C" __global__ void __cluster_dims__(CTAS, 1, 1) __launch_bounds__(384, 1
                     if (count >= STORES_IN_FLIGHT)
                         arrive(fetched_empty + 8 * ((count - STORES_IN_FLIGHT) % FETCH_BUFFERS));
                 }
-                if (kind & LAST) {
+                if (is_partial) {
                     stores_done();
-                    raise_here(at.flags[RANK], flag_index(PARTIAL_FETCHED, place, RANK));
+                    raise_here(at.flags[RANK], flag_index(PARTIAL_FETCHED, place, peer));
                 }
                 NOTE(j - fetch_begin[cluster], FETCHED);
             }
@@ -274,7 +278,7 @@ extern "C" __global__ void __cluster_dims__(CTAS, 1, 1) __launch_bounds__(384, 1
         }
     } else {
         asm volatile("setmaxnreg.inc.sync.aligned.u32 232;");
-        Multiplier multiplier{out_tile, partial_full, out_ready, out_sent, bias, residual,
+        Multiplier multiplier{out_tile, partial_full, partial_added, out_ready, out_sent, bias, residual,
                               num_steps, num_rows, num_columns, cta, 0, 0, trace};
         for (int i = begin; i < end; i++) {
             const Work work = works[i];

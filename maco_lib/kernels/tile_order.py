@@ -17,8 +17,6 @@ import numpy as np
 CTAS = 2
 ROWS = 128 * CTAS
 BAND = 8  # tiles; 2048 rows
-# What is fetched, as in persistent.cu.
-PARTIAL, FURTHER, LAST, KINDS = 1, 2, 4, 8
 
 
 class Work(NamedTuple):
@@ -171,34 +169,26 @@ class TileOrder:
         """What each cluster of `rank` computes and what it fetches: begin and work, begin and fetches, all int32.
 
         From begin[c] to begin[c + 1] are those of cluster c. Work: m, n, 2 * owner + is_pair, slot. Fetches, a tile
-        each: m, n, KINDS * peer + kind, slot; the partials of the rank's own tiles (kind PARTIAL, + FURTHER for all but
-        the first of a tile, + LAST for the last), and the sums of the peers' (0). They are dealt to the clusters in
-        turn, whoever computes the tile: the tiles that are due at a time may all be of a few clusters, and these fetch
-        slower than the link carries; but all partials of a tile to one, which adds them up. In the order of their
-        ranks' places, partials first: no two ranks then wait for each other.
+        each: m, n, 2 * peer + is_partial, slot; the partials of the rank's own tiles, and the sums of the peers'. They
+        are dealt to the clusters in turn, whoever computes the tile: the tiles that are due at a time may all be of a
+        few clusters, and these fetch slower than the link carries. In the order of their ranks' places, partials first:
+        no two ranks then wait for each other.
         """
         placed = self.placed()
         when = [{(each.work.m, n): each.place for each in order for n in columns(each.work)} for order in placed]
         work: list[list[tuple[int, ...]]] = [[] for _ in range(self.num_clusters)]
-        fetches: list[tuple[int, ...]] = []  # place, whether it is a sum, the cluster, then what the table holds
+        fetches: list[tuple[int, ...]] = []  # place, whether it is a sum, then what the table holds
         for (m, n, width, owner, slot), _, cluster in placed[rank]:
             work[cluster].append((m, n, 2 * owner + (width == 2), slot))
-            for step in range(width) if owner == rank else ():
-                due = sorted((when[peer][m, n + step], peer) for peer in self.others(rank))
-                for number, (place, peer) in enumerate(due):
-                    kind = PARTIAL + FURTHER * (number > 0) + LAST * (number == len(due) - 1)
-                    fetcher = (slot + step) % self.num_clusters
-                    fetches.append((place, 0, fetcher, m, n + step, KINDS * peer + kind, slot + step))
-        sums = []
+            for peer in self.others(rank) if owner == rank else ():
+                for step in range(width):
+                    fetches.append((when[peer][m, n + step], 0, m, n + step, 2 * peer + 1, slot + step))
         for peer in self.others(rank):
             for (m, n, width, owner, slot), place, _ in placed[peer]:
                 if owner == peer:
-                    sums += [(place, m, n + step, KINDS * peer, slot + step) for step in range(width)]
-        for number, (place, *fetch) in enumerate(sorted(sums)):
-            fetches.append((place, 1, number % self.num_clusters, *fetch))
-        dealt: list[list[tuple[int, ...]]] = [[] for _ in range(self.num_clusters)]
-        for _, _, fetcher, *fetch in sorted(fetches):
-            dealt[fetcher].append(tuple(fetch))
+                    fetches += [(place, 1, m, n + step, 2 * peer, slot + step) for step in range(width)]
+        in_order = [fetch[2:] for fetch in sorted(fetches)]
+        dealt = [in_order[cluster :: self.num_clusters] for cluster in range(self.num_clusters)]
         return *joined(work), *joined(dealt)
 
 

@@ -96,7 +96,7 @@ class Exchange:
 
         num_bytes = order.num_slots * ROWS * bn * 2
         partials, sums = self.area("partials", num_bytes * self.num_ranks), self.area("sums", num_bytes)
-        inbox = self.inbox(num_bytes)
+        inbox = self.inbox(num_bytes * self.num_ranks)
         return Addresses(partials, sums, list(self.handle.buffer_ptrs), inbox, num_bytes)
 
 

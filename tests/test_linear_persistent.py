@@ -13,6 +13,7 @@ from maco_lib.overlap.linear_techniques.persistent_time import (
     TILINGS,
     Tiling,
     fastest_tiling,
+    named,
     order_of,
     persistent_time,
     time_of,
@@ -39,6 +40,13 @@ class Example:
 
     def run(self) -> torch.Tensor:
         return linear_all_reduce(self.x, self.weight, self.bias, self.residual, plan=PERSISTENT)
+
+    def tiled(self, tiling: Tiling | None) -> torch.Tensor:
+        """In tiles that the planner need not choose."""
+        result = torch.empty(len(self.x), len(self.weight), dtype=self.x.dtype, device=self.x.device)
+        operands = self.x, self.weight, self.bias, self.residual
+        persistent.run(persistent.Problem(*operands, result, "nccl", dist.group.WORLD), tiling)
+        return result
 
     def exact(self) -> torch.Tensor:
         total = self.x.double() @ self.weight.double().t()
@@ -70,12 +78,7 @@ def right(rank: int, num_ranks: int) -> None:
     m, n = 2600, 5000
     for tiling in TILINGS:
         example = Example(rank, m, n, 264, torch.bfloat16, bias=True, residual=True)
-        problem = persistent.Problem(
-            example.x, example.weight, example.bias, example.residual,
-            torch.empty(m, n, dtype=torch.bfloat16, device=example.x.device), "nccl", dist.group.WORLD,
-        )  # fmt: skip
-        persistent.run(problem, tiling)
-        assert error(problem.result, example.exact()) < 3e-3, tiling
+        assert error(example.tiled(tiling), example.exact()) < 3e-3, tiling
 
 
 def misaligned(rank: int, num_ranks: int) -> None:
@@ -101,22 +104,23 @@ def repeated(rank: int, num_ranks: int) -> None:
     """Thousands of times the same bits, other shapes and data between them, and no memory taken.
 
     The data change from launch to launch: only then is it seen if what an earlier launch left is summed."""
-    for shape in ((1024, 1024, 512), (256, 5120, 2048)):
+    chosen = [((1024, 1024, 512), None), ((256, 5120, 2048), None)]
+    for shape, tiling in chosen + [((1024, 4096, 1024), tiling) for tiling in TILINGS]:
         examples = [Example(rank, *shape, torch.bfloat16) for _ in range(3)]
         examples[1].x.neg_()
         examples[2].x.mul_(2)
         other = Example(rank, 700, 520, 128, torch.bfloat16)
-        firsts, between = [example.run() for example in examples], other.run()
+        firsts, between = [example.tiled(tiling) for example in examples], other.run()
         assert torch.equal(firsts[1], -firsts[0]) and torch.equal(firsts[2], 2 * firsts[0])
         torch.cuda.synchronize()
         used = torch.cuda.mem_get_info()[0]
         num_different = torch.zeros((), dtype=torch.int64, device=between.device)
         for index in range(3000):
-            num_different += (examples[index % 3].run() != firsts[index % 3]).any()
+            num_different += (examples[index % 3].tiled(tiling) != firsts[index % 3]).any()
             if index % 10 == 0:
                 num_different += (other.run() != between).any()
-        assert int(num_different) == 0, f"{int(num_different)} of 3300 results differ"
-    assert used - torch.cuda.mem_get_info()[0] < 2**26
+        assert int(num_different) == 0, f"{tiling}: {int(num_different)} of 3300 results differ"
+        assert used - torch.cuda.mem_get_info()[0] < 2**26
 
 
 def captured(rank: int, num_ranks: int) -> None:
@@ -197,3 +201,9 @@ def test_more_than_two_ranks_take_a_group_for_each_wave_and_two_where_the_transf
 def test_a_short_k_leaves_it_waiting_for_the_transfers_and_a_long_one_for_the_matmul():
     assert persistent_time(8192, 4096, 512, TILES, 2, 66).limit == "transfers"
     assert persistent_time(8192, 4096, 16384, TILES, 2, 66).limit == "matmul"
+
+
+@pytest.mark.parametrize("tiling", TILINGS, ids=str)
+def test_tiles_are_known_by_their_names(tiling):
+    assert named(str(tiling)) == tiling
+    assert named("160") is None and named("nan") is None  # no constants; not told

@@ -25,7 +25,7 @@ from maco_lib.experiments.linear_all_reduce_methods import (
 from maco_lib.kernels.decode_tiles import MAX_ROWS
 from maco_lib.machine import Machine
 from maco_lib.overlap.linear_techniques.persistent_time import PersistentTime, together
-from maco_lib.study import evidence, figures, linear, linear_persistent, linear_promises, report
+from maco_lib.study import evidence, figures, linear, linear_findings, linear_persistent, linear_promises, report
 from maco_lib.study.figures import style
 from maco_lib.study.sections.linear_all_reduce import ENDURANCE, LINEAR, SECTION, TIMELINE
 from maco_lib.study.spec import check_rows
@@ -270,6 +270,14 @@ def test_the_persistent_kernel_is_told_by_what_keeps_it_short(machine):
     assert at(*long, 0.95 * whole, whole).cause == ""
 
 
+def test_a_run_that_tells_no_tiles_is_compared_with_no_model_but_its_results_are_told(machine):
+    silent = with_table(machine, stored.linear_all_reduce().drop(columns="tiling"))
+    with pytest.raises(evidence.Missing, match="tells the tiles it took"):
+        linear_persistent.told(silent)
+    assert linear_persistent.shortfalls(silent) == []
+    assert "of the ideal" in linear_findings.one_kernel(silent, pathlib.Path()).sentence
+
+
 def test_what_a_faster_matmul_gives_follows_from_the_measured_time(machine):
     """The model is too slow at the point: by the waves alone, or by what comes beside them, which decides the cause."""
     (one,) = [one for one in linear_persistent.points(machine) if (one.layer, one.m) == ("Qwen3-32B down_proj", 2048)]
@@ -287,7 +295,7 @@ def test_what_a_faster_matmul_gives_follows_from_the_measured_time(machine):
 
 
 def test_the_persistent_model_says_on_which_machine_its_constants_were_set(machine):
-    assert "runs on h200-x2 and h200-x4 before those of the tables, of" in linear_persistent.constants(machine)
+    assert "runs on h200-x2 and h200-x4 other than those of the tables, of" in linear_persistent.constants(machine)
     other = dataclasses.replace(machine, name="h100-x2", hardware="h100-x2")
     assert "what the machines differ by" in linear_persistent.constants(other)
 

@@ -102,8 +102,10 @@ def ends(values: list[float]) -> str:
 
 def persistent(machine: Evidence) -> str:
     try:
-        reached = ends([point.fraction for point in linear_persistent.points(machine)])
+        reached = [row["fraction_of_ideal"] for _, row in linear_persistent.finished(machine)]
     except Missing:
         return ABSENT
+    if not reached:
+        return ABSENT
     state = machine.sections["linear_all_reduce"]
-    return reached + ("" if state.usable else f" ({state.state})")
+    return ends(reached) + ("" if state.usable else f" ({state.state})")

@@ -16,11 +16,10 @@ DECODE_ROWS = 16
 def one_kernel(evidence: Evidence, root: pathlib.Path) -> Found:
     """The persistent kernel at many rows against the ideal, sequential code and the fastest peer; the chain at few."""
     found = [
-        (cell, cell.rows.loc[linear_persistent.TECHNIQUE])
-        for cell in cells(evidence, MATMUL)
-        if cell.m >= LINEAR_MANY_ROWS and linear_persistent.TECHNIQUE in cell.rows.index
+        (cell, row)
+        for cell, row in linear_persistent.finished(evidence)
+        if cell.base is not None and cell.peer is not None
     ]
-    found = [(cell, row) for cell, row in found if cell.base is not None and cell.peer is not None]
     if not found:
         raise Missing(f"the persistent kernel and a peer finished no point of {LINEAR_MANY_ROWS} rows or more")
     parts = [row["fraction_of_ideal"] for _, row in found]
@@ -41,8 +40,7 @@ def one_kernel(evidence: Evidence, root: pathlib.Path) -> Found:
     absent = dict.fromkeys(name for operation in (MATMUL, CHAIN) for name in absent_peers(evidence, operation))
     if absent:
         lines.append(f"not among the peers, as not measured in this run: {', '.join(absent)}")
-    # Without the first line: how far its model is off is told in section 5.
-    lines += [*linear_persistent.told(evidence)[1:], *clocks.told(evidence), *decoding(evidence)]
+    lines += [*linear_persistent.shortfalls(evidence), *clocks.told(evidence), *decoding(evidence)]
     return Found(sentence, "linear_fraction", apart > 0, lines)
 
 

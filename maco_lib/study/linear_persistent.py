@@ -4,22 +4,23 @@ import dataclasses
 import statistics
 from dataclasses import dataclass
 
+import pandas as pd
+
 from maco_lib.experiments.linear_all_reduce_methods import MATMUL
 from maco_lib.kernels.tile_order import CTAS
 from maco_lib.overlap.linear_techniques.persistent_time import (
-    TILINGS,
     PersistentTime,
     Tiling,
-    fastest_tiling,
+    named,
     persistent_time,
 )
 from maco_lib.study.criteria import LINEAR_MANY_ROWS, LINEAR_TARGETS
 from maco_lib.study.evidence import Evidence, Missing
-from maco_lib.study.linear import cells
+from maco_lib.study.linear import Cell, cells
 from maco_lib.study.report_tables import table, us
 
 TECHNIQUE = "persistent"
-# The machines to whose runs, earlier than those of their tables, the model's constants were fitted.
+# The machines to runs of which, other than those of their tables, the model's constants were fitted.
 FITTED_TO = ("h200-x2", "h200-x4")
 # Why a point falls short.
 TRANSFERS, SUMS = "first wave and transfers", "sums of the last wave"
@@ -30,14 +31,12 @@ MATMUL_ITSELF, MODEL, UNDECIDED = "its matmul", "more than the model tells", "un
 class Point:
     """One layer and M: `model`, the kernel's time with tiles as `tiling`, beside what was measured, in µs.
 
-    tiles: `tiling` in words, in brackets where the run did not record what it took. matmul_us: cuBLAS's, alone. wanted:
-    the fraction of ideal to be reached, None where none is set.
+    matmul_us: cuBLAS's, alone. wanted: the fraction of ideal to be reached, None where none is set.
     """
 
     layer: str
     m: int
     tiling: Tiling
-    tiles: str
     model: PersistentTime
     matmul_us: float
     ideal_us: float
@@ -92,31 +91,36 @@ def spread(ends: tuple[float, float]) -> str:
     return " to ".join(dict.fromkeys(f"{value:.1%}" for value in ends))
 
 
-def points(machine: Evidence) -> list[Point]:
-    """Every finished one of the technique from LINEAR_MANY_ROWS rows on; raises Missing where there is none."""
+def finished(machine: Evidence) -> list[tuple[Cell, pd.Series]]:
+    """The technique's row of every cell of LINEAR_MANY_ROWS rows or more that has one."""
     found = []
     for cell in cells(machine, MATMUL):
         rows = cell.rows[cell.rows["technique"] == TECHNIQUE]
-        if cell.m < LINEAR_MANY_ROWS or rows.empty:
-            continue
-        row = rows.iloc[0]
-        ranks = int(row["tp"])
-        shape, clusters = (cell.m, int(row["n"]), int(row["k"]) // ranks), int(row["num_sms"]) // CTAS
-        recorded = next((tiling for tiling in TILINGS if str(tiling) == row.get("tiling")), None)
-        tiling = recorded or fastest_tiling(*shape, ranks, clusters)
-        tiles = str(tiling) if recorded else f"({tiling})"
-        model = persistent_time(*shape, tiling, ranks, clusters)
-        times = (row[f"{name}_us"] for name in ("t_matmul", "ideal", "time"))
-        found.append(Point(cell.layer, cell.m, tiling, tiles, model, *times, LINEAR_TARGETS.get(ranks)))
+        if cell.m >= LINEAR_MANY_ROWS and len(rows):
+            found.append((cell, rows.iloc[0]))
+    return found
+
+
+def points(machine: Evidence) -> list[Point]:
+    """Those that say which tiles they took, if the model has constants for them; raises Missing where there is none."""
+    found = []
+    for cell, row in finished(machine):
+        tiling = named(str(row.get("tiling")))
+        if tiling is not None:
+            ranks = int(row["tp"])
+            shape, clusters = (cell.m, int(row["n"]), int(row["k"]) // ranks), int(row["num_sms"]) // CTAS
+            model = persistent_time(*shape, tiling, ranks, clusters)
+            times = (row[f"{name}_us"] for name in ("t_matmul", "ideal", "time"))
+            found.append(Point(cell.layer, cell.m, tiling, model, *times, LINEAR_TARGETS.get(ranks)))
     if not found:
-        raise Missing(f"the persistent kernel finished no point of {LINEAR_MANY_ROWS} rows or more")
+        raise Missing(f"no point of the persistent kernel, {LINEAR_MANY_ROWS} rows or more, tells the tiles it took")
     return found
 
 
 def modelled(machine: Evidence) -> str:
     """The parts of its time at every layer and many rows, what they add up to, and what they leave to reach."""
     body = [
-        [one.layer, one.m, one.tiles, us(one.model.first), us(one.model.waves), us(one.model.last_sums),
+        [one.layer, one.m, str(one.tiling), us(one.model.first), us(one.model.waves), us(one.model.last_sums),
          us(one.model.fetched), one.model.limit, f"{us(one.model.total)}, {us(one.time_us)}, {one.error:+.1%}",
          f"{one.fraction:.1%}", spread(one.reach), one.cause]
         for one in points(machine)
@@ -127,16 +131,24 @@ def modelled(machine: Evidence) -> str:
 
 
 def told(machine: Evidence) -> list[str]:
-    """How far the model is off, and how many of the points that fall short a faster matmul would bring there."""
+    """How far the model is off, and what keeps points short."""
     found = points(machine)
     errors = [abs(one.error) for one in found]
     by_matmul = sum(one.model.limit == "matmul" for one in found)
-    lines = [f"the model is off by {statistics.median(errors):.1%} in the median, {max(errors):.1%} at worst, over "
-             f"{len(found)} points; by it the matmul limits {by_matmul} of them, the transfers "
-             f"{len(found) - by_matmul}"]  # fmt: skip
+    return [f"the model is off by {statistics.median(errors):.1%} in the median, {max(errors):.1%} at worst, over "
+            f"{len(found)} points; by it the matmul limits {by_matmul} of them, the transfers {len(found) - by_matmul}",
+            *shortfalls(machine)]  # fmt: skip
+
+
+def shortfalls(machine: Evidence) -> list[str]:
+    """A line on the points that fall short: how many a faster matmul would bring there; none where no run tells."""
+    try:
+        found = points(machine)
+    except Missing:
+        return []
     short = [one for one in found if one.cause]
     if not short:
-        return lines
+        return []
     counts = {cause: sum(one.cause == cause for one in short) for cause in (TRANSFERS, SUMS, MODEL, UNDECIDED)}
     parts = [f"{counts[cause]} by the {cause}, whatever the matmul" for cause in (TRANSFERS, SUMS) if counts[cause]]
     gains = [end - one.fraction for one in short if one.cause == MATMUL_ITSELF for end in one.reach]
@@ -150,12 +162,12 @@ def told(machine: Evidence) -> list[str]:
                      "comes beside it")  # fmt: skip
     if counts[MODEL]:
         parts.append(f"{counts[MODEL]} would not if they took the time that the model predicts")
-    return [*lines, f"{len(short)} of {len(found)} points fall short of {short[0].wanted:.0%}: {'; '.join(parts)}"]
+    return [f"{len(short)} of {len(found)} points fall short of {short[0].wanted:.0%}: {'; '.join(parts)}"]
 
 
 def constants(machine: Evidence) -> str:
     """Where the model's constants come from, seen from this machine."""
-    fitted = f"They were fitted to runs on {' and '.join(FITTED_TO)} before those of the tables"
+    fitted = f"They were fitted to runs on {' and '.join(FITTED_TO)} other than those of the tables"
     if machine.hardware in FITTED_TO:
         return f"{fitted}, of the kernel's code at that time."
     return f"{fitted}: the model's error here is also what the machines differ by."

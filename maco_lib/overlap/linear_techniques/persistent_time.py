@@ -1,15 +1,16 @@
 """How long the persistent kernel takes, from a few constants, and which tiles it takes the least with. Without torch.
 
     T = end + together(all waves of tiles + the sums of the last wave's, the first wave + all transfers)
-    together(a, b) = (a³ + b³)^⅓
+    together(a, b) = (a⁹ + b⁹)^(1/9)
 
 A wave is as many tiles, or pairs of them, as there are clusters at a time. Multiplying and fetching go on side by side
-but each waits for the other now and then, most where they take equally long. The constants were fitted to 70 runs of
-every tiling on H200s before those of today's tables, 36 on 2 GPUs and 36 on 4; less to the times than to which tiling
-was the fastest: hosts differ by more than the model is off, as their GPUs run into the power limit at different sizes.
+but each waits for the other now and then, most where they take equally long. The constants were fitted to runs of nine
+tilings in up to five numbers of groups, at 36 sizes on 2 and 36 on 4 H200s: there to which was the fastest, as GPUs run
+into the power limit at different sizes; and to the times of 69 other runs that did so less.
 """
 
 import functools
+import re
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
@@ -27,18 +28,26 @@ class Tiling(NamedTuple):
         return f"{'2 × ' * self.pairs}{self.columns}{' staggered' * self.staggered}"
 
 
+def named(text: str) -> Tiling | None:
+    """That which is called so by `str`; None where the model has no constants for it."""
+    parts = re.fullmatch(r"(2 × )?(\d+)( staggered)?", text)
+    if parts is None or not {int(parts[2]), int(parts[2]) * (2 if parts[1] else 1)} <= STEP_US.keys():
+        return None
+    return Tiling(int(parts[2]), parts[1] is not None, parts[3] is not None)
+
+
 TILINGS = (Tiling(64), Tiling(64, True), Tiling(64, True, True), Tiling(96, True), Tiling(128, True, True))
 STEP = 64
 ITEMSIZE = 2
 # On H200s, in us. Of so many columns multiplied at once: a step of 64 along K. Of a tile or pair: the rest.
-STEP_US = {64: 0.213, 96: 0.271, 128: 0.352, 192: 0.518, 256: 0.700}
-PIECE_US = 0.54
+STEP_US = {64: 0.192, 96: 0.255, 128: 0.341, 192: 0.508, 256: 0.682}
+PIECE_US = 1.6
 # Once: from pairs to single tiles; before the first wave and after the last fetch, of 2 ranks and for each further one.
-# On more than 2 ranks an own tile also waits for partials that others compute at the same time, so much of a piece.
-SWITCH_US, END_US, END_OF_RANK_US, BEHIND = 4.9, 0.7, 1.9, 0.2
+# On more than 2 ranks own tiles also wait for partials that others compute at the same time, so much of a piece.
+SWITCH_US, END_US, END_OF_RANK_US, BEHIND = 3.0, 5.1, 1.1, 0.32
 # What a GPU fetches from its peers.
-FETCHED_BYTES_PER_US = 328e3
-NORM = 3
+FETCHED_BYTES_PER_US = 330e3
+NORM = 9
 # More groups were up to 4 % slower: 19 to 62 of them on 4 ranks.
 GROUPS_PER_RANK = 4
 # Tiles of so many columns in a group: about a wave. Fewer than so many waves are two groups, and so is a matmul that
@@ -125,12 +134,11 @@ def time_of(order: TileOrder, k: int, tiling: Tiling) -> PersistentTime:
         pair = num_steps * STEP_US[2 * tiling.columns] + PIECE_US
         waves += order.pair_waves * pair + SWITCH_US
     further = max(others - 1, 0)
-    behind = BEHIND * pair if further else 0.0
     own = order.num_tiles / order.num_ranks / order.whole_groups
     last_sums = transfer_us(tiling, min(order.last_wave, own) * others)
     first = single if tiling.staggered else pair
-    end = END_US + further * END_OF_RANK_US
-    return PersistentTime(waves + behind, first, last_sums, transfer_us(tiling, num_fetched(order)), end)
+    end = END_US + further * END_OF_RANK_US + (BEHIND * pair if further else 0.0)
+    return PersistentTime(waves, first, last_sums, transfer_us(tiling, num_fetched(order)), end)
 
 
 def persistent_time(

@@ -6,7 +6,7 @@
 A wave is as many tiles, or pairs of them, as there are clusters at a time. Multiplying and fetching go on side by side
 but each waits for the other now and then, most where they take equally long. The constants were fitted to runs of nine
 tilings in up to five numbers of groups, at 36 sizes on 2 and 36 on 4 H200s: there to which was the fastest, as GPUs run
-into the power limit at different sizes; and to the times of 69 other runs that did so less.
+into the power limit at different sizes; and to the times of 69 other runs that did so less, 33 of them h200-x2's table.
 """
 
 import functools

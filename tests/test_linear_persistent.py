@@ -13,8 +13,8 @@ from maco_lib.overlap.linear_techniques.persistent_time import (
     TILINGS,
     Tiling,
     fastest_tiling,
-    named,
     order_of,
+    parse_tiling,
     persistent_time,
     time_of,
 )
@@ -205,5 +205,5 @@ def test_a_short_k_leaves_it_waiting_for_the_transfers_and_a_long_one_for_the_ma
 
 @pytest.mark.parametrize("tiling", TILINGS, ids=str)
 def test_tiles_are_known_by_their_names(tiling):
-    assert named(str(tiling)) == tiling
-    assert named("160") is None and named("nan") is None  # no constants; not told
+    assert parse_tiling(str(tiling)) == tiling
+    assert parse_tiling("160") is None and parse_tiling("nan") is None  # no constants; not told

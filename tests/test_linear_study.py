@@ -182,6 +182,21 @@ def measure_everything(rank: int, num_ranks: int) -> None:
     check_rows(ENDURANCE, table, "test")
     assert table["num_identical"].tolist() == [7]
 
+    def lagging(problem, method):
+        """Right at first, when it is judged and for the first of each data; then what the run before would give."""
+        run, results = good(problem, method), []
+
+        def late(number: int):
+            results.append(tuple(output.clone() for output in run(number)))
+            return results[-1 if len(results) <= 4 else -2]
+
+        return late
+
+    arms.WAYS["plan"] = lagging
+    (late,) = endurance.measure(point, context).rows
+    assert late["correct"] and late["num_identical"] == 0
+    arms.WAYS["plan"] = good
+
 
 def test_rows_are_whole_and_a_wrong_method_is_never_timed(tmp_path, monkeypatch):
     monkeypatch.setenv("MACO_CACHE", str(tmp_path))

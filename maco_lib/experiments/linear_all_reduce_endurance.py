@@ -41,11 +41,19 @@ def measure(point: dict[str, Any], context: Context) -> Result:
 
 
 def identical(run: Run, num_repeats: int, problem: Problem) -> int:
-    """How many of `num_repeats` runs gave the bits of the first."""
-    first = tuple(output.clone() for output in run(0))
+    """How many of `num_repeats` runs, on x and -x in turn, gave the bits of the first on theirs.
+
+    In turn, as on the same data what an earlier run left passes for the result.
+    """
+
+    def on_the_other() -> tuple[torch.Tensor, ...]:
+        problem.x.neg_()
+        return run(0)
+
+    firsts = [tuple(output.clone() for output in on_the_other()) for _ in range(2)]
     count = torch.zeros((), dtype=torch.int64, device=problem.device)
-    for _ in range(num_repeats):
-        same = [(one == other).all() for one, other in zip(first, run(0), strict=True)]
+    for number in range(num_repeats):
+        same = [(one == other).all() for one, other in zip(firsts[number % 2], on_the_other(), strict=True)]
         count += torch.stack(same).all()
     return int(count)
 

@@ -11,7 +11,7 @@ from maco_lib.kernels.tile_order import CTAS
 from maco_lib.overlap.linear_techniques.persistent_time import (
     PersistentTime,
     Tiling,
-    named,
+    parse_tiling,
     persistent_time,
 )
 from maco_lib.study.criteria import LINEAR_MANY_ROWS, LINEAR_TARGETS
@@ -105,7 +105,7 @@ def points(machine: Evidence) -> list[Point]:
     """Those that say which tiles they took, if the model has constants for them; raises Missing where there is none."""
     found = []
     for cell, row in finished(machine):
-        tiling = named(str(row.get("tiling")))
+        tiling = parse_tiling(str(row.get("tiling")))
         if tiling is not None:
             ranks = int(row["tp"])
             shape, clusters = (cell.m, int(row["n"]), int(row["k"]) // ranks), int(row["num_sms"]) // CTAS

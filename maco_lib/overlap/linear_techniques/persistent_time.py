@@ -28,7 +28,7 @@ class Tiling(NamedTuple):
         return f"{'2 × ' * self.pairs}{self.columns}{' staggered' * self.staggered}"
 
 
-def named(text: str) -> Tiling | None:
+def parse_tiling(text: str) -> Tiling | None:
     """That which is called so by `str`; None where the model has no constants for it."""
     parts = re.fullmatch(r"(2 × )?(\d+)( staggered)?", text)
     if parts is None or not {int(parts[2]), int(parts[2]) * (2 if parts[1] else 1)} <= STEP_US.keys():

@@ -105,7 +105,7 @@ def repeated(rank: int, num_ranks: int) -> None:
 
     The data change from launch to launch: only then is it seen if what an earlier launch left is summed."""
     chosen = [((1024, 1024, 512), None), ((256, 5120, 2048), None)]
-    for shape, tiling in chosen + [((1024, 4096, 1024), tiling) for tiling in TILINGS]:
+    for shape, tiling in chosen + [((2048, 4096, 1024), tiling) for tiling in TILINGS]:
         examples = [Example(rank, *shape, torch.bfloat16) for _ in range(3)]
         examples[1].x.neg_()
         examples[2].x.mul_(2)

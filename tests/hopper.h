@@ -1,6 +1,8 @@
 // Hopper's clusters on a CPU, and what hopper.cuh gives them, with data: every thread that does anything is a fiber,
 // fibers take turns at random, TMA swizzles as it does there, what is copied in bulk is read and arrives whenever it
-// likes, and wgmma multiplies. In the order of the fibers memory is what it should be.
+// likes, and wgmma multiplies. In the order of the fibers memory is what it should be, but for one thing that was seen
+// on 4 H200s: what one SM has stored in bulk another of its GPU may read as it was before, until the first has released
+// it; the peers do not.
 #pragma once
 
 #include "on_cpu.h"
@@ -68,6 +70,20 @@ struct Load {
     bool is_swizzled, is_late = below(6) == 0;
 };
 std::vector<Load> loads;
+struct Unreleased { Cta* by; u64 to; std::vector<unsigned char> before; };
+std::vector<Unreleased> unreleased;
+template <typename Condition>
+void release(Condition condition) {
+    unreleased.erase(std::remove_if(unreleased.begin(), unreleased.end(), condition), unreleased.end());
+}
+// As another SM of the GPU may see it: what was there first, where several have stored since.
+void make_old(std::vector<unsigned char>& data, u64 from, const Cta& reader) {
+    for (auto one = unreleased.rbegin(); one != unreleased.rend(); one++) {
+        if (one->by->rank != reader.rank || one->by == &reader) continue;
+        const u64 begin = std::max(from, one->to), end = std::min(from + data.size(), one->to + one->before.size());
+        for (u64 at = begin; at < end; at++) data[at - from] = one->before[at - one->to];
+    }
+}
 
 void leave() {
     swapcontext(&self->context, &scheduler);
@@ -139,6 +155,7 @@ void load_box_to_both(u32 to, const TensorMap& map, int column, int row, u32 bar
 void load_bytes(u32 to, u64 from, u32 bytes, u32 barrier) {
     const unsigned char* begin = (const unsigned char*)from;
     loads.push_back({self->cta, to, barrier, below(2) ? from : 0, {begin, begin + bytes}, false});
+    make_old(loads.back().data, from, *self->cta);
 }
 u32 swizzled(u32 address, u32 mask) { return address ^ (address >> 7 & mask) << 4; }  // 7: by 128 bytes, 3: by 64
 // A late one where nothing else can be done, and now and then.
@@ -148,7 +165,10 @@ void land(u32 number) {
     std::swap(loads[number], loads.back());
     Load load = std::move(loads.back());
     loads.pop_back();
-    if (load.from) memcpy(load.data.data(), (const void*)load.from, load.data.size());
+    if (load.from) {
+        memcpy(load.data.data(), (const void*)load.from, load.data.size());
+        make_old(load.data, load.from, *load.cta);
+    }
     for (u32 i = 0; i < load.data.size(); i++) {
         const u32 at = load.is_swizzled ? swizzled(load.to + i, 7) : load.to + i;
         load.cta->smem[at] = load.data[i];
@@ -172,7 +192,11 @@ void store_box(const TensorMap& map, int column, int row, u32 from) {
     });
 }
 void store_bytes(u64 to, u32 from, u32 bytes) {
-    store(from, bytes, [=](const std::vector<unsigned char>& data) { memcpy((void*)to, data.data(), bytes); });
+    Cta* by = self->cta;
+    store(from, bytes, [=](const std::vector<unsigned char>& data) {
+        unreleased.push_back({by, to, {(unsigned char*)to, (unsigned char*)to + bytes}});
+        memcpy((void*)to, data.data(), bytes);
+    });
 }
 void advance(Store& one) {
     if (!comes(one.is_late)) return;
@@ -210,7 +234,10 @@ void store_relaxed(u64 address, u32 value) {
     *(volatile u32*)address = value;
     if (value) wake(flag_waiting[address]);
 }
-void store_release_gpu(u64 address, u32 value) { store_relaxed(address, value); }
+void store_release_gpu(u64 address, u32 value) {
+    release([](const Unreleased& one) { return one.by == self->cta; });
+    store_relaxed(address, value);
+}
 u64 matrix(u32 address) { return address >> 4; }
 u32 pack(float low, float high) { return (u32)bits_of(high) << 16 | bits_of(low); }
 void add_pair(float& low, float& high, u32 both) { low += value_of((u16)both), high += value_of((u16)(both >> 16)); }

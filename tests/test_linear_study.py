@@ -24,7 +24,7 @@ from maco_lib.experiments.linear_all_reduce_methods import (
 )
 from maco_lib.kernels.decode_tiles import MAX_ROWS
 from maco_lib.machine import Machine
-from maco_lib.overlap.linear_techniques.persistent_time import PersistentTime, together
+from maco_lib.overlap.linear_techniques.persistent_time import PersistentTime, overlapped
 from maco_lib.study import evidence, figures, linear, linear_findings, linear_persistent, linear_promises, report
 from maco_lib.study.figures import style
 from maco_lib.study.sections.linear_all_reduce import ENDURANCE, LINEAR, SECTION, TIMELINE
@@ -278,6 +278,10 @@ def test_the_persistent_kernel_is_told_by_what_keeps_it_short(machine):
     model = models[short]
     assert at(*short, 0.5 * model.transfers, model.total).cause == linear_persistent.TRANSFERS
     assert at(*short, model.transfers, model.total).cause == linear_persistent.SUMS
+    # It took longer than the model tells: of that a faster matmul gains no more than by the model.
+    slower = at(*short, 0.5 * model.transfers, 2 * model.total)
+    assert slower.cause == linear_persistent.TRANSFERS
+    assert slower.with_cublas_us[1] == pytest.approx(slower.with_cublas.total + model.total)
     long = "Qwen3-32B down_proj", 8192
     whole = models[long].total
     assert at(*long, 0.8 * whole, whole).cause == linear_persistent.MATMUL_ITSELF
@@ -299,8 +303,8 @@ def test_what_a_faster_matmul_gives_follows_from_the_measured_time(machine):
     parts = PersistentTime(waves=145.0, first=40.0, last_sums=11.0, fetched=30.0, end=8.0)
     point = dataclasses.replace(one, model=parts, matmul_us=129.0, ideal_us=129.0, time_us=158.0)
     least, most = point.reach
-    assert least == pytest.approx(129 / (together(129 + 11, 70) + 8))  # the whole error lies in the waves
-    assert most == pytest.approx(129 / (158 - together(145 + 11, 70) + together(129 + 11, 70)))  # ... beside them
+    assert least == pytest.approx(129 / (overlapped(129 + 11, 70) + 8))  # the whole error lies in the waves
+    assert most == pytest.approx(129 / (158 - overlapped(145 + 11, 70) + overlapped(129 + 11, 70)))  # ... beside them
     assert least < 0.9 < most and point.cause == linear_persistent.UNDECIDED
     right = dataclasses.replace(point, time_us=parts.total)
     assert right.reach == pytest.approx((least, least)) and right.cause == linear_persistent.SUMS

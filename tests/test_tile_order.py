@@ -114,9 +114,11 @@ def test_clusters_have_the_same_to_do_and_the_last_wave_is_of_single_tiles(order
             load[cluster] += work.width
         assert set(load) == set(range(order.num_clusters))
         assert max(load.values()) - min(load.values()) <= 1 + (order.pair_waves > 0)
-        if order.single_waves > 1 or not order.ahead:
+        if not (order.ahead and order.pair_waves and order.single_waves == 1):
             assert all(work.width == 1 for work, _, _ in placed[-order.last_wave :])
         if order.num_n % 2 == 0:
+            last = {cluster: work.width for work, _, cluster in placed}
+            assert sum(last[cluster] for cluster in last if load[cluster] == max(load.values())) == order.last_wave
             assert max(load.values()) == 2 * order.pair_waves + order.single_waves
             assert sum(work.width for work, _, _ in placed if work.width == 2) == order.in_pairs
 

@@ -1,8 +1,7 @@
 """Section 5: what the persistent kernel waits for, by the model of its time, and what a faster matmul could change."""
 
-import dataclasses
 import statistics
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pandas as pd
 
@@ -54,7 +53,7 @@ class Point:
     @property
     def with_cublas(self) -> PersistentTime:
         """As modelled if all waves together took as long as cuBLAS's matmul."""
-        return dataclasses.replace(self.model, waves=self.matmul_us)
+        return replace(self.model, waves=self.matmul_us)
 
     @property
     def with_cublas_us(self) -> tuple[float, float]:

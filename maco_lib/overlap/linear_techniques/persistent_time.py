@@ -1,7 +1,7 @@
 """How long the persistent kernel takes, from a few constants, and which tiles it takes the least with. Without torch.
 
-    T = end + together(all waves of tiles + the sums of the last wave's, the first wave + all transfers)
-    together(a, b) = (a⁹ + b⁹)^(1/9)
+    T = end + overlapped(all waves of tiles + the sums of the last wave's, the first wave + all transfers)
+    overlapped(a, b) = (a⁹ + b⁹)^(1/9)
 
 A wave is as many tiles, or pairs of them, as there are clusters at a time. Multiplying and fetching go on side by side
 but each waits for the other now and then, most where they take equally long. The constants were fitted to runs of nine
@@ -44,7 +44,7 @@ STEP_US = {64: 0.192, 96: 0.255, 128: 0.341, 192: 0.508, 256: 0.682}
 PIECE_US = 1.6
 # Once: from pairs to single tiles; before the first wave and after the last fetch, of 2 ranks and for each further one.
 # On more than 2 ranks own tiles also wait for partials that others compute at the same time, so much of a piece.
-SWITCH_US, END_US, END_OF_RANK_US, BEHIND = 3.0, 5.1, 1.1, 0.32
+SWITCH_US, END_US, END_OF_RANK_US, STALL = 3.0, 5.1, 1.1, 0.32
 # What a GPU fetches from its peers.
 FETCHED_BYTES_PER_US = 330e3
 NORM = 9
@@ -52,10 +52,10 @@ NORM = 9
 GROUPS_PER_RANK = 4
 # Tiles of so many columns in a group: about a wave. Fewer than so many waves are two groups, and so is a matmul that
 # takes less than so much of the transfers' time.
-GROUP_COLUMNS, FEW_WAVES, SHORT = 128, 1.5, 0.75
+GROUP_COLUMNS, FEW_WAVES, SHORT_MATMUL = 128, 1.5, 0.75
 
 
-def together(matmul_us: float, transfers_us: float) -> float:
+def overlapped(matmul_us: float, transfers_us: float) -> float:
     """What two that go on side by side take."""
     return (matmul_us**NORM + transfers_us**NORM) ** (1 / NORM)
 
@@ -84,7 +84,7 @@ class PersistentTime:
 
     @property
     def total(self) -> float:
-        return together(self.matmul, self.transfers) + self.end
+        return overlapped(self.matmul, self.transfers) + self.end
 
     @property
     def limit(self) -> str:
@@ -120,7 +120,7 @@ def order_of(num_rows: int, num_columns: int, k: int, tiling: Tiling, num_ranks:
         return order
     waves = order.num_tiles * tiling.columns / GROUP_COLUMNS / max_clusters
     multiplied = waves * -(-k // STEP) * STEP_US[GROUP_COLUMNS]
-    if waves < FEW_WAVES or multiplied < SHORT * transfer_us(tiling, num_fetched(order)):
+    if waves < FEW_WAVES or multiplied < SHORT_MATMUL * transfer_us(tiling, num_fetched(order)):
         return replace(order, num_groups=2)
     return replace(order, num_groups=min(max(num_ranks, round(waves)), GROUPS_PER_RANK * num_ranks))
 
@@ -137,7 +137,7 @@ def time_of(order: TileOrder, k: int, tiling: Tiling) -> PersistentTime:
     own = order.num_tiles / order.num_ranks / order.whole_groups
     last_sums = transfer_us(tiling, min(order.last_wave, own) * others)
     first = single if tiling.staggered else pair
-    end = END_US + further * END_OF_RANK_US + (BEHIND * pair if further else 0.0)
+    end = END_US + further * END_OF_RANK_US + (STALL * pair if further else 0.0)
     return PersistentTime(waves, first, last_sums, transfer_us(tiling, num_fetched(order)), end)
 
 

@@ -39,11 +39,16 @@ SLEEP_CYCLES_PER_US = 2000
 
 @dataclass(frozen=True)
 class Arm:
-    """A way of doing something. `run` is timed; `prepare`, before each sample, is not. Both use the current stream."""
+    """A way of doing something. `run` is timed; `prepare`, before each sample, is not. Both use the current stream.
+
+    check(again): what is wrong with what timed runs leave, or "". Called once, after all samples of all arms, by every
+    rank; `again()` takes a sample that does not count, in the way in which the others were taken.
+    """
 
     name: str
     run: Callable[[], object]
     prepare: Callable[[], object] | None = None
+    check: Callable[[Callable[[], object]], str] | None = None
 
 
 @dataclass(frozen=True)
@@ -52,6 +57,7 @@ class Timing:
 
     `repeats`: runs in each sample, whose mean it is. `num_late`: samples that the host issued late (backlog ran out).
     `clocks[rank][iteration]`: the mean SM clock of each sample in MHz; no iterations where the host's clock timed them.
+    `error`: what the arm's check found, the same on every rank, or "".
     """
 
     values: list[list[float]]
@@ -60,6 +66,7 @@ class Timing:
     repeats: int = 1
     num_late: int = 0
     clocks: list[list[float]] = field(default_factory=list)
+    error: str = ""
 
     @property
     def clock_mhz(self) -> float:
@@ -141,9 +148,12 @@ def interleave(
     blocks = np.repeat(np.arange(num_blocks), per_block).tolist()
     results = {}
     every_rank = gather({name: (mine[name], one.num_late, one.clocks) for name, one in samplers.items()}, group)
-    for name, sampler in samplers.items():
-        values, num_late, clocks = zip(*(of_rank[name] for of_rank in every_rank), strict=True)
-        results[name] = Timing([*values], blocks, sampler.timing, sampler.repeats, max(num_late), [*clocks])
+    for arm in arms:
+        sampler = samplers[arm.name]
+        values, num_late, clocks = zip(*(of_rank[arm.name] for of_rank in every_rank), strict=True)
+        error = first_error(arm.check(lambda: sampler.sample(1)), group) if arm.check else ""  # noqa: B023
+        facts = sampler.timing, sampler.repeats, max(num_late), [*clocks], error
+        results[arm.name] = Timing([*values], blocks, *facts)
         sampler.close()
     return results
 

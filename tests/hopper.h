@@ -1,8 +1,8 @@
 // Hopper's clusters on a CPU, and what hopper.cuh gives them, with data: every thread that does anything is a fiber,
 // fibers take turns at random, TMA swizzles as it does there, what is copied in bulk is read and arrives whenever it
 // likes, and wgmma multiplies. In the order of the fibers memory is what it should be, but for one thing that was seen
-// on 4 H200s: what one SM has stored in bulk another of its GPU may read as it was before, until the first has released
-// it; the peers do not.
+// on 4 H100s and H200s: what one SM has stored in bulk others, of its GPU and of the peers, may read as it was before,
+// until the first has waited for it and then for a fence.
 #pragma once
 
 #include "on_cpu.h"
@@ -70,16 +70,16 @@ struct Load {
     bool is_swizzled, is_late = below(6) == 0;
 };
 std::vector<Load> loads;
-struct Unreleased { Cta* by; u64 to; std::vector<unsigned char> before; };
-std::vector<Unreleased> unreleased;
+struct Unfenced { Cta* by; u64 to; std::vector<unsigned char> before; };
+std::vector<Unfenced> unfenced;
 template <typename Condition>
-void release(Condition condition) {
-    unreleased.erase(std::remove_if(unreleased.begin(), unreleased.end(), condition), unreleased.end());
+void fence(Condition condition) {
+    unfenced.erase(std::remove_if(unfenced.begin(), unfenced.end(), condition), unfenced.end());
 }
-// As another SM of the GPU may see it: what was there first, where several have stored since.
+// As another SM may see it: what was there first, where several have stored since.
 void make_old(std::vector<unsigned char>& data, u64 from, const Cta& reader) {
-    for (auto one = unreleased.rbegin(); one != unreleased.rend(); one++) {
-        if (one->by->rank != reader.rank || one->by == &reader) continue;
+    for (auto one = unfenced.rbegin(); one != unfenced.rend(); one++) {
+        if (one->by == &reader) continue;
         const u64 begin = std::max(from, one->to), end = std::min(from + data.size(), one->to + one->before.size());
         for (u64 at = begin; at < end; at++) data[at - from] = one->before[at - one->to];
     }
@@ -194,7 +194,7 @@ void store_box(const TensorMap& map, int column, int row, u32 from) {
 void store_bytes(u64 to, u32 from, u32 bytes) {
     Cta* by = self->cta;
     store(from, bytes, [=](const std::vector<unsigned char>& data) {
-        unreleased.push_back({by, to, {(unsigned char*)to, (unsigned char*)to + bytes}});
+        unfenced.push_back({by, to, {(unsigned char*)to, (unsigned char*)to + bytes}});
         memcpy((void*)to, data.data(), bytes);
     });
 }
@@ -234,9 +234,8 @@ void store_relaxed(u64 address, u32 value) {
     *(volatile u32*)address = value;
     if (value) wake(flag_waiting[address]);
 }
-void store_release_gpu(u64 address, u32 value) {
-    release([](const Unreleased& one) { return one.by == self->cta; });
-    store_relaxed(address, value);
+void fence_gpu() {
+    fence([](const Unfenced& one) { return one.by == self->cta; });
 }
 u64 matrix(u32 address) { return address >> 4; }
 u32 pack(float low, float high) { return (u32)bits_of(high) << 16 | bits_of(low); }

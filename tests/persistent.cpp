@@ -104,7 +104,7 @@ void begin(int number, const Problem& problem, const Data& data) {
     launch.num_steps = (problem.k + 63) / 64, launch.num_rows = problem.m, launch.num_columns = problem.n;
     launch.bias = HAS_BIAS ? (const u32*)data.bias.data() : nullptr;
     launch.residual = HAS_RESIDUAL ? (const u32*)data.residual.data() : nullptr;
-    release([=](const Unreleased& one) { return one.by->rank == number; });  // a kernel's end does
+    fence([=](const Unfenced& one) { return one.by->rank == number; });  // a kernel's end does
     rank.clusters.clear(), rank.fibers.clear();
     for (int c = 0; c < problem.num_clusters; c++) {
         rank.clusters.emplace_back(new Cluster{{{number, 0}, {number, 1}}});

@@ -103,10 +103,11 @@ def misaligned(rank: int, num_ranks: int) -> None:
 
 
 def repeated(rank: int, num_ranks: int) -> None:
-    """Thousands of times the same bits, other shapes and data between them, and no memory taken.
+    """Thousands of times the same bits, one launch after the other and replayed without gaps between them, other shapes
+    and data between them, and no memory taken.
 
     The data change from launch to launch: only then is it seen if what an earlier launch left is summed."""
-    chosen = [((1024, 1024, 512), None), ((256, 5120, 2048), None)]
+    chosen = [((1024, 1024, 512), None), ((256, 5120, 2048), None), ((1024, 4096, 3072), None)]
     for shape, tiling in chosen + [((2048, 4096, 1024), tiling) for tiling in TILINGS]:
         examples = [Example(rank, *shape, torch.bfloat16) for _ in range(3)]
         examples[1].x.neg_()
@@ -114,15 +115,29 @@ def repeated(rank: int, num_ranks: int) -> None:
         other = Example(rank, 700, 520, 128, torch.bfloat16)
         firsts, between = [example.tiled(tiling) for example in examples], other.run()
         assert torch.equal(firsts[1], -firsts[0]) and torch.equal(firsts[2], 2 * firsts[0])
+        num_different = torch.zeros((), dtype=torch.int64, device=between.device)
+
+        def launches(examples=examples, other=other, firsts=firsts, between=between, num=num_different, tiling=tiling):
+            for index in range(30):
+                num += (examples[index % 3].tiled(tiling) != firsts[index % 3]).any()
+                if index % 10 == 0:
+                    num += (other.run() != between).any()
+
+        graph = torch.cuda.CUDAGraph()
+        launches()
+        torch.cuda.synchronize()
+        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+            launches()
         torch.cuda.synchronize()
         used = torch.cuda.mem_get_info()[0]
-        num_different = torch.zeros((), dtype=torch.int64, device=between.device)
-        for index in range(3000):
-            num_different += (examples[index % 3].tiled(tiling) != firsts[index % 3]).any()
-            if index % 10 == 0:
-                num_different += (other.run() != between).any()
-        assert int(num_different) == 0, f"{tiling}: {int(num_different)} of 3300 results differ"
+        for run, times in ((launches, 50), (graph.replay, 150)):
+            num_different.zero_()
+            for _ in range(times):
+                run()
+            num = int(num_different)
+            assert num == 0, f"{shape}, {tiling}, {run.__name__}: {num} of {33 * times} results differ"
         assert used - torch.cuda.mem_get_info()[0] < 2**26
+        graph.reset()
 
 
 def captured(rank: int, num_ranks: int) -> None:

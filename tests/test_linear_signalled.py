@@ -122,15 +122,16 @@ def right(rank: int, num_ranks: int) -> None:
 
 
 def repeated(rank: int, num_ranks: int) -> None:
-    """A thousand times the same bits, other shapes between them, and no memory taken."""
-    examples = [of(rank, num_ranks, shape) for shape in ((1024, 1024, 512), (700, 520, 128))]
+    """A thousand times the same bits, other shapes and data between them, and no memory taken."""
+    examples = [of(rank, num_ranks, shape) for shape in ((1024, 1024, 512), (1024, 1024, 512), (700, 520, 128))]
+    examples[1].x.neg_()
     for plan in plans(rank):
         firsts = [example.run(plan) for example in examples]
         torch.cuda.synchronize()
         free = torch.cuda.mem_get_info()[0]
         differs = torch.zeros((), dtype=torch.bool, device=firsts[0].device)
         for index in range(1000):
-            for example, first in zip(examples[: 1 + (index % 10 == 0)], firsts, strict=False):
+            for example, first in zip(examples[: 2 + (index % 10 == 0)], firsts, strict=False):
                 differs |= (example.run(plan) != first).any()
         assert not differs, plan
         assert free - torch.cuda.mem_get_info()[0] < 2**26, plan

@@ -164,8 +164,23 @@ def measure_everything(rank: int, num_ranks: int) -> None:
 
         return once
 
+    def lagging(num_right: int):
+        """Right so many times, then what the run before would give."""
+
+        def way(problem, method):
+            run, results = good(problem, method), []
+
+            def late(number: int):
+                results.append(tuple(output.clone() for output in run(number)))
+                return results[-1 if len(results) <= num_right else -2]
+
+            return late
+
+        return way
+
+    # The last while it is judged, and wrong from then on.
     wrongs = ((spoiled, "rank 1: 1 of 28800 elements are wrong, the first at (299, 5)"),
-              (stale, "rank 0: 28"))  # fmt: skip
+              (stale, "rank 0: 28"), (lagging(2), "rank 0: timed: 28"))  # fmt: skip
     for broken, message in wrongs:
         arms.WAYS["plan"] = broken
         wrong = measure(300, "sequential_gloo,chunked2_gloo").loc[(MATMUL, "chunked2_gloo")]
@@ -182,17 +197,7 @@ def measure_everything(rank: int, num_ranks: int) -> None:
     check_rows(ENDURANCE, table, "test")
     assert table["num_identical"].tolist() == [7]
 
-    def lagging(problem, method):
-        """Right at first, when it is judged and for the first of each data; then what the run before would give."""
-        run, results = good(problem, method), []
-
-        def late(number: int):
-            results.append(tuple(output.clone() for output in run(number)))
-            return results[-1 if len(results) <= 4 else -2]
-
-        return late
-
-    arms.WAYS["plan"] = lagging
+    arms.WAYS["plan"] = lagging(4)  # right while it is judged and for the first of each data
     (late,) = endurance.measure(point, context).rows
     assert late["correct"] and late["num_identical"] == 0
     arms.WAYS["plan"] = good

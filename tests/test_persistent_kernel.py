@@ -5,6 +5,7 @@ import pathlib
 import shutil
 import struct
 import subprocess
+from typing import NamedTuple
 
 import pytest
 
@@ -24,30 +25,62 @@ def written(order: TileOrder, m: int, n: int, k: int, path: pathlib.Path) -> Non
     path.write_bytes(struct.pack(f"{len(numbers)}i", *numbers))
 
 
-@pytest.mark.skipif(CXX is None, reason="needs a C++ compiler")
-@pytest.mark.parametrize(
-    ("num_ranks", "columns", "width", "stages", "m", "n", "k", "groups", "extras", "staggered"),
-    [
-        (2, 64, 2, 3, 500, 520, 136, 1, 0, False),
-        (2, 32, 1, 4, 300, 200, 328, 1, 1, False),
-        (3, 64, 2, 2, 700, 330, 72, 2, 1, True),
-        (4, 32, 2, 3, 600, 264, 64, 4, 0, True),
-    ],
+class Case(NamedTuple):
+    num_ranks: int
+    columns: int
+    width: int
+    stages: int
+    m: int
+    n: int
+    k: int
+    groups: int
+    extras: bool = False
+    staggered: bool = False
+
+
+CASES = [
+    Case(2, 64, 2, 3, 500, 520, 136, 1),
+    Case(2, 32, 1, 4, 300, 200, 328, 1, extras=True),
+    Case(3, 64, 2, 2, 700, 330, 72, 2, extras=True, staggered=True),
+    Case(4, 32, 2, 3, 600, 264, 64, 4, staggered=True),
+]
+FINISHED, FETCHED = (
+    "finish_stores();\n                NOTE(i - begin, STORED);",
+    "finish_stores();\n                    raise(",
 )
-def test_launch_after_launch_sums_what_every_rank_has(
-    num_ranks, columns, width, stages, m, n, k, groups, extras, staggered, tmp_path
-):
-    tiles = -(-m // ROWS), -(-n // columns)
-    order = TileOrder(*tiles, num_ranks, 2, num_groups=groups, pairs=width == 2, staggered=staggered)
-    assert bool(order.pair_waves) == (width == 2)
-    written(order, m, n, k, tmp_path / "problem")
+
+
+def run(case: Case, folder: pathlib.Path, edits: tuple[tuple[str, str], ...] = ()) -> subprocess.CompletedProcess:
+    """Three launches of persistent.cu, with `edits` in its text."""
+    tiles, pairs = (-(-case.m // ROWS), -(-case.n // case.columns)), case.width == 2
+    order = TileOrder(*tiles, case.num_ranks, 2, num_groups=case.groups, pairs=pairs, staggered=case.staggered)
+    assert bool(order.pair_waves) == pairs
+    written(order, case.m, case.n, case.k, folder / "problem")
     constants = {
-        "RANKS": num_ranks, "BN": columns, "WIDTH": width, "STAGES": stages, "FETCH_BUFFERS": 4,
-        "HAS_BIAS": extras, "HAS_RESIDUAL": extras,
+        "RANKS": case.num_ranks, "BN": case.columns, "WIDTH": case.width, "STAGES": case.stages, "FETCH_BUFFERS": 4,
+        "HAS_BIAS": int(case.extras), "HAS_RESIDUAL": int(case.extras),
     }  # fmt: skip
-    program, headers = tmp_path / "persistent", pathlib.Path(kernels.__file__).parent
-    macros = [f"-D{name}={value}" for name, value in constants.items()]
-    build = [CXX, "-std=c++17", "-O2", "-w", *macros, f"-I{headers}", "-o", program, TESTS / "persistent.cpp"]
-    subprocess.run(build, check=True, timeout=200)
-    found = subprocess.run([program, tmp_path / "problem", "1", "3"], capture_output=True, text=True, timeout=250)
+    headers = pathlib.Path(kernels.__file__).parent
+    text = (headers / "persistent.cu").read_text()
+    for old, new in edits:
+        assert text.count(old) == 1, old
+        text = text.replace(old, new)
+    (folder / "persistent.cu").write_text(text)
+    program, macros = folder / "persistent", [f"-D{name}={value}" for name, value in constants.items()]
+    build = [CXX, "-std=c++17", "-O2", "-w", *macros, f"-I{folder}", f"-I{headers}"]
+    subprocess.run([*build, "-o", program, TESTS / "persistent.cpp"], check=True, timeout=200)
+    return subprocess.run([program, folder / "problem", "1", "3"], capture_output=True, text=True, timeout=250)
+
+
+@pytest.mark.skipif(CXX is None, reason="needs a C++ compiler")
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_launch_after_launch_sums_what_every_rank_has(case, tmp_path):
+    found = run(case, tmp_path)
     assert found.returncode == 0, found.stdout
+
+
+@pytest.mark.skipif(CXX is None, reason="needs a C++ compiler")
+@pytest.mark.parametrize("stored", [FINISHED, FETCHED], ids=["finished", "fetched"])
+def test_without_the_fence_a_tile_is_read_as_it_was(stored, tmp_path):
+    found = run(CASES[1], tmp_path, edits=((stored, stored.replace("finish_stores", "stores_done")),))
+    assert found.returncode == 1 and "a wrong sum" in found.stdout

@@ -44,6 +44,21 @@ def test_arms_are_interleaved_and_prepared_before_every_sample():
     assert len(set(blocks)) > 1
 
 
+def test_what_is_timed_is_checked_in_the_end_by_samples_of_its_own():
+    calls = []
+
+    def check(again):
+        before = len(calls)
+        again()
+        assert calls[before:] == ["prepare", "arm"]
+        return "it left nothing"
+
+    arms = [Arm("arm", lambda: calls.append("arm"), lambda: calls.append("prepare"), check), Arm("other", lambda: None)]
+    timings = interleave(arms, group=None, device=CPU, iterations=12, num_blocks=4)
+    assert timings["arm"].error == "rank 0: it left nothing" and timings["other"].error == ""
+    assert [len(timing.values[0]) for timing in timings.values()] == [12, 12]
+
+
 def test_the_published_protocol_does_not_count_a_run_after_another_arm():
     calls = []
     arms = [Arm(name, lambda name=name: (spin(3e-3 if calls[-1:] != [name] else 1e-3), calls.append(name)))

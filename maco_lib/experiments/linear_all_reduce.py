@@ -20,7 +20,7 @@ from maco_lib.experiments.linear_all_reduce_methods import (
     MATMUL,
     METHODS,
 )
-from maco_lib.experiments.linear_all_reduce_problem import Problem, Run
+from maco_lib.experiments.linear_all_reduce_problem import Outputs, Problem, Run
 from maco_lib.experiments.worker import Context, Result, samples_of
 from maco_lib.kernels.tile_order import CTAS
 from maco_lib.overlap.linear_techniques.persistent_time import fastest_tiling
@@ -50,10 +50,14 @@ def measure(point: dict[str, Any], context: Context) -> Result:
     if problem.m > FEW_ROWS:
         counts = {METHODS[MATMUL][name].num_chunks for name in asked[MATMUL]} - {1}
         arms += [sampled(problem, f"matmul:{count}", chunks_alone(problem, count)) for count in sorted(counts)]
-    arms += [sampled(problem, arm_name(*key), one.run) for key, one in found.items() if one.run]
+    arms += [sampled(problem, arm_name(*key), one.run, is_judged=True) for key, one in found.items() if one.run]
     budget = {"budget_s": point["budget_s"], "min_iterations": point["min_iterations"]}
     warmup = 2 if context.device.type == "cuda" else 1
     timings = interleave(arms, group=problem.group, device=problem.device, warmup=warmup, **budget)
+    for key, one in found.items():
+        if one.run and (error := timings[arm_name(*key)].error):
+            found[key] = Checked(None, error)
+            del timings[arm_name(*key)]
     timings = {name: of_one_run(timing, problem.num_runs) for name, timing in timings.items()}
     rows = [row(point, problem, *key, found, timings) for key in found]
     return Result(rows, samples_of(timings))
@@ -77,14 +81,15 @@ def checked(problem: Problem, operation: str, name: str) -> Checked:
     return Checked(None if error else run, error, relative, equal)
 
 
-def sampled(problem: Problem, name: str, run: Run) -> Arm:
-    """An arm of `num_runs` runs, on weights that are in no cache."""
+def sampled(problem: Problem, name: str, run: Run, is_judged: bool = False) -> Arm:
+    """An arm of `num_runs` runs, on weights that are in no cache; judged: in the end, by what a sample leaves."""
+    left: list[Outputs] = []
 
     def sample() -> None:
         for number in range(problem.num_runs):
-            run(number % len(problem.weights))
+            left[:] = [run(number % len(problem.weights))]
 
-    return Arm(name, sample, problem.chill)
+    return Arm(name, sample, problem.chill, functools.partial(problem.judge_timed, left) if is_judged else None)
 
 
 def communications(problem: Problem) -> list[Arm]:

@@ -27,7 +27,8 @@ class Problem:
     """x (m, k / P) @ weight (n, k / P).T summed over the ranks; random normal data, new in every process and point.
 
     `weights`: so many, different ones, that a run never finds its own in the L2 cache, as in a model, where other
-    layers come between; a run takes the next. `num_runs`: runs in a timed sample of every arm. Results are of order 1.
+    layers come between; a run takes the next, so that an old result is no right one. `num_runs`: runs in a timed
+    sample of every arm. Results are of order 1.
     """
 
     def __init__(self, point: dict, context: Context):
@@ -40,7 +41,7 @@ class Problem:
             traffic = 2 * self.m * self.n * self.dtype.itemsize / LINK_BYTES_PER_US + weight_bytes / BYTES_PER_US
             about_us = 5 + traffic + 2 * self.m * self.n * share / FLOP_PER_US
             self.num_runs = max(1, min(MAX_RUNS, round(REPLAY_US / about_us)))
-            num_weights = min(self.num_runs, -(-2 * self.cache_bytes // weight_bytes))
+            num_weights = min(self.num_runs, max(2, -(-2 * self.cache_bytes // weight_bytes)))
         self.x = self.normal(self.m, share)
         self.weights = [self.normal(self.n, share, scale=point["k"] ** -0.5) for _ in range(num_weights)]
         self.product = self.x @ self.weights[0].t()
@@ -99,19 +100,27 @@ class Problem:
 
     def expect(self) -> None:
         """Compute, without anything that is under test: the sum in float32 with its bounds, checked rows in float64."""
-        self.total = self.product.float()
-        # Each rank's product is rounded, and so is each sum; float32 inside, over k products of results of order 1.
-        eps = torch.finfo(self.dtype).eps
-        self.bound = self.total.abs()
-        for tensor in (self.total, self.bound):
-            dist.all_reduce(tensor, group=self.group)
-        inside = 2 * self.x.shape[1] * torch.finfo(torch.float32).eps
-        self.bound.mul_((self.context.num_ranks + 1) * eps).add_(inside)
+        self.sums = {number: self.sum_of(number) for number in {0, self.last}}
         self.exact = self.x[self.rows].double() @ self.weights[0].double().t()
         dist.all_reduce(self.exact, group=self.group)
         self.exact_total = self.exact + self.residual[self.rows].double()
         mean_square = self.exact_total.square().mean(1, keepdim=True)
         self.exact_normed = self.exact_total * (mean_square + EPS).rsqrt() * self.norm_weight.double()
+
+    @property
+    def last(self) -> int:
+        """The weight of the last run in a timed sample."""
+        return (self.num_runs - 1) % len(self.weights)
+
+    def sum_of(self, number: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """With that weight: the sum over the ranks in float32, and how far from it a right result can be."""
+        total = (self.x @ self.weights[number].t()).float()
+        bound = total.abs()
+        for tensor in (total, bound):
+            dist.all_reduce(tensor, group=self.group)
+        # Each rank's product is rounded, and so is each sum; float32 inside, over k products of results of order 1.
+        inside = 2 * self.x.shape[1] * torch.finfo(torch.float32).eps
+        return total, bound.mul_((self.context.num_ranks + 1) * torch.finfo(self.dtype).eps).add_(inside)
 
     def judge(self, run: Run) -> tuple[str, float, bool]:
         """(what is wrong or "", relative error against float64 of the checked rows, equal bits on every rank).
@@ -123,7 +132,7 @@ class Problem:
             self.leave_wrong_results(run)
             outputs = tuple(output.clone() for output in run(0))
             chain = len(outputs) == 2
-            error = self.sum_error(outputs[-1], chain)
+            error = self.sum_error(outputs[-1], chain, *self.sums[0])
             exact = self.exact_normed if chain else self.exact
             relative = float((outputs[0][self.rows].double() - exact).norm() / exact.norm())
             if not error and not relative <= self.relative_bound:
@@ -144,15 +153,27 @@ class Problem:
         finally:
             self.x.neg_()
 
+    def judge_timed(self, outputs: list[Outputs], again: Callable[[], object]) -> str:
+        """What is wrong on this rank with the last result of a timed sample, as `again` takes one, or "".
+
+        outputs: where a sample leaves that result. On -x and then on x: see `leave_wrong_results`. Runs that follow
+        each other at once, as in a replay, can be wrong where those that are issued one by one are right.
+        """
+        (total, bound), errors = self.sums[self.last], []
+        for sign in (-1, 1):
+            self.x.neg_()
+            again()
+            errors.append(self.sum_error(outputs[-1][-1], len(outputs[-1]) == 2, sign * total, bound))
+        return next((f"timed: {error}" for error in errors if error), "")
+
     @property
     def relative_bound(self) -> float:
         return (self.context.num_ranks + 2) * torch.finfo(self.dtype).eps
 
-    def sum_error(self, result: torch.Tensor, with_residual: bool) -> str:
-        """What is wrong with a sum on this rank, the residual in it or not, or ""."""
+    def sum_error(self, result: torch.Tensor, with_residual: bool, expected: torch.Tensor, bound: torch.Tensor) -> str:
+        """What is wrong with a sum on this rank, to be `expected` plus the residual or not, or ""."""
         if tuple(result.shape) != (self.m, self.n) or result.dtype != self.dtype:
             return f"a result of {tuple(result.shape)}, {result.dtype}"
-        expected, bound = self.total, self.bound
         if with_residual:
             residual = self.residual.float()
             expected, bound = expected + residual, bound + 2 * torch.finfo(self.dtype).eps * residual.abs()

@@ -98,7 +98,7 @@ __device__ __forceinline__ u32 load_shared(u32 address) {
 __device__ __forceinline__ void store_shared(u32 address, u32 value) {
     asm volatile("st.shared.u32 [%0], %1;" ::"r"(address), "r"(value) : "memory");
 }
-// Of all GPUs, but for the release, which is for this one.
+// Of all GPUs, but for the fence, which is of this one.
 __device__ __forceinline__ u32 load_acquire(u64 address) {
     u32 value;
     asm volatile("ld.acquire.sys.global.u32 %0, [%1];" : "=r"(value) : "l"(address) : "memory");
@@ -107,9 +107,7 @@ __device__ __forceinline__ u32 load_acquire(u64 address) {
 __device__ __forceinline__ void store_relaxed(u64 address, u32 value) {
     asm volatile("st.relaxed.sys.global.u32 [%0], %1;" ::"l"(address), "r"(value) : "memory");
 }
-__device__ __forceinline__ void store_release_gpu(u64 address, u32 value) {
-    asm volatile("st.release.gpu.global.u32 [%0], %1;" ::"l"(address), "r"(value) : "memory");
-}
+__device__ __forceinline__ void fence_gpu() { asm volatile("fence.acq_rel.gpu;" ::: "memory"); }
 
 // Shared memory of K-major tiles, 64 elements a row, swizzled by 128 bytes: groups of 8 rows are 1024 bytes apart.
 __device__ __forceinline__ u64 matrix(u32 address) {

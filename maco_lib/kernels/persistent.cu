@@ -45,15 +45,19 @@ __device__ __forceinline__ u64 place_offset(u32 slot, u32 cta) { return (u64)(sl
 
 // A flag, at its reader, goes up when a tile may be read and down when the reader has seen that. All are down between
 // launches: a rank ends when it has every sum, so every partial of its was read; and nobody sums anew before it has
-// this rank's next partials. Whoever raises one has waited for the tile's bulk stores, so they are in this GPU's L2
-// cache, which serves the reads of the peers. A release for the system would be a fence that also waits for what this
-// SM is fetching: 15 us. Another SM of this GPU, though, may read the L2 cache's other half, where older data can be:
-// seen in up to 1.3 % of launches on 4 GPUs, whose partials one CTA had fetched and another read. For these, a release.
+// this rank's next partials. Whoever raises one has waited for the tile's bulk stores and then for a fence: when they
+// are done, a part of this GPU's L2 cache has them, while others may still give what an earlier launch left, to another
+// SM as to a peer. Without the fence, stale partials were summed in up to 1 % of eager launches and up to all of those
+// that follow each other in a graph. PTX asks for a fence of the system's scope; that one also waits for what this SM
+// is fetching, and costs up to 16 %. One of this GPU's brings the tile to where its L2 cache serves everybody.
 __device__ __forceinline__ u32 flag_index(u32 kind, u32 place, u32 peer) {
     return (place * RANKS + peer) * NUM_KINDS + kind;
 }
 __device__ __forceinline__ void raise(u64 flags, u32 index) { store_relaxed(flags + 4ull * index, 1); }
-__device__ __forceinline__ void raise_here(u64 flags, u32 index) { store_release_gpu(flags + 4ull * index, 1); }
+__device__ __forceinline__ void finish_stores() {  // this thread's in bulk, before their flags
+    stores_done();
+    fence_gpu();
+}
 __device__ __forceinline__ void take(u64 flags, u32 index) {
     const u64 flag = flags + 4ull * index;
     while (load_acquire(flag) == 0) {}
@@ -216,7 +220,7 @@ extern "C" __global__ void __cluster_dims__(CTAS, 1, 1) __launch_bounds__(384, 1
                 arrive(out_sent);
                 if (width == 2 && i + 1 < end && works[i + 1].width() == 1)
                     for (u32 other = 0; other < CTAS; other++) arrive_at(spare_free, other);
-                stores_done();
+                finish_stores();
                 NOTE(i - begin, STORED);
                 for (u32 t = 0; t < width; t++) {
                     const u32 place = (work.slot + t) * CTAS + cta;
@@ -269,8 +273,8 @@ extern "C" __global__ void __cluster_dims__(CTAS, 1, 1) __launch_bounds__(384, 1
                         arrive(fetched_empty + 8 * ((count - STORES_IN_FLIGHT) % FETCH_BUFFERS));
                 }
                 if (is_partial) {
-                    stores_done();
-                    raise_here(at.flags[RANK], flag_index(PARTIAL_FETCHED, place, peer));
+                    finish_stores();
+                    raise(at.flags[RANK], flag_index(PARTIAL_FETCHED, place, peer));
                 }
                 NOTE(j - fetch_begin[cluster], FETCHED);
             }

@@ -1,7 +1,7 @@
 """Hold back a stream until a matmul on another one has finished some of its tiles.
 
 One CTA, which needs an SM that the matmul leaves free. The matmul raises a flag for each tile (`persistent.cu` of one
-rank) once its bulk store is in the L2 cache, from where the kernels that come next in this stream read it.
+rank) once the kernels that come next in this stream can read it.
 """
 
 import torch
@@ -18,7 +18,7 @@ def wait_tiles_kernel(flags, begin, end, block: tl.constexpr):
         inside = offsets < end
         while tl.min(tl.load(flags + offsets, mask=inside, other=1, volatile=True), axis=0) == 0:
             pass
-        tl.store(flags + offsets, 0, mask=inside)
+        tl.atomic_xchg(flags + offsets, 0, mask=inside, sem="acquire", scope="gpu")
 
 
 def wait_tiles(flags: torch.Tensor, begin: int, end: int) -> None:

@@ -149,7 +149,7 @@ def compiled(rank: int, num_ranks: int) -> None:
         x, residual = torch.randn(num_rows, 64 // num_ranks, device=device), torch.ones(num_rows, 256, device=device)
         with torch.no_grad():
             torch.testing.assert_close(fast(x, residual), block(x, residual))
-    plan = ("sequential", "", 1, "m")
+    plan = LinearPlan().parts
     name = dist.group.WORLD.group_name
     operands = (torch.randn(3, 4, device=device), torch.randn(5, 4, device=device), None, None)
     torch.library.opcheck(torch.ops.maco.linear_all_reduce, (*operands, name, *plan))

@@ -3,6 +3,7 @@
 import itertools
 import json
 import math
+import types
 import warnings
 from dataclasses import replace
 
@@ -13,12 +14,21 @@ import torch
 import torch.distributed as dist
 from ranks import ROOT, run_ranks
 
-from maco_lib.overlap import LinearPlan, RowParallelLinear, decisions, linear_all_reduce, tune_linear
+from maco_lib.overlap import LinearPlan, RowParallelLinear, decisions, linear_all_reduce, linear_auto, tune_linear
 from maco_lib.overlap.costs import Curve
 from maco_lib.overlap.linear_auto import LinearPlanner, nearby
-from maco_lib.overlap.linear_model import LinearCosts, MatmulTime, Overlapped, Sides, shortlist, whole_waves
+from maco_lib.overlap.linear_model import (
+    TILING_SLACK,
+    LinearCosts,
+    MatmulTime,
+    Overlapped,
+    Sides,
+    shortlist,
+    whole_waves,
+)
 from maco_lib.overlap.linear_plan import TECHNIQUES, candidates
 from maco_lib.overlap.linear_techniques import decode_time
+from maco_lib.overlap.linear_techniques.persistent_time import fastest_tiling
 from maco_lib.overlap.plan import keep
 
 NCCL, PUSH = LinearPlan(backend="nccl"), LinearPlan(backend="maco_push_64")
@@ -149,6 +159,42 @@ def test_the_shortlist_has_the_default_the_near_ones_and_the_best_of_every_techn
     assert {plan.technique for plan in chosen} == set(TECHNIQUES) and overlapping[0] in chosen
     assert len(chosen) < len(plans)
     assert set(shortlist({}, plans, NCCL)) == set(plans)  # nothing is known of such a type: all are measured
+
+
+def test_tuning_measures_the_persistent_kernel_in_every_tiling_that_may_be_the_fastest(monkeypatch):
+    """The tiles that are fastest on a machine need not be those that the model of another one says."""
+    shape, persistent = (4096, 5120, 6400), LinearPlan("persistent")
+    costs, cost = costs_with(0), Overlapped(scales=(1.1,), spread=0.1)
+    matmul = replace(costs.matmul, num_sms=132)
+    costs = replace(costs, matmul=matmul, num_ranks=4, overlapped={persistent: cost})
+    tiled, best = costs.tilings(*shape), str(fastest_tiling(*shape, 4, 66))
+    assert len(tiled) > 2 and tiled[LinearPlan("persistent", tiling=best)] == 1.0
+    assert all(plan.technique == "persistent" and 1 <= ratio < TILING_SLACK for plan, ratio in tiled.items())
+    other = max(tiled, key=tiled.get)
+
+    class Timed:
+        def __init__(self, num_rows, weight, group):
+            pass
+
+        def fault(self, plan):
+            return ""
+
+        def times_us(self, plans, **options):
+            assert set(tiled) <= set(plans) and persistent not in plans
+            return 300.0, {plan: 390.0 if plan == other else 450.0 for plan in plans}
+
+    monkeypatch.setattr(linear_auto, "Shape", Timed)
+    monkeypatch.setattr(linear_auto, "sums", lambda *arguments: True)
+    monkeypatch.setattr(LinearPlanner, "ran", lambda *arguments: None)
+    monkeypatch.setattr(LinearPlanner, "group", dist.group)
+    monkeypatch.setattr(LinearPlanner, "decide", lambda self, layer, num_rows, how: types.SimpleNamespace())
+    planner = object.__new__(LinearPlanner)
+    planner.device, planner.default = torch.device("cuda"), NCCL
+    planner.calibration = types.SimpleNamespace(linear=costs)
+    layer = linear_auto.Layer(*shape[1:], torch.bfloat16, even=True)
+    decision = planner.tune(layer, shape[0], None, 0.1)
+    assert decision.chosen == other
+    assert decision.predicted_us[other] == pytest.approx(decision.predicted_us[persistent] * tiled[other])
 
 
 # -- looking up --------------------------------------------------------------------------------------------------------

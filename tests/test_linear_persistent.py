@@ -8,7 +8,6 @@ from ranks import run_ranks
 from maco_lib.kernels.tile_order import TileOrder
 from maco_lib.overlap import LinearPlan, linear_all_reduce
 from maco_lib.overlap.linear_plan import SUMMING
-from maco_lib.overlap.linear_techniques import persistent
 from maco_lib.overlap.linear_techniques.persistent_time import (
     TILINGS,
     Tiling,
@@ -19,7 +18,6 @@ from maco_lib.overlap.linear_techniques.persistent_time import (
     time_of,
 )
 
-PERSISTENT = LinearPlan("persistent")
 NUM_GPUS = max(2, torch.cuda.device_count())
 # (M, N, K of a rank): whole tiles, parts of tiles, fewer tiles than ranks, several waves, one row.
 SHAPES = [(512, 512, 256), (777, 1000, 136), (1, 8, 8), (300, 264, 72), (2048, 4096, 2048), (4100, 5120, 520)]
@@ -38,17 +36,9 @@ class Example:
         self.bias = normal(shared, n).to(dtype) if bias else None
         self.residual = normal(shared, m, n).to(dtype) if residual else None
 
-    def run(self) -> torch.Tensor:
-        return linear_all_reduce(self.x, self.weight, self.bias, self.residual, plan=PERSISTENT)
-
-    def tiled(self, tiling: Tiling | None) -> torch.Tensor:
-        """In these tiles; None: by the public way, in those that it chooses."""
-        if tiling is None:
-            return self.run()
-        result = torch.empty(len(self.x), len(self.weight), dtype=self.x.dtype, device=self.x.device)
-        operands = self.x, self.weight, self.bias, self.residual
-        persistent.run(persistent.Problem(*operands, result, "nccl", dist.group.WORLD), tiling)
-        return result
+    def run(self, tiling: Tiling | None = None) -> torch.Tensor:
+        plan = LinearPlan("persistent", tiling=str(tiling or ""))
+        return linear_all_reduce(self.x, self.weight, self.bias, self.residual, plan=plan)
 
     def exact(self) -> torch.Tensor:
         total = self.x.double() @ self.weight.double().t()
@@ -80,7 +70,7 @@ def right(rank: int, num_ranks: int) -> None:
     m, n = 2600, 5000
     for tiling in TILINGS:
         example = Example(rank, m, n, 264, torch.bfloat16, bias=True, residual=True)
-        assert error(example.tiled(tiling), example.exact()) < 3e-3, tiling
+        assert error(example.run(tiling), example.exact()) < 3e-3, tiling
 
 
 def misaligned(rank: int, num_ranks: int) -> None:
@@ -113,13 +103,13 @@ def repeated(rank: int, num_ranks: int) -> None:
         examples[1].x.neg_()
         examples[2].x.mul_(2)
         other = Example(rank, 700, 520, 128, torch.bfloat16)
-        firsts, between = [example.tiled(tiling) for example in examples], other.run()
+        firsts, between = [example.run(tiling) for example in examples], other.run()
         assert torch.equal(firsts[1], -firsts[0]) and torch.equal(firsts[2], 2 * firsts[0])
         num_different = torch.zeros((), dtype=torch.int64, device=between.device)
 
         def launches(examples=examples, other=other, firsts=firsts, between=between, num=num_different, tiling=tiling):
             for index in range(30):
-                num += (examples[index % 3].tiled(tiling) != firsts[index % 3]).any()
+                num += (examples[index % 3].run(tiling) != firsts[index % 3]).any()
                 if index % 10 == 0:
                     num += (other.run() != between).any()
 
@@ -178,6 +168,16 @@ def test_a_plan_that_sums_by_itself_takes_no_backend(technique):
     assert str(LinearPlan(technique)) == technique
     with pytest.raises(ValueError, match=f"backend = 'nccl': {technique} sums by itself"):
         LinearPlan(technique, "nccl")
+
+
+def test_a_plan_has_tiles_that_the_kernel_has():
+    plans = [LinearPlan("persistent", tiling=str(tiling)) for tiling in TILINGS]
+    assert [str(plan) for plan in plans] == [f"persistent, {tiling}" for tiling in TILINGS]
+    assert [parse_tiling(plan.tiling) for plan in plans] == list(TILINGS) and parse_tiling("") is None
+    for wrong in ({"technique": "persistent", "tiling": "48"}, {"technique": "decode", "tiling": "64"}):
+        valid = "'', '64', '2 × 64'" if wrong["technique"] == "persistent" else "''$"
+        with pytest.raises(ValueError, match=f"tiling = '{wrong['tiling']}': for {wrong['technique']} it is {valid}"):
+            LinearPlan(**wrong)
 
 
 @pytest.mark.parametrize("num_ranks", [2, 4, 8])

@@ -19,6 +19,7 @@ from maco_lib.comm import DTYPES, backend
 from maco_lib.overlap import linear_auto
 from maco_lib.overlap.linear_plan import AUTO, TECHNIQUES, LinearPlan
 from maco_lib.overlap.linear_techniques import chunked, decode, persistent, sequential, signalled
+from maco_lib.overlap.linear_techniques.persistent_time import parse_tiling
 from maco_lib.overlap.linear_techniques.problem import Problem, flattened
 from maco_lib.overlap.plan import DEFAULT_BACKEND
 from maco_lib.overlap.validation import check_agreement, device_kinds, group_name, require_operands, unavailable
@@ -27,7 +28,7 @@ RUN: dict[str, Callable[[Problem, LinearPlan], None]] = {
     "sequential": lambda problem, plan: sequential.run(problem),
     "chunked": lambda problem, plan: chunked.run(problem, plan.num_chunks, plan.dim),
     "signalled": lambda problem, plan: signalled.run(problem, plan.num_chunks),
-    "persistent": lambda problem, plan: persistent.run(problem),
+    "persistent": lambda problem, plan: persistent.run(problem, parse_tiling(plan.tiling)),
     "decode": lambda problem, plan: decode.run(problem),
 }
 assert tuple(RUN) == TECHNIQUES
@@ -78,7 +79,7 @@ def linear_all_reduce(
 
 def require_call(
     operands: dict[str, torch.Tensor | None], group: dist.ProcessGroup | None, plan: LinearPlan | str
-) -> tuple[tuple[str, str, int, str], str]:
+) -> tuple[tuple[str, str, int, str, str], str]:
     """(parts of the plan, name of the group) for `operator`; ValueError on what it cannot be called with."""
     require_operands(operands, ("bias", "residual"), "linear_all_reduce")
     if plan != AUTO and not isinstance(plan, LinearPlan):
@@ -107,11 +108,12 @@ def operator(
     backend_name: str,
     num_chunks: int,
     dim: str,
+    tiling: str,
 ) -> torch.Tensor:
     """`linear_all_reduce` with the group by its name ("" for a group of one) and the plan in parts, the first "auto"
     where there is none."""
     shape = result_shape(x, weight, bias, residual)
-    plan = LinearPlan() if technique == AUTO else LinearPlan(technique, backend_name, num_chunks, dim)
+    plan = LinearPlan() if technique == AUTO else LinearPlan(technique, backend_name, num_chunks, dim, tiling)
     if plan.backend:
         backend(plan.backend)  # a wrong name is an error on a single rank, too
     if not group_name:
@@ -136,7 +138,7 @@ def operator(
 
 
 @operator.register_fake
-def _(x, weight, bias, residual, group_name, technique, backend_name, num_chunks, dim):
+def _(x, weight, bias, residual, group_name, technique, backend_name, num_chunks, dim, tiling):
     return x.new_empty(result_shape(x, weight, bias, residual))
 
 

@@ -35,6 +35,7 @@ from maco_lib.timing import gather
 
 # Calls that a capture can rely on; beyond, the oldest are forgotten, so that changing shapes take no more memory.
 MAX_PREPARED = 4096
+PERSISTENT = LinearPlan("persistent")
 FUSED_DTYPES, FUSED_MULTIPLE = (torch.bfloat16, torch.float16), 8
 
 
@@ -188,6 +189,11 @@ class LinearPlanner:
         shape, plans = Shape(num_rows, weight, self.group), self.plans(layer, num_rows)
         decision.predicted_us = {plan: us for plan, us in self.predicted_us(layer, num_rows).items() if plan in plans}
         plans = shortlist(decision.predicted_us, plans, self.default)
+        if PERSISTENT in plans:
+            ratios = self.costs.tilings(num_rows, layer.n, layer.k)
+            if us := decision.predicted_us.get(PERSISTENT):
+                decision.predicted_us |= {plan: us * ratio for plan, ratio in ratios.items()}
+            plans = [plan for plan in plans if plan != PERSISTENT] + list(ratios)
         faults = {plan: shape.fault(plan) for plan in plans if plan != self.default}
         usable = [plan for plan in plans if not faults.get(plan)]
         decision.t_comp_us, times_us = shape.times_us(usable, budget_s=budget_s, min_iterations=10)

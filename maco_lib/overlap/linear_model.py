@@ -40,6 +40,8 @@ ERROR_QUANTILE = 0.9
 # overlapping ones that are predicted within SLACK of that.
 SLACK = 1.3
 MAX_OF_A_KIND = 6
+# Of the persistent kernel, tiles predicted within so much of the fastest: which are the fastest differs by machine.
+TILING_SLACK = 1.06
 
 
 def spread(predicted: Sequence[float], measured: Sequence[float]) -> float:
@@ -213,6 +215,12 @@ class LinearCosts:
             if comm is not None and t_matmul + comm >= cost.least_us:
                 predicted[plan] = cost(self.sides(plan.technique, m, n, k, t_matmul, comm))
         return predicted
+
+    def tilings(self, m: int, n: int, k: int) -> dict[LinearPlan, float]:
+        """The persistent kernel in the tiles worth a measurement: how many times as long as in those it would take."""
+        clusters = self.matmul.num_sms // CTAS
+        near = persistent_time.near_tilings(m, n, k, self.num_ranks, clusters, TILING_SLACK)
+        return {LinearPlan("persistent", tiling=str(tiling)): ratio for tiling, ratio in near.items()}
 
     def choose(self, m: int, n: int, k: int, plans: Collection[LinearPlan], default: LinearPlan) -> LinearPlan:
         """The plan of `plans` to take unmeasured: an overlapping one only where its gain exceeds the error of gains.

@@ -78,7 +78,7 @@ def linear_all_reduce_norm(
 
 def require_call(
     operands: dict[str, torch.Tensor | None], group: dist.ProcessGroup | None, plan: LinearPlan | str
-) -> tuple[tuple[str, str, int, str], str]:
+) -> tuple[tuple[str, str, int, str, str], str]:
     """(parts of the plan, name of the group) for `operator`; ValueError on what it cannot be called with."""
     require_operands(operands, ("bias",), "linear_all_reduce_norm")
     if not isinstance(plan, LinearPlan) and plan not in ("auto", "fused"):
@@ -114,6 +114,7 @@ def operator(
     backend_name: str,
     num_chunks: int,
     dim: str,
+    tiling: str,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """`linear_all_reduce_norm` with the group by its name ("" for a group of one) and the plan in parts."""
     shape = norm_shape(x, weight, residual, norm_weight, bias)
@@ -127,13 +128,14 @@ def operator(
     if technique in ("auto", "fused") and not why:
         normed, total = fused(rows, weight, old, norm_weight, eps, bias, group)
     else:
-        product = linear_operator(rows, weight, bias, None, group_name, technique, backend_name, num_chunks, dim)
+        plan = technique, backend_name, num_chunks, dim, tiling
+        product = linear_operator(rows, weight, bias, None, group_name, *plan)
         normed, total = add_norm(product, old, norm_weight, eps)
     return normed.view(shape), total.view(shape)
 
 
 @operator.register_fake
-def _(x, weight, residual, norm_weight, eps, bias, group_name, technique, backend_name, num_chunks, dim):
+def _(x, weight, residual, norm_weight, eps, bias, group_name, technique, backend_name, num_chunks, dim, tiling):
     shape = norm_shape(x, weight, residual, norm_weight, bias)
     return x.new_empty(shape), x.new_empty(shape)
 

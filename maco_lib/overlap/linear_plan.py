@@ -3,6 +3,8 @@
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+from maco_lib.overlap.linear_techniques.persistent_time import TILINGS
+
 AUTO = "auto"  # in place of a plan: the fastest one of this machine
 TECHNIQUES = ("sequential", "chunked", "signalled", "persistent", "decode")
 CUTTING = ("chunked", "signalled")  # sum the result in pieces
@@ -24,13 +26,15 @@ class LinearPlan:
     technique: of `TECHNIQUES`, each a file of `overlap.linear_techniques`. backend: of `maco_lib.comm.BACKENDS`; "":
     the device's default (NCCL or gloo), and the only value for those that sum by themselves, `SUMMING`. num_chunks: for
     "chunked", and of "signalled" the bands, 2 or more; else 1. dim: what "chunked" cuts, "m" (rows) or "n" (columns of
-    the result); else "m". Raises ValueError naming what is wrong.
+    the result); else "m". tiling: of "persistent", `str` of one of `TILINGS`, or "": those predicted to be the fastest.
+    Raises ValueError naming what is wrong.
     """
 
     technique: str = "sequential"
     backend: str = ""
     num_chunks: int = 1
     dim: str = "m"
+    tiling: str = ""
 
     def __post_init__(self) -> None:
         if self.technique not in TECHNIQUES:
@@ -45,20 +49,24 @@ class LinearPlan:
         if not isinstance(self.num_chunks, int) or self.num_chunks < 1 or cuts != (self.num_chunks > 1):
             valid = "an int of 2 or more" if cuts else "1"
             raise ValueError(f"num_chunks = {self.num_chunks!r}: for {self.technique} it is {valid}")
+        tilings = ["", *map(str, TILINGS)] if self.technique == "persistent" else [""]
+        if self.tiling not in tilings:
+            valid = ", ".join(map(repr, tilings))
+            raise ValueError(f"tiling = {self.tiling!r}: for {self.technique} it is {valid}")
 
     def __str__(self) -> str:
         """Its parts: "chunked, 4 along m, nccl"."""
         if self.technique in SUMMING:
-            return self.technique
+            return ", ".join(filter(None, (self.technique, self.tiling)))
         words = [self.technique, self.backend or "default backend"]
         if self.technique in CUTTING:
             words.insert(1, f"{self.num_chunks} along {self.dim}")
         return ", ".join(words)
 
     @property
-    def parts(self) -> tuple[str, str, int, str]:
+    def parts(self) -> tuple[str, str, int, str, str]:
         """What a custom operator can be called with: `LinearPlan(*parts)` is the plan."""
-        return self.technique, self.backend, self.num_chunks, self.dim
+        return self.technique, self.backend, self.num_chunks, self.dim, self.tiling
 
     @property
     def overlapped(self) -> bool:

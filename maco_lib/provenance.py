@@ -38,6 +38,8 @@ VARIABLES = (
 )  # fmt: skip
 
 
+# The library's sources, kernels among them.
+SOURCES = (".py", ".cu", ".cuh")
 # What is measured with: a run changes data/ and figures/, which says nothing of the code.
 CODE = ("maco_lib", "notebooks", "requirements", "run_all.sh")
 
@@ -94,7 +96,7 @@ def digest(paths: list[pathlib.Path], root: pathlib.Path) -> str:
 
 def source_digest(root: pathlib.Path) -> str:
     """SHA-256 over the library's sources, to tell whether the code moved since a table was written."""
-    return digest(sorted((root / "maco_lib").rglob("*.py")), root)
+    return digest(sorted(path for path in (root / "maco_lib").rglob("*") if path.suffix in SOURCES), root)
 
 
 def git_state(root: pathlib.Path) -> dict[str, Any]:

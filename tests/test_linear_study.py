@@ -220,6 +220,13 @@ def with_table(machine, rows: pd.DataFrame):
     return dataclasses.replace(machine, tables={**machine.tables, "linear_all_reduce": stored.completed(table, rows)})
 
 
+def test_tables_of_the_kernel_without_a_fence_are_named(machine):
+    record = machine.records["linear_all_reduce"]["tables"]["linear_all_reduce"]
+    assert record["method_version"] == linear.FENCED and linear.unfenced([machine]) == []
+    record["method_version"] = linear.FENCED - 1
+    assert linear.unfenced([machine])[0].startswith("**h200-x2: by a kernel with a fault.**")
+
+
 def verdicts(machine) -> dict[str, str]:
     return {one.label: one.row(3)[-1] for one in linear_promises.criteria(machine)}
 

@@ -162,7 +162,10 @@ def test_provenance_lets_no_secret_through(tmp_path, monkeypatch):
     assert record["environment"]["NCCL_ALGO"] == "Ring"
     assert record["git"] == {"commit": None, "dirty": None}
     (tmp_path / "maco_lib" / "a.py").write_text("x = 2\n")
-    assert provenance.provenance(tmp_path)["source_sha256"] != record["source_sha256"]
+    changed = provenance.provenance(tmp_path)["source_sha256"]
+    assert changed != record["source_sha256"]
+    (tmp_path / "maco_lib" / "a.cu").write_text("int x = 1;\n")
+    assert provenance.provenance(tmp_path)["source_sha256"] != changed
 
 
 def test_sampler_summarises_what_it_saw():

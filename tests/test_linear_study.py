@@ -3,6 +3,7 @@
 import dataclasses
 import os
 import pathlib
+import types
 
 import numpy as np
 import pandas as pd
@@ -13,6 +14,7 @@ import torch.distributed as dist
 from ranks import run_ranks
 
 from maco_lib import comm
+from maco_lib.experiments import linear_all_reduce
 from maco_lib.experiments.linear_all_reduce_methods import (
     BASE,
     CHAIN,
@@ -24,7 +26,8 @@ from maco_lib.experiments.linear_all_reduce_methods import (
 )
 from maco_lib.kernels.decode_tiles import MAX_ROWS
 from maco_lib.machine import Machine
-from maco_lib.overlap.linear_techniques.persistent_time import PersistentTime, overlapped
+from maco_lib.overlap import LinearPlan
+from maco_lib.overlap.linear_techniques.persistent_time import PersistentTime, fastest_tiling, overlapped
 from maco_lib.study import evidence, figures, linear, linear_findings, linear_persistent, linear_promises, report
 from maco_lib.study.figures import style
 from maco_lib.study.sections.linear_all_reduce import ENDURANCE, LINEAR, SECTION, TIMELINE
@@ -218,6 +221,15 @@ def machine(tmp_path, monkeypatch):
 def with_table(machine, rows: pd.DataFrame):
     _, table = stored.sections.table("linear_all_reduce")
     return dataclasses.replace(machine, tables={**machine.tables, "linear_all_reduce": stored.completed(table, rows)})
+
+
+def test_a_row_tells_the_tiles_of_its_plan():
+    problem = types.SimpleNamespace(m=4096, n=5120, x=torch.empty(1, 6400), num_sms=132, context=None)
+    problem.context = types.SimpleNamespace(num_ranks=4)
+    told = [linear_all_reduce.tiling(problem, str(plan)) for plan in (
+        LinearPlan("persistent", tiling="2 × 96"), LinearPlan("persistent"), LinearPlan(), LinearPlan("decode"),
+    )]  # fmt: skip
+    assert told == ["2 × 96", str(fastest_tiling(4096, 5120, 6400, 4, 66)), "", ""]
 
 
 def test_tables_of_the_kernel_without_a_fence_are_named(machine):

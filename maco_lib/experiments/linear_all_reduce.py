@@ -191,8 +191,10 @@ def row(
 def tiling(problem: Problem, plan: str) -> str:
     """The tiles that a plan in words takes here, as its model's table shows them; "" of one without."""
     technique, _, told = plan.partition(", ")
-    if technique != "persistent" or told:
-        return told if technique == "persistent" else ""
+    if technique != "persistent":
+        return ""
+    if told:
+        return told
     share, num_ranks = problem.x.shape[1], problem.context.num_ranks
     return str(fastest_tiling(problem.m, problem.n, share, num_ranks, problem.num_sms // CTAS))
 

@@ -14,7 +14,6 @@ import torch.distributed as dist
 from ranks import run_ranks
 
 from maco_lib import comm
-from maco_lib.experiments import linear_all_reduce
 from maco_lib.experiments.linear_all_reduce_methods import (
     BASE,
     CHAIN,
@@ -224,9 +223,11 @@ def with_table(machine, rows: pd.DataFrame):
 
 
 def test_a_row_tells_the_tiles_of_its_plan():
+    from maco_lib.experiments import linear_all_reduce as program
+
     problem = types.SimpleNamespace(m=4096, n=5120, x=torch.empty(1, 6400), num_sms=132, context=None)
     problem.context = types.SimpleNamespace(num_ranks=4)
-    told = [linear_all_reduce.tiling(problem, str(plan)) for plan in (
+    told = [program.tiling(problem, str(plan)) for plan in (
         LinearPlan("persistent", tiling="2 × 96"), LinearPlan("persistent"), LinearPlan(), LinearPlan("decode"),
     )]  # fmt: skip
     assert told == ["2 × 96", str(fastest_tiling(4096, 5120, 6400, 4, 66)), "", ""]

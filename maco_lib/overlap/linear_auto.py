@@ -257,7 +257,8 @@ def tune_linear(
     between them follows from them (see this module). budget_s: seconds for each M beyond warm-up, about half a second
     on GPUs, and some for every kernel that the process has yet to compile. The persistent kernel is measured in each of
     the tiles that may be the fastest here. An overlapping plan is kept where it is faster than the fastest sequential
-    one by more than 1 %. Random x, no bias, no residual; the weights are as cold as a model's. For a group of one there is nothing to choose: {}.
+    one by more than 1 %. Random x, no bias, no residual; the weights are as cold as a model's. For a group of one there
+    is nothing to choose: {}.
 
     Returns the decision for each M. Raises ValueError, on every rank, on a weight or Ms that are not valid on one of
     them, or differ between ranks.

@@ -18,6 +18,7 @@ import random
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -41,8 +42,8 @@ SLEEP_CYCLES_PER_US = 2000
 class Arm:
     """A way of doing something. `run` is timed; `prepare`, before each sample, is not. Both use the current stream.
 
-    check(again): what is wrong with what timed runs leave, or "". Called once, after all samples of all arms, by every
-    rank; `again()` takes a sample that does not count, in the way in which the others were taken.
+    check(again): what is wrong on this rank with what timed runs leave, or "". Called once, after all samples of all
+    arms; `again()` takes a sample that does not count, in the way in which the others were taken, with all ranks.
     """
 
     name: str
@@ -90,7 +91,12 @@ def gather(value: Any, group: dist.ProcessGroup | None) -> list[Any]:
 
 def first_error(error: str, group: dist.ProcessGroup | None) -> str:
     """The same verdict on every rank: the first rank's error that is not empty, or ""."""
-    return next((f"rank {rank}: {text}" for rank, text in enumerate(gather(error, group)) if text), "")
+    return first_of(gather(error, group))
+
+
+def first_of(errors: Sequence[str]) -> str:
+    """Of the ranks' errors, by rank, the first that is not empty, or ""."""
+    return next((f"rank {rank}: {text}" for rank, text in enumerate(errors) if text), "")
 
 
 def decided(value: Any, group: dist.ProcessGroup | None) -> Any:
@@ -146,14 +152,15 @@ def interleave(
         for arm in shuffler.sample(list(arms), len(arms)):
             mine[arm.name] += samplers[arm.name].sample(per_block)
     blocks = np.repeat(np.arange(num_blocks), per_block).tolist()
+    late = {name: sampler.num_late for name, sampler in samplers.items()}
+    read = {name: list(sampler.clocks) for name, sampler in samplers.items()}
+    errors = {arm.name: arm.check(partial(samplers[arm.name].sample, 1)) if arm.check else "" for arm in arms}
     results = {}
-    every_rank = gather({name: (mine[name], one.num_late, one.clocks) for name, one in samplers.items()}, group)
-    for arm in arms:
-        sampler = samplers[arm.name]
-        values, num_late, clocks = zip(*(of_rank[arm.name] for of_rank in every_rank), strict=True)
-        error = first_error(arm.check(lambda: sampler.sample(1)), group) if arm.check else ""  # noqa: B023
-        facts = sampler.timing, sampler.repeats, max(num_late), [*clocks], error
-        results[arm.name] = Timing([*values], blocks, *facts)
+    every_rank = gather({name: (mine[name], late[name], read[name], errors[name]) for name in mine}, group)
+    for name, sampler in samplers.items():
+        values, num_late, clocks, found = zip(*(of_rank[name] for of_rank in every_rank), strict=True)
+        facts = sampler.timing, sampler.repeats, max(num_late), [*clocks], first_of(found)
+        results[name] = Timing([*values], blocks, *facts)
         sampler.close()
     return results
 

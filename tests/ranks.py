@@ -10,11 +10,11 @@ import tempfile
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 
 PROGRAM = """
-import datetime, importlib, sys
+import datetime, importlib, os, sys
 import torch, torch.distributed as dist
 torch.set_num_threads(1)
 module, function, backend = sys.argv[1:4]
-rank = int(__import__("os").environ["LOCAL_RANK"])
+rank = int(os.environ["LOCAL_RANK"])
 if backend == "nccl":
     torch.cuda.set_device(rank)
 device = torch.device("cuda", rank) if backend == "nccl" else None
@@ -23,6 +23,10 @@ try:
     getattr(importlib.import_module(module), function)(dist.get_rank(), dist.get_world_size())
 finally:
     dist.destroy_process_group()
+if backend != "nccl":  # as experiments/worker.py does, and for its reason
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)
 """
 
 

@@ -10,12 +10,13 @@ import datetime
 import json
 import os
 import pathlib
+import sys
 import threading
 import time
 import zlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 import torch.distributed as dist
@@ -130,6 +131,18 @@ def main(measure: Callable[[dict, Context], Result]) -> None:
         message = f"{type(error).__name__}: {error}"
         append_line(pathlib.Path(specification["events"]), {"event": "failed", "rank": rank, "error": message})
         raise
+    if num_ranks > 1 and specification["kind"] == "cpu":
+        leave()
+
+
+def leave() -> NoReturn:
+    """End this process, done, without Python's own end: a thread of gloo's that still drops a tensor then aborts it.
+
+    (Of 20 times two processes that only summed and destroyed their group, 3 ended so; torch 2.13 on two busy cores.)
+    """
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)
 
 
 def work(measure: Callable[[dict, Context], Result], specification: dict[str, Any], rank: int, num_ranks: int) -> None:

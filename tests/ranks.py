@@ -10,7 +10,16 @@ import tempfile
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 
 PROGRAM = """
-import datetime, importlib, os, sys
+import atexit, datetime, importlib, os, sys
+
+def leave():  # as experiments/worker.py does, and for its reason
+    if is_done and backend != "nccl":
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(0)
+
+is_done = False
+atexit.register(leave)  # the first one, so that it runs last
 import torch, torch.distributed as dist
 torch.set_num_threads(1)
 module, function, backend = sys.argv[1:4]
@@ -23,10 +32,7 @@ try:
     getattr(importlib.import_module(module), function)(dist.get_rank(), dist.get_world_size())
 finally:
     dist.destroy_process_group()
-if backend != "nccl":  # as experiments/worker.py does, and for its reason
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(0)
+is_done = True
 """
 
 

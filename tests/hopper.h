@@ -1,8 +1,8 @@
 // Hopper's clusters on a CPU, and what hopper.cuh gives them, with data: every thread that does anything is a fiber,
 // fibers take turns at random, TMA swizzles as it does there, what is copied in bulk is read and arrives whenever it
 // likes, and wgmma multiplies. In the order of the fibers memory is what it should be, but for one thing that was seen
-// on 4 H100s and H200s: what one SM has stored in bulk others, of its GPU and of the peers, may read as it was before,
-// until the first has waited for it and then for a fence.
+// on 4 H200s and 4 H100s: what one SM has stored in bulk others of its GPU (the H200s), and the peers (the H100s), may
+// read as it was before, until the first has waited for it and then for a fence.
 #pragma once
 
 #include "on_cpu.h"

@@ -120,7 +120,7 @@ def repeated(rank: int, num_ranks: int) -> None:
             launches()
         torch.cuda.synchronize()
         used = torch.cuda.mem_get_info()[0]
-        for run, times in ((launches, 50), (graph.replay, 150)):
+        for run, times in ((launches, 100), (graph.replay, 150)):
             num_different.zero_()
             for _ in range(times):
                 run()

@@ -100,7 +100,7 @@ class Problem:
 
     def expect(self) -> None:
         """Compute, without anything that is under test: the sum in float32 with its bounds, checked rows in float64."""
-        self.sums = {number: self.sum_of(number) for number in {0, self.last}}
+        self.sums = {number: self.sum_of(number) for number in sorted({0, self.last})}
         self.exact = self.x[self.rows].double() @ self.weights[0].double().t()
         dist.all_reduce(self.exact, group=self.group)
         self.exact_total = self.exact + self.residual[self.rows].double()

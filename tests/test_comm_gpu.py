@@ -20,6 +20,7 @@ from maco_lib.comm.vllm_custom import VllmCustom
 from maco_lib.timing import capture, first_error
 
 NUM_REPEATS = 1000
+NUM_REPLAYS = 300
 # Every GPU there is: shares, flags and rotations differ from two ranks to more.
 NUM_GPUS = max(2, torch.cuda.device_count())
 NCCL = NcclSymmetric("nccl_symmetric")
@@ -114,6 +115,35 @@ def graphs_are_right(backend, rank: int, num_ranks: int) -> None:
         graph.reset()
 
 
+def back_to_back_is_right(backend, place, rank: int, num_ranks: int) -> None:
+    """Replayed with nothing between them, on data that differ from launch to launch: what the one before has left in
+    mailboxes, or at a peer's, would be seen in the sum."""
+    for numel in (1001, 2**16, 2**19, 2**22):
+        cases = [Case(numel, torch.bfloat16, rank, num_ranks, seed) for seed in (5, 6, 7)]
+        tensors = [place((numel,), torch.bfloat16) for _ in cases]
+
+        def launches(cases=cases, tensors=tensors) -> None:
+            for tensor, case in zip(tensors, cases, strict=True):
+                tensor.copy_(case.source)
+            for tensor in tensors:
+                backend.all_reduce(tensor, dist.group.WORLD)
+
+        launches()
+        firsts = [tensor.clone() for tensor in tensors]
+        for case, first in zip(cases, firsts, strict=True):
+            case.judge(first, "eager sum")
+        num_wrong = torch.zeros((), dtype=torch.int64, device=cases[0].device)
+        graph, why = capture(launches, 1)
+        assert not first_error(why, dist.group.WORLD), why
+        for _ in range(NUM_REPLAYS):
+            graph.replay()
+            for tensor, first in zip(tensors, firsts, strict=True):
+                num_wrong += (bits(tensor) != bits(first)).any()
+        wrong = int(num_wrong)
+        graph.reset()
+        assert wrong == 0, f"{cases[0].label}: {wrong} of {3 * NUM_REPLAYS} sums in replays differ"
+
+
 def tensors_are_right(backend, place, rank: int, num_ranks: int) -> None:
     """The caller's tensors: from `place(shape, dtype)` (no copy), from anywhere, and the middle of either."""
     for dtype in (torch.bfloat16, torch.float16, torch.float32):
@@ -153,6 +183,7 @@ def check_all(backend, place, rank: int, num_ranks: int) -> None:
     tensors_are_right(backend, place, rank, num_ranks)
     repeats_are_identical(backend, rank, num_ranks)
     graphs_are_right(backend, rank, num_ranks)
+    back_to_back_is_right(backend, place, rank, num_ranks)
     assert dist.get_backend() == "nccl"
     ours = Case(4096, torch.float32, rank, num_ranks)
     dist.all_reduce(ours.source)

@@ -3,7 +3,6 @@
 import itertools
 import json
 import math
-import types
 import warnings
 from dataclasses import replace
 
@@ -14,21 +13,13 @@ import torch
 import torch.distributed as dist
 from ranks import ROOT, run_ranks
 
-from maco_lib.overlap import LinearPlan, RowParallelLinear, decisions, linear_all_reduce, linear_auto, tune_linear
+from maco_lib.overlap import LinearPlan, RowParallelLinear, decisions, linear_all_reduce, tune_linear
 from maco_lib.overlap.costs import Curve
 from maco_lib.overlap.linear_auto import LinearPlanner, nearby
-from maco_lib.overlap.linear_model import (
-    TILING_SLACK,
-    LinearCosts,
-    MatmulTime,
-    Overlapped,
-    Sides,
-    shortlist,
-    whole_waves,
-)
+from maco_lib.overlap.linear_model import LinearCosts, MatmulTime, Overlapped, Sides, shortlist, whole_waves
 from maco_lib.overlap.linear_plan import TECHNIQUES, candidates
 from maco_lib.overlap.linear_techniques import decode_time
-from maco_lib.overlap.linear_techniques.persistent_time import fastest_tiling
+from maco_lib.overlap.linear_techniques.persistent_time import TILINGS, fastest_tiling, persistent_time
 from maco_lib.overlap.plan import keep
 
 NCCL, PUSH = LinearPlan(backend="nccl"), LinearPlan(backend="maco_push_64")
@@ -125,7 +116,7 @@ def test_a_technique_that_sums_by_itself_is_foretold_by_its_own_formula():
     shapes = [(1, 4096, 2048), (4, 8192, 14336), (16, 8192, 4096), (64, 5120, 6144)]
     decode, matmul = LinearPlan("decode"), MatmulTime(3.0, 7e8, 4e6, 132, 2)
     costs = LinearCosts(2, ("torch.bfloat16",), matmul, {"nccl": Curve((2**10, 2**21), (16.0, 40.0))}, {}, {})
-    sides = [costs.sides("decode", *shape, matmul(*shape), 16.0) for shape in shapes]
+    sides = [costs.sides(decode, *shape, matmul(*shape), 16.0) for shape in shapes]
     times_us = [1.1 * sum(decode_time.terms_us(*shape, 2, 66)) for shape in shapes]
     costs.overlapped[decode] = Overlapped.fit(sides, times_us, [side.t_matmul for side in sides])
     wanted = 1.1 * sum(decode_time.terms_us(16, 5120, 12800, 2, 66))
@@ -161,40 +152,26 @@ def test_the_shortlist_has_the_default_the_near_ones_and_the_best_of_every_techn
     assert set(shortlist({}, plans, NCCL)) == set(plans)  # nothing is known of such a type: all are measured
 
 
-def test_tuning_measures_the_persistent_kernel_in_every_tiling_that_may_be_the_fastest(monkeypatch):
-    """The tiles that are fastest on a machine need not be those that the model of another one says."""
-    shape, persistent = (4096, 5120, 6400), LinearPlan("persistent")
-    costs, cost = costs_with(0), Overlapped(scales=(1.1,), spread=0.1)
-    matmul = replace(costs.matmul, num_sms=132)
-    costs = replace(costs, matmul=matmul, num_ranks=4, overlapped={persistent: cost})
-    tiled, best = costs.tilings(*shape), str(fastest_tiling(*shape, 4, 66))
-    assert len(tiled) > 2 and tiled[LinearPlan("persistent", tiling=best)] == 1.0
-    assert all(plan.technique == "persistent" and 1 <= ratio < TILING_SLACK for plan, ratio in tiled.items())
-    other = max(tiled, key=tiled.get)
-
-    class Timed:
-        def __init__(self, num_rows, weight, group):
-            pass
-
-        def fault(self, plan):
-            return ""
-
-        def times_us(self, plans, **options):
-            assert set(tiled) <= set(plans) and persistent not in plans
-            return 300.0, {plan: 390.0 if plan == other else 450.0 for plan in plans}
-
-    monkeypatch.setattr(linear_auto, "Shape", Timed)
-    monkeypatch.setattr(linear_auto, "sums", lambda *arguments: True)
-    monkeypatch.setattr(LinearPlanner, "ran", lambda *arguments: None)
-    monkeypatch.setattr(LinearPlanner, "group", dist.group)
-    monkeypatch.setattr(LinearPlanner, "decide", lambda self, layer, num_rows, how: types.SimpleNamespace())
-    planner = object.__new__(LinearPlanner)
-    planner.device, planner.default = torch.device("cuda"), NCCL
-    planner.calibration = types.SimpleNamespace(linear=costs)
-    layer = linear_auto.Layer(*shape[1:], torch.bfloat16, even=True)
-    decision = planner.tune(layer, shape[0], None, 0.1)
-    assert decision.chosen == other
-    assert decision.predicted_us[other] == pytest.approx(decision.predicted_us[persistent] * tiled[other])
+def test_the_persistent_kernel_takes_the_tiles_that_are_the_fastest_on_this_machine():
+    """Which need not be those that constants of another machine say: calibration measures every tiling by itself."""
+    shape, clusters = (4096, 5120, 6400), 66
+    tiled = {tiling: LinearPlan("persistent", tiling=str(tiling)) for tiling in TILINGS}
+    assert set(tiled.values()) < set(candidates("cuda", ["nccl"]))
+    shapes = [(2**m, n, k) for m in (9, 11, 13) for n, k in ((4096, 2048), (8192, 4096))]
+    best = fastest_tiling(*shape, 4, clusters)
+    for fastest in (best, TILINGS[-1], TILINGS[-2]):
+        costs = costs_with(0)
+        costs = replace(costs, matmul=replace(costs.matmul, num_sms=2 * clusters), num_ranks=4)
+        for tiling, plan in tiled.items():
+            slower = 1.0 if tiling == fastest else 1.3
+            sides = [costs.sides(plan, *each, costs.matmul(*each), 100.0) for each in shapes]
+            times_us = [slower * persistent_time(*each, tiling, 4, clusters).total for each in shapes]
+            costs.overlapped[plan] = Overlapped.fit(sides, times_us, [each.t_matmul for each in sides])
+        predicted = costs.predict(*shape)
+        assert predicted[tiled[fastest]] == pytest.approx(persistent_time(*shape, fastest, 4, clusters).total)
+        assert costs.choose(*shape, [NCCL, PUSH, *tiled.values()], NCCL) == tiled[fastest]
+        chosen = shortlist(predicted, [NCCL, PUSH, *tiled.values()], NCCL)
+        assert set(tiled.values()) <= set(chosen)  # all of them are near enough to be measured when it is tuned
 
 
 # -- looking up --------------------------------------------------------------------------------------------------------

@@ -35,7 +35,6 @@ from maco_lib.timing import gather
 
 # Calls that a capture can rely on; beyond, the oldest are forgotten, so that changing shapes take no more memory.
 MAX_PREPARED = 4096
-PERSISTENT = LinearPlan("persistent")
 FUSED_DTYPES, FUSED_MULTIPLE = (torch.bfloat16, torch.float16), 8
 
 
@@ -189,11 +188,6 @@ class LinearPlanner:
         shape, plans = Shape(num_rows, weight, self.group), self.plans(layer, num_rows)
         decision.predicted_us = {plan: us for plan, us in self.predicted_us(layer, num_rows).items() if plan in plans}
         plans = shortlist(decision.predicted_us, plans, self.default)
-        if PERSISTENT in plans:
-            ratios = self.costs.tilings(num_rows, layer.n, layer.k)
-            if us := decision.predicted_us.get(PERSISTENT):
-                decision.predicted_us |= {plan: us * ratio for plan, ratio in ratios.items()}
-            plans = [plan for plan in plans if plan != PERSISTENT] + list(ratios)
         faults = {plan: shape.fault(plan) for plan in plans if plan != self.default}
         usable = [plan for plan in plans if not faults.get(plan)]
         decision.t_comp_us, times_us = shape.times_us(usable, budget_s=budget_s, min_iterations=10)
@@ -255,10 +249,9 @@ def tune_linear(
 
     weight: (N, K), this rank's share, of the type that x will have. num_rows: the Ms, the same on every rank; what is
     between them follows from them (see this module). budget_s: seconds for each M beyond warm-up, about half a second
-    on GPUs, and some for every kernel that the process has yet to compile. The persistent kernel is measured in each of
-    the tiles that may be the fastest here. An overlapping plan is kept where it is faster than the fastest sequential
-    one by more than 1 %. Random x, no bias, no residual; the weights are as cold as a model's. For a group of one there
-    is nothing to choose: {}.
+    on GPUs, and some for every kernel that the process has yet to compile. An overlapping plan is kept where it is
+    faster than the fastest sequential one by more than 1 %. Random x, no bias, no residual; the weights are as cold as
+    a model's. For a group of one there is nothing to choose: {}.
 
     Returns the decision for each M. Raises ValueError, on every rank, on a weight or Ms that are not valid on one of
     them, or differ between ranks.

@@ -113,7 +113,7 @@ def measure_linear(device: torch.device, group: dist.ProcessGroup, backends: Seq
             for m, n, k in (shape for shape, _ in points):
                 t_comm = costs.comm_times(m * n * dtype.itemsize)
                 t_comm_us = t_comm.get(plan.backend, min(t_comm.values()))
-                sides.append(costs.sides(plan.technique, m, n, k, t_matmul[m, n, k], t_comm_us))
+                sides.append(costs.sides(plan, m, n, k, t_matmul[m, n, k], t_comm_us))
             costs.overlapped[plan] = Overlapped.fit(
                 sides, [us for _, us in points], [unseen[shape] for shape, _ in points]
             )  # fmt: skip

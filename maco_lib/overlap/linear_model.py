@@ -24,7 +24,8 @@ import scipy.optimize
 from maco_lib.kernels.tile_order import CTAS
 from maco_lib.overlap.costs import Curve
 from maco_lib.overlap.linear_plan import LinearPlan
-from maco_lib.overlap.linear_techniques import decode_time, persistent_time
+from maco_lib.overlap.linear_techniques import decode_time
+from maco_lib.overlap.linear_techniques.persistent_time import parse_tiling, persistent_time
 from maco_lib.overlap.plan import MARGIN
 
 # Tiles that cuBLAS multiplies in on Hopper, of which it takes those that fill the GPU better; and those of few rows.
@@ -33,15 +34,11 @@ TILES = (
 )  # fmt: skip
 FEW_ROWS, SMALL_TILES = 64, ((64, 64),)
 MIN_POINTS = 4
-# By technique: terms in us from the sizes, the number of ranks and the clusters that run at a time.
-FORETOLD = {"persistent": persistent_time.terms_us, "decode": decode_time.terms_us}
 ERROR_QUANTILE = 0.9
 # What `tune_linear` measures: sequential plans predicted within SLACK of the best of them, at most so many, and as many
 # overlapping ones that are predicted within SLACK of that.
 SLACK = 1.3
 MAX_OF_A_KIND = 6
-# Of the persistent kernel, tiles predicted within so much of the fastest: which are the fastest differs by machine.
-TILING_SLACK = 1.06
 
 
 def spread(predicted: Sequence[float], measured: Sequence[float]) -> float:
@@ -61,6 +58,17 @@ def whole_waves(m: int, n: int, k: int, num_sms: int) -> float:
     tiles = SMALL_TILES if m <= FEW_ROWS else TILES
     rounds = (-(-(-(-m // rows) * -(-n // columns)) // num_sms) * rows * columns for rows, columns in tiles)
     return 2.0 * k * num_sms * min(rounds)
+
+
+def foretold_us(plan: LinearPlan, m: int, n: int, k: int, num_ranks: int, num_clusters: int) -> tuple[float, ...]:
+    """Terms of the technique's own formula, in µs, where so many clusters run at a time; () where it has none.
+
+    Calibration scales each, and that of the persistent kernel for every tiling by itself: which tiles are the fastest
+    differs by machine.
+    """
+    if plan.technique == "persistent":
+        return (persistent_time(m, n, k, parse_tiling(plan.tiling), num_ranks, num_clusters).total,)
+    return decode_time.terms_us(m, n, k, num_ranks, num_clusters) if plan.technique == "decode" else ()
 
 
 @dataclass(frozen=True)
@@ -199,10 +207,10 @@ class LinearCosts:
             if num_bytes <= curve.sizes[-1] or curve.sizes[-1] == largest
         }
 
-    def sides(self, technique: str, m: int, n: int, k: int, t_matmul: float, t_comm: float) -> Sides:
-        """As the costs of the technique's plans see it."""
-        clusters, foretold = self.matmul.num_sms // CTAS, FORETOLD.get(technique)
-        return Sides(t_matmul, t_comm, foretold(m, n, k, self.num_ranks, clusters) if foretold and clusters else ())
+    def sides(self, plan: LinearPlan, m: int, n: int, k: int, t_matmul: float, t_comm: float) -> Sides:
+        """As the costs of the plan see it."""
+        clusters = self.matmul.num_sms // CTAS
+        return Sides(t_matmul, t_comm, foretold_us(plan, m, n, k, self.num_ranks, clusters) if clusters else ())
 
     def predict(self, m: int, n: int, k: int) -> dict[LinearPlan, float]:
         """µs of each plan for x (m, k) and weight (n, k)."""
@@ -213,14 +221,8 @@ class LinearCosts:
             # A plan without a backend sums by itself: it is compared to the best of them.
             comm = t_comm.get(plan.backend) if plan.backend else min(t_comm.values())
             if comm is not None and t_matmul + comm >= cost.least_us:
-                predicted[plan] = cost(self.sides(plan.technique, m, n, k, t_matmul, comm))
+                predicted[plan] = cost(self.sides(plan, m, n, k, t_matmul, comm))
         return predicted
-
-    def tilings(self, m: int, n: int, k: int) -> dict[LinearPlan, float]:
-        """The persistent kernel in the tiles worth a measurement: how many times as long as in those it would take."""
-        clusters = self.matmul.num_sms // CTAS
-        near = persistent_time.near_tilings(m, n, k, self.num_ranks, clusters, TILING_SLACK)
-        return {LinearPlan("persistent", tiling=str(tiling)): ratio for tiling, ratio in near.items()}
 
     def choose(self, m: int, n: int, k: int, plans: Collection[LinearPlan], default: LinearPlan) -> LinearPlan:
         """The plan of `plans` to take unmeasured: an overlapping one only where its gain exceeds the error of gains.

@@ -26,7 +26,8 @@ class LinearPlan:
     technique: of `TECHNIQUES`, each a file of `overlap.linear_techniques`. backend: of `maco_lib.comm.BACKENDS`; "":
     the device's default (NCCL or gloo), and the only value for those that sum by themselves, `SUMMING`. num_chunks: for
     "chunked", and of "signalled" the bands, 2 or more; else 1. dim: what "chunked" cuts, "m" (rows) or "n" (columns of
-    the result); else "m". tiling: of "persistent", `str` of one of `TILINGS`, or "": those predicted to be the fastest.
+    the result); else "m". tiling: of "persistent", `str` of one of `TILINGS`, or "": that which is
+    predicted to be the fastest without a calibration.
     Raises ValueError naming what is wrong.
     """
 
@@ -81,5 +82,6 @@ def candidates(kind: str, backends: Iterable[str]) -> list[LinearPlan]:
     plans += [LinearPlan("chunked", name, num) for name in backends if name in LIGHT_BACKENDS for num in NUM_CHUNKS]
     if kind == "cuda":
         plans += [LinearPlan("signalled", name, num) for name in backends if name in BAND_BACKENDS for num in NUM_BANDS]
-        plans += [LinearPlan(technique) for technique in SUMMING]
+        plans += [LinearPlan("persistent", tiling=str(tiling)) for tiling in TILINGS]
+        plans += [LinearPlan("decode")]
     return plans

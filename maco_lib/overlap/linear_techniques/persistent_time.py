@@ -153,19 +153,3 @@ def fastest_tiling(num_rows: int, num_columns: int, k: int, num_ranks: int, max_
     """That of `TILINGS` which is predicted to be the fastest; of equal ones, the first."""
     shape = (num_rows, num_columns, k)
     return min(TILINGS, key=lambda tiling: persistent_time(*shape, tiling, num_ranks, max_clusters).total)
-
-
-def near_tilings(
-    num_rows: int, num_columns: int, k: int, num_ranks: int, max_clusters: int, within: float
-) -> dict[Tiling, float]:
-    """Those of `TILINGS` predicted to take less than `within` times as long as the fastest: how many times as long."""
-    shape = (num_rows, num_columns, k)
-    times = {tiling: persistent_time(*shape, tiling, num_ranks, max_clusters).total for tiling in TILINGS}
-    least = min(times.values())
-    return {tiling: us / least for tiling, us in times.items() if us < within * least}
-
-
-def terms_us(num_rows: int, num_columns: int, k: int, num_ranks: int, max_clusters: int) -> tuple[float]:
-    """Time with the tiles that it takes."""
-    tiling = fastest_tiling(num_rows, num_columns, k, num_ranks, max_clusters)
-    return (persistent_time(num_rows, num_columns, k, tiling, num_ranks, max_clusters).total,)

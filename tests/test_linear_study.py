@@ -26,7 +26,8 @@ from maco_lib.experiments.linear_all_reduce_methods import (
 from maco_lib.kernels.decode_tiles import MAX_ROWS
 from maco_lib.machine import Machine
 from maco_lib.overlap import LinearPlan
-from maco_lib.overlap.linear_techniques.persistent_time import PersistentTime, fastest_tiling, overlapped
+from maco_lib.overlap.costs import side_by_side
+from maco_lib.overlap.linear_techniques.persistent_time import HOP_US, NORM, PersistentTime, fastest_tiling
 from maco_lib.study import evidence, figures, linear, linear_findings, linear_persistent, linear_promises, report
 from maco_lib.study.figures import style
 from maco_lib.study.sections.linear_all_reduce import ENDURANCE, LINEAR, SECTION, TIMELINE
@@ -328,8 +329,9 @@ def test_what_a_faster_matmul_gives_follows_from_the_measured_time(machine):
     parts = PersistentTime(waves=145.0, first=40.0, last_sums=11.0, fetched=30.0, end=8.0)
     point = dataclasses.replace(one, model=parts, matmul_us=129.0, ideal_us=129.0, time_us=158.0)
     least, most = point.reach
-    assert least == pytest.approx(129 / (overlapped(129 + 11, 70) + 8))  # the whole error lies in the waves
-    assert most == pytest.approx(129 / (158 - overlapped(145 + 11, 70) + overlapped(129 + 11, 70)))  # ... beside them
+    slow, fast = (side_by_side(waves + 11, 70 + HOP_US, NORM) for waves in (145, 129))
+    assert least == pytest.approx(129 / (fast + 8))  # the whole error lies in the waves
+    assert most == pytest.approx(129 / (158 - slow + fast))  # ... beside them
     assert least < 0.9 < most and point.cause == linear_persistent.UNDECIDED
     right = dataclasses.replace(point, time_us=parts.total)
     assert right.reach == pytest.approx((least, least)) and right.cause == linear_persistent.SUMS

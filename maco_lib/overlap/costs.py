@@ -9,6 +9,11 @@ import pandas as pd
 BYTES_PER_ELEMENT = {"bf16": 2, "fp32": 4}
 
 
+def side_by_side(one_us: float, other_us: float, norm: float) -> float:
+    """What two take that go on at the same time: the longer, and more where they take equally long."""
+    return (one_us**norm + other_us**norm) ** (1 / norm)
+
+
 @dataclass(frozen=True)
 class Curve:
     """Times in µs at measured sizes.

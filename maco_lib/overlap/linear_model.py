@@ -1,11 +1,11 @@
 """What a machine's calibration says of `linear_all_reduce`: how long each plan takes for (M, N, K), and which to take.
 
-    T_matmul     = fixed + max(operations of whole waves of tiles / rate, bytes / bandwidth)
+    T_matmul     = fixed + side by side(operations in whole waves of tiles / rate, bytes / bandwidth)
     T_comm       = a curve through measured sizes, of each backend: from the product to the result, what a sum costs
     sequential   = T_matmul + T_comm
     overlapping  = fixed + a·max(T_matmul, T_comm) + b·min(T_matmul, T_comm)
-    by itself    = Σ scale·term of `persistent_time` or `decode_time`, for techniques that sum without a backend; or as
-                   overlapping, whichever foretells better what it has not seen
+    by itself    = `PersistentTime` or `DecodeTime`, for techniques that sum without a backend, with factors for what
+                   differs by machine; or as overlapping, whichever foretells better what it has not seen
 
 a: how much slower than alone the longer side is (a kernel that multiplies worse than cuBLAS, SMs taken from the
 matmul); b: the part of the shorter side that is not hidden (1/C of C chunks, at best); fixed: launches, waits, the last
@@ -13,6 +13,7 @@ tile's way. Fitted for each overlapping plan by least squares of relative errors
 decides: of the predicted gain over the sequential plan, at problems that the fit has not seen. Without torch.
 """
 
+import functools
 import math
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -22,17 +23,18 @@ import numpy as np
 import scipy.optimize
 
 from maco_lib.kernels.tile_order import CTAS
-from maco_lib.overlap.costs import Curve
+from maco_lib.overlap.costs import Curve, side_by_side
 from maco_lib.overlap.linear_plan import LinearPlan
-from maco_lib.overlap.linear_techniques import decode_time
-from maco_lib.overlap.linear_techniques.persistent_time import parse_tiling, persistent_time
+from maco_lib.overlap.linear_techniques.decode_time import DecodeTime, decode_time
+from maco_lib.overlap.linear_techniques.persistent_time import PersistentTime, parse_tiling, persistent_time
 from maco_lib.overlap.plan import MARGIN
 
-# Tiles that cuBLAS multiplies in on Hopper, of which it takes those that fill the GPU better; and those of few rows.
-TILES = (
-    (128, 256), (256, 128), (128, 192), (192, 128), (128, 160), (160, 128), (128, 128), (64, 256), (64, 128),
-)  # fmt: skip
-FEW_ROWS, SMALL_TILES = 64, ((64, 64),)
+# Tiles that cuBLAS multiplies in on Hopper: of such sides, and no larger. It takes those that fill the GPU better.
+SIDES, MAX_TILE = (64, 96, 128, 160, 192, 256), 128 * 256
+TILES = tuple((rows, columns) for rows in SIDES for columns in SIDES if rows * columns <= MAX_TILE)
+# To load a row or column of a tile takes as long as to multiply so many elements; and how multiplying and the memory
+# add up. Both for the least error on the matmuls of h100-x2, h100-x4, h200-x2 and h200-x4 in section 5.
+LOADED, MATMUL_NORM = 13, 4
 MIN_POINTS = 4
 ERROR_QUANTILE = 0.9
 # What `tune_linear` measures: sequential plans predicted within SLACK of the best of them, at most so many, and as many
@@ -51,24 +53,17 @@ def without(index: int, *lists: Sequence) -> tuple[list, ...]:
     return tuple([*each[:index], *each[index + 1 :]] for each in lists)
 
 
-def whole_waves(m: int, n: int, k: int, num_sms: int) -> float:
-    """Operations of (m, k) @ (k, n) if every SM multiplies a tile in the last wave, too; 2mnk where num_sms is 0."""
+@functools.lru_cache(maxsize=4096)
+def in_tiles(m: int, n: int, k: int, num_sms: int) -> float:
+    """Operations that (m, k) @ (k, n) takes the time of: 2mnk, more where not every SM has a tile in the last wave, and
+    for loading tiles; 2mnk where num_sms is 0."""
     if not num_sms:
         return 2.0 * m * n * k
-    tiles = SMALL_TILES if m <= FEW_ROWS else TILES
-    rounds = (-(-(-(-m // rows) * -(-n // columns)) // num_sms) * rows * columns for rows, columns in tiles)
+    rounds = (
+        -(-(-(-m // rows) * -(-n // columns)) // num_sms) * (rows * columns + LOADED * (rows + columns))
+        for rows, columns in TILES
+    )
     return 2.0 * k * num_sms * min(rounds)
-
-
-def foretold_us(plan: LinearPlan, m: int, n: int, k: int, num_ranks: int, num_clusters: int) -> tuple[float, ...]:
-    """Terms of the technique's own formula, in µs, where so many clusters run at a time; () where it has none.
-
-    Calibration scales each, and that of the persistent kernel for every tiling by itself: which tiles are the fastest
-    differs by machine.
-    """
-    if plan.technique == "persistent":
-        return (persistent_time(m, n, k, parse_tiling(plan.tiling), num_ranks, num_clusters).total,)
-    return decode_time.terms_us(m, n, k, num_ranks, num_clusters) if plan.technique == "decode" else ()
 
 
 @dataclass(frozen=True)
@@ -85,8 +80,8 @@ class MatmulTime:
     def __call__(self, m: int, n: int, k: int) -> float:
         """µs of (m, k) @ (k, n): operands read once, result written once."""
         moved = self.itemsize * (m * k + k * n + m * n)
-        operations = whole_waves(m, n, k, self.num_sms)
-        return self.fixed_us + max(operations / self.operations_per_us, moved / self.bytes_per_us)
+        multiplied_us = in_tiles(m, n, k, self.num_sms) / self.operations_per_us
+        return self.fixed_us + side_by_side(multiplied_us, moved / self.bytes_per_us, MATMUL_NORM)
 
     @classmethod
     def fit(cls, shapes: list[tuple[int, int, int]], times_us: list[float], num_sms: int, itemsize: int):
@@ -107,7 +102,7 @@ class MatmulTime:
         def residual(logs: np.ndarray) -> list[float]:
             return [math.log(made(logs)(*shape) / us) for shape, us in points]
 
-        fastest = [max(whole_waves(*shape, num_sms) / us for shape, us in points)]
+        fastest = [max(in_tiles(*shape, num_sms) / us for shape, us in points)]
         fastest.append(max(itemsize * shape[1] * shape[2] / us for shape, us in points))
         start = np.log([min(times_us) / 4, *fastest])
         return made(scipy.optimize.least_squares(residual, start).x)
@@ -115,11 +110,11 @@ class MatmulTime:
 
 @dataclass(frozen=True)
 class Sides:
-    """Of a problem, in µs: T_matmul and T_comm, each alone; terms: of the technique's own formula, where it has one."""
+    """Of a problem, in µs: T_matmul and T_comm, each alone; own: by the technique's own formula, where it has one."""
 
     t_matmul: float
     t_comm: float
-    terms: tuple[float, ...] = ()
+    own: PersistentTime | DecodeTime | None = None
 
     @property
     def sequential(self) -> float:
@@ -128,7 +123,7 @@ class Sides:
 
 @dataclass(frozen=True)
 class Overlapped:
-    """The formula's constants for one plan: fixed_us, longer (a) and shorter (b), or scales of the technique's terms.
+    """The formula's constants for one plan: fixed_us, longer (a) and shorter (b), or scales for the technique's own.
 
     least_us: the shortest T_matmul + T_comm that it was fitted to, below which it predicts nothing. spread: 90 %
     quantile of |log(predicted / measured)| of its time over the sequential one's, each predicted without the problem.
@@ -143,7 +138,7 @@ class Overlapped:
 
     def __call__(self, sides: Sides) -> float:
         if self.scales:
-            return sum(scale * term for scale, term in zip(self.scales, sides.terms, strict=True))
+            return sides.own.scaled_us(self.scales)
         shorter, longer = sorted((sides.t_matmul, sides.t_comm))
         return self.fixed_us + self.longer * longer + self.shorter * shorter
 
@@ -153,7 +148,7 @@ class Overlapped:
 
         unseen: T_matmul of each, as predicted from the others'.
         """
-        forms = [cls.of_sides, cls.of_terms] if problems[0].terms else [cls.of_sides]
+        forms = [cls.of_sides, cls.of_own] if problems[0].own else [cls.of_sides]
         fits = [cls.tried(form, problems, times_us, unseen) for form in forms]
         return min(fits, key=lambda fit: fit.spread)
 
@@ -169,9 +164,12 @@ class Overlapped:
         return replace(form(problems, times_us), least_us=least, spread=spread(gains, measured))
 
     @classmethod
-    def of_terms(cls, problems: list[Sides], times_us: list[float]):
-        terms = np.array([problem.terms for problem in problems]) / np.array(times_us)[:, None]
-        return cls(scales=tuple(scipy.optimize.lsq_linear(terms, np.ones(len(terms)), (0, np.inf)).x.tolist()))
+    def of_own(cls, problems: list[Sides], times_us: list[float]):
+        def errors(scales: np.ndarray) -> list[float]:
+            return [problem.own.scaled_us(scales) / us - 1 for problem, us in zip(problems, times_us, strict=True)]
+
+        start = np.ones(problems[0].own.num_scales)
+        return cls(scales=tuple(scipy.optimize.least_squares(errors, start, bounds=(0, np.inf)).x.tolist()))
 
     @classmethod
     def of_sides(cls, problems: list[Sides], times_us: list[float]):
@@ -208,9 +206,15 @@ class LinearCosts:
         }
 
     def sides(self, plan: LinearPlan, m: int, n: int, k: int, t_matmul: float, t_comm: float) -> Sides:
-        """As the costs of the plan see it."""
-        clusters = self.matmul.num_sms // CTAS
-        return Sides(t_matmul, t_comm, foretold_us(plan, m, n, k, self.num_ranks, clusters) if clusters else ())
+        """As the costs of the plan see it: of the persistent kernel each tiling by itself, as which is the fastest
+        differs by machine."""
+        clusters, own = self.matmul.num_sms // CTAS, None
+        if plan.technique == "persistent":
+            tiling, rate = parse_tiling(plan.tiling), self.matmul.bytes_per_us
+            own = persistent_time(m, n, k, tiling, self.num_ranks, clusters, rate)
+        elif plan.technique == "decode":
+            own = decode_time(m, n, k, self.num_ranks)
+        return Sides(t_matmul, t_comm, own)
 
     def predict(self, m: int, n: int, k: int) -> dict[LinearPlan, float]:
         """µs of each plan for x (m, k) and weight (n, k)."""

@@ -6,11 +6,28 @@ The constants were set by runs of some shapes on 2 H200s, not by table `linear_a
 term, which is the memory's, apart from the others: GPUs of one kind differ in it.
 """
 
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
 ITEMSIZE = 2
 FIXED_US, READ_BYTES_PER_US, SENT_BYTES_PER_US = 5.5, 4.6e6, 450e3
 
 
-def terms_us(m: int, n: int, k: int, num_ranks: int, num_clusters: int) -> tuple[float, float]:
-    """us of the slowest rank for x (m, k) and weight (n, k) of 2-byte elements: all but reading, and reading."""
+@dataclass(frozen=True)
+class DecodeTime:
+    """In µs, of the slowest rank. reading: the weight; rest: all else."""
+
+    rest: float
+    reading: float
+    num_scales: ClassVar[int] = 2
+
+    def scaled_us(self, scales: Sequence[float]) -> float:
+        """If they took so many times as long, in this order."""
+        return scales[0] * self.rest + scales[1] * self.reading
+
+
+def decode_time(m: int, n: int, k: int, num_ranks: int) -> DecodeTime:
+    """For x (m, k) and weight (n, k) of 2-byte elements on each rank."""
     sent = 2 * (num_ranks - 1) * m * n * ITEMSIZE
-    return FIXED_US + sent / SENT_BYTES_PER_US, n * k * ITEMSIZE / READ_BYTES_PER_US
+    return DecodeTime(FIXED_US + sent / SENT_BYTES_PER_US, n * k * ITEMSIZE / READ_BYTES_PER_US)

@@ -1,20 +1,28 @@
 """How long the persistent kernel takes, from a few constants, and which tiles it takes the least with. Without torch.
 
-    T = end + overlapped(all waves of tiles + the sums of the last wave's, the first wave + all transfers)
-    overlapped(a, b) = (a⁹ + b⁹)^(1/9)
+    T = end + side by side(all waves of tiles + the sums of the last wave's, the first wave + all transfers + a hop)
+    side by side(a, b) = (a⁹ + b⁹)^(1/9)
 
 A wave is as many tiles, or pairs of them, as there are clusters at a time. Multiplying and fetching go on side by side
-but each waits for the other now and then, most where they take equally long. The constants were fitted to runs of nine
-tilings in up to five numbers of groups, at 36 sizes on 2 and 36 on 4 H200s: there to which was the fastest, as GPUs run
-into the power limit at different sizes; and to the times of 69 other runs that did so less, 33 of them h200-x2's table.
+but each waits for the other now and then, most where they take equally long. A hop: from a tile in a rank's memory to a
+peer that uses it; partials take one before the sums do.
+
+The constants of tiles and fetches were fitted to runs of nine tilings in up to five numbers of groups, at 36 sizes on 2
+and 36 on 4 H200s: there to which was the fastest, as GPUs run into the power limit at different sizes; and to the times
+of 69 other runs that did so less, 33 of them h200-x2's table. Those of the hop, the end and the stall, and the
+exponents, to the tables of h100-x2, h100-x4 and h200-x2, with a factor for the steps of each tiling on each machine, as
+calibration finds it (on 2 H100s 1.12 for "2 × 64", 1.05 for "2 × 96").
 """
 
 import functools
+import math
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 from maco_lib.kernels.tile_order import ROWS, TileOrder
+from maco_lib.overlap.costs import side_by_side
 
 
 class Tiling(NamedTuple):
@@ -42,12 +50,13 @@ ITEMSIZE = 2
 # On H200s, in us. Of so many columns multiplied at once: a step of 64 along K. Of a tile or pair: the rest.
 STEP_US = {64: 0.192, 96: 0.255, 128: 0.341, 192: 0.508, 256: 0.682}
 PIECE_US = 1.6
-# Once: from pairs to single tiles; before the first wave and after the last fetch, of 2 ranks and for each further one.
-# On more than 2 ranks own tiles also wait for partials that others compute at the same time, so much of a piece.
-SWITCH_US, END_US, END_OF_RANK_US, STALL = 3.0, 5.1, 1.1, 0.32
+# Once: from pairs to single tiles; the hop; before the first wave and after the last fetch. On more than 2 ranks own
+# tiles also wait for partials that others compute at the same time, so much of a piece.
+SWITCH_US, HOP_US, END_US, STALL = 3.0, 5.0, 3.0, 0.2
 # What a GPU fetches from its peers.
 FETCHED_BYTES_PER_US = 330e3
-NORM = 9
+# How multiplying and fetching, and how multiplying and reading the operands from memory, add up.
+NORM, MEMORY_NORM = 9, 4
 # More groups were up to 4 % slower: 19 to 62 of them on 4 ranks.
 GROUPS_PER_RANK = 4
 # Tiles of so many columns in a group: about a wave. Fewer than so many waves are two groups, and so is a matmul that
@@ -55,17 +64,13 @@ GROUPS_PER_RANK = 4
 GROUP_COLUMNS, FEW_WAVES, SHORT_MATMUL = 128, 1.5, 0.75
 
 
-def overlapped(matmul_us: float, transfers_us: float) -> float:
-    """What two that go on side by side take."""
-    return (matmul_us**NORM + transfers_us**NORM) ** (1 / NORM)
-
-
 @dataclass(frozen=True)
 class PersistentTime:
     """In µs.
 
     waves: all waves of tiles. first: one of them. last_sums: to fetch what the others sum in the last wave, which
-    nothing hides. fetched: to fetch everything. end: what comes before the first wave and after the last fetch.
+    nothing hides. fetched: to fetch everything. end: what comes before the first wave and after the last fetch. memory:
+    to read the operands once; 0 where the machine's bandwidth is not known.
     """
 
     waves: float
@@ -73,18 +78,29 @@ class PersistentTime:
     last_sums: float
     fetched: float
     end: float
+    memory: float = 0.0
+    num_scales: ClassVar[int] = 1
+
+    @property
+    def multiplied(self) -> float:
+        """All waves, which take no less than reading the operands."""
+        return side_by_side(self.waves, self.memory, MEMORY_NORM)
 
     @property
     def matmul(self) -> float:
-        return self.waves + self.last_sums
+        return self.multiplied + self.last_sums
 
     @property
     def transfers(self) -> float:
-        return self.first + self.fetched
+        return self.first * self.multiplied / self.waves + HOP_US + self.fetched
 
     @property
     def total(self) -> float:
-        return overlapped(self.matmul, self.transfers) + self.end
+        return side_by_side(self.matmul, self.transfers, NORM) + self.end
+
+    def scaled_us(self, scales: Sequence[float]) -> float:
+        """Its total if tiles took so many times as long to multiply."""
+        return replace(self, waves=scales[0] * self.waves, first=scales[0] * self.first).total
 
     @property
     def limit(self) -> str:
@@ -133,19 +149,25 @@ def time_of(order: TileOrder, k: int, tiling: Tiling) -> PersistentTime:
     if order.pair_waves:
         pair = num_steps * STEP_US[2 * tiling.columns] + PIECE_US
         waves += order.pair_waves * pair + SWITCH_US
-    further = max(others - 1, 0)
     own = order.num_tiles / order.num_ranks / order.whole_groups
     last_sums = transfer_us(tiling, min(order.last_wave, own) * others)
     first = single if tiling.staggered else pair
-    end = END_US + further * END_OF_RANK_US + (STALL * pair if further else 0.0)
+    end = END_US + (STALL * pair if others > 1 else 0.0)
     return PersistentTime(waves, first, last_sums, transfer_us(tiling, num_fetched(order)), end)
 
 
 def persistent_time(
-    num_rows: int, num_columns: int, k: int, tiling: Tiling, num_ranks: int, max_clusters: int
+    num_rows: int,
+    num_columns: int,
+    k: int,
+    tiling: Tiling,
+    num_ranks: int,
+    max_clusters: int,
+    read_bytes_per_us: float = math.inf,
 ) -> PersistentTime:
-    """For x (num_rows, k) and weight (num_columns, k) on each rank."""
-    return time_of(order_of(num_rows, num_columns, k, tiling, num_ranks, max_clusters), k, tiling)
+    """For x (num_rows, k) and weight (num_columns, k) on each rank, read from memory at such a rate."""
+    time = time_of(order_of(num_rows, num_columns, k, tiling, num_ranks, max_clusters), k, tiling)
+    return replace(time, memory=(num_rows + num_columns) * k * ITEMSIZE / read_bytes_per_us)
 
 
 @functools.lru_cache(maxsize=4096)

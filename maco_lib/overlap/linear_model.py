@@ -36,7 +36,8 @@ TILES = tuple((rows, columns) for rows in SIDES for columns in SIDES if rows * c
 # add up. Both for the least error on the matmuls of h100-x2, h100-x4, h200-x2 and h200-x4 in section 5.
 LOADED, MATMUL_NORM = 13, 4
 MIN_POINTS = 4
-ERROR_QUANTILE = 0.9
+# So much of the errors is below what a gain has to exceed: about one standard deviation.
+ERROR_QUANTILE = 2 / 3
 # What `tune_linear` measures: sequential plans predicted within SLACK of the best of them, at most so many, and as many
 # overlapping ones that are predicted within SLACK of that.
 SLACK = 1.3
@@ -44,7 +45,7 @@ MAX_OF_A_KIND = 6
 
 
 def spread(predicted: Sequence[float], measured: Sequence[float]) -> float:
-    """90 % quantile of |log(predicted / measured)|."""
+    """Two thirds of |log(predicted / measured)| are no more."""
     return float(np.quantile(np.abs(np.log(np.divide(predicted, measured))), ERROR_QUANTILE))
 
 
@@ -125,8 +126,8 @@ class Sides:
 class Overlapped:
     """The formula's constants for one plan: fixed_us, longer (a) and shorter (b), or scales for the technique's own.
 
-    least_us: the shortest T_matmul + T_comm that it was fitted to, below which it predicts nothing. spread: 90 %
-    quantile of |log(predicted / measured)| of its time over the sequential one's, each predicted without the problem.
+    least_us: the shortest T_matmul + T_comm that it was fitted to, below which it predicts nothing. spread: of
+    its time over the sequential one's, each predicted without the problem.
     """
 
     fixed_us: float = 0.0

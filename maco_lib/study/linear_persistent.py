@@ -19,8 +19,10 @@ from maco_lib.study.linear import Cell, cells
 from maco_lib.study.report_tables import table, us
 
 TECHNIQUE = "persistent"
-# The machines to runs of which the model's constants were fitted; and which of these runs a table may hold.
+# The machines to runs of which the model's constants of tiles and fetches were fitted, and which of these runs a table
+# may hold; and to whose tables, as of which commit, those of what comes once.
 FITTED_TO, FITTED_TABLE = ("h200-x2", "h200-x4"), "those of h200-x2's table as of commit 23942ff among them"
+ONCE_FITTED_TO, ONCE_FITTED_AT = ("h100-x2", "h100-x4", "h200-x2"), "15a4958"
 # Why a point falls short.
 TRANSFERS, SUMS = "first wave and transfers", "sums of the last wave"
 MATMUL_ITSELF, MODEL, UNDECIDED = "its matmul", "more than the model tells", "undecided"
@@ -167,6 +169,10 @@ def shortfalls(machine: Evidence) -> list[str]:
 def constants(machine: Evidence) -> str:
     """Where the model's constants come from, seen from this machine."""
     fitted = f"They were fitted to runs on {' and '.join(FITTED_TO)}, {FITTED_TABLE}"
+    rest = (
+        "What it takes to begin and to end, and that way, were fitted to the tables of "
+        f"{', '.join(ONCE_FITTED_TO)} as of commit {ONCE_FITTED_AT}."
+    )
     if machine.hardware in FITTED_TO:
-        return f"{fitted}."
-    return f"{fitted}: the model's error here is also what the machines differ by."
+        return f"{fitted}. {rest}"
+    return f"{fitted}: the model's error here is also what the machines differ by. {rest}"

@@ -26,15 +26,20 @@ from maco_lib.kernels.tile_order import CTAS
 from maco_lib.overlap.costs import Curve, side_by_side
 from maco_lib.overlap.linear_plan import LinearPlan
 from maco_lib.overlap.linear_techniques.decode_time import DecodeTime, decode_time
-from maco_lib.overlap.linear_techniques.persistent_time import PersistentTime, parse_tiling, persistent_time
+from maco_lib.overlap.linear_techniques.persistent_time import (
+    MEMORY_NORM,
+    PersistentTime,
+    parse_tiling,
+    persistent_time,
+)
 from maco_lib.overlap.plan import MARGIN
 
 # Tiles that cuBLAS multiplies in on Hopper: of such sides, and no larger. It takes those that fill the GPU better.
 SIDES, MAX_TILE = (64, 96, 128, 160, 192, 256), 128 * 256
 TILES = tuple((rows, columns) for rows in SIDES for columns in SIDES if rows * columns <= MAX_TILE)
-# To load a row or column of a tile takes as long as to multiply so many elements; and how multiplying and the memory
-# add up. Both for the least error on the matmuls of h100-x2, h100-x4, h200-x2 and h200-x4 in section 5.
-LOADED, MATMUL_NORM = 13, 4
+# To load a row or column of a tile takes as long as to multiply so many elements. This and MEMORY_NORM: for the least
+# error on the matmuls of h100-x2, h100-x4, h200-x2 and h200-x4 in section 5.
+LOADED = 13
 MIN_POINTS = 4
 # So much of the errors is below what a gain has to exceed: about one standard deviation.
 ERROR_QUANTILE = 2 / 3
@@ -82,7 +87,7 @@ class MatmulTime:
         """µs of (m, k) @ (k, n): operands read once, result written once."""
         moved = self.itemsize * (m * k + k * n + m * n)
         multiplied_us = in_tiles(m, n, k, self.num_sms) / self.operations_per_us
-        return self.fixed_us + side_by_side(multiplied_us, moved / self.bytes_per_us, MATMUL_NORM)
+        return self.fixed_us + side_by_side(multiplied_us, moved / self.bytes_per_us, MEMORY_NORM)
 
     @classmethod
     def fit(cls, shapes: list[tuple[int, int, int]], times_us: list[float], num_sms: int, itemsize: int):
@@ -126,8 +131,8 @@ class Sides:
 class Overlapped:
     """The formula's constants for one plan: fixed_us, longer (a) and shorter (b), or scales for the technique's own.
 
-    least_us: the shortest T_matmul + T_comm that it was fitted to, below which it predicts nothing. spread: of
-    its time over the sequential one's, each predicted without the problem.
+    least_us: the shortest T_matmul + T_comm that it was fitted to, below which it predicts nothing. spread: `spread`
+    of its time over the sequential one's, each predicted without the problem.
     """
 
     fixed_us: float = 0.0

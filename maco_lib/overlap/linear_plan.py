@@ -26,9 +26,8 @@ class LinearPlan:
     technique: of `TECHNIQUES`, each a file of `overlap.linear_techniques`. backend: of `maco_lib.comm.BACKENDS`; "":
     the device's default (NCCL or gloo), and the only value for those that sum by themselves, `SUMMING`. num_chunks: for
     "chunked", and of "signalled" the bands, 2 or more; else 1. dim: what "chunked" cuts, "m" (rows) or "n" (columns of
-    the result); else "m". tiling: of "persistent", `str` of one of `TILINGS`, or "": that which is
-    predicted to be the fastest without a calibration.
-    Raises ValueError naming what is wrong.
+    the result); else "m". tiling: of "persistent", `str` of one of `TILINGS`, or "": that which is predicted to be the
+    fastest without a calibration. Raises ValueError naming what is wrong.
     """
 
     technique: str = "sequential"

@@ -9,9 +9,9 @@ peer that uses it; partials take one before the sums do.
 
 The constants of tiles and fetches were fitted to runs of nine tilings in up to five numbers of groups, at 36 sizes on 2
 and 36 on 4 H200s: there to which was the fastest, as GPUs run into the power limit at different sizes; and to the times
-of 69 other runs that did so less, 33 of them h200-x2's table. Those of the hop, the end and the stall, and the
-exponents, to the tables of h100-x2, h100-x4 and h200-x2, with a factor for the steps of each tiling on each machine, as
-calibration finds it (on 2 H100s 1.12 for "2 × 64", 1.05 for "2 × 96").
+of 69 other runs that did so less, 33 of them h200-x2's table. Those of the hop, the end and the stall to the tables of
+h100-x2, h100-x4 and h200-x2, with a factor for the steps of each tiling on each machine, as calibration finds it (on 2
+H100s 1.12 for "2 × 64", 1.05 for "2 × 96").
 """
 
 import functools
@@ -55,7 +55,7 @@ PIECE_US = 1.6
 SWITCH_US, HOP_US, END_US, STALL = 3.0, 5.0, 3.0, 0.2
 # What a GPU fetches from its peers.
 FETCHED_BYTES_PER_US = 330e3
-# How multiplying and fetching, and how multiplying and reading the operands from memory, add up.
+# How multiplying and fetching add up; and multiplying and reading the operands from memory, as of other matmuls.
 NORM, MEMORY_NORM = 9, 4
 # More groups were up to 4 % slower: 19 to 62 of them on 4 ranks.
 GROUPS_PER_RANK = 4

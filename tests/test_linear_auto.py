@@ -16,7 +16,8 @@ from ranks import ROOT, run_ranks
 from maco_lib.overlap import LinearPlan, RowParallelLinear, decisions, linear_all_reduce, tune_linear
 from maco_lib.overlap.costs import Curve
 from maco_lib.overlap.linear_auto import LinearPlanner, nearby
-from maco_lib.overlap.linear_model import LinearCosts, MatmulTime, Overlapped, Sides, in_tiles, shortlist
+from maco_lib.overlap.linear_matmul import MatmulTime, in_tiles
+from maco_lib.overlap.linear_model import LinearCosts, Overlapped, Sides, shortlist
 from maco_lib.overlap.linear_plan import TECHNIQUES, candidates
 from maco_lib.overlap.linear_techniques.decode_time import DecodeTime, decode_time
 from maco_lib.overlap.linear_techniques.persistent_time import (

@@ -1,6 +1,6 @@
 """What a machine's calibration says of `linear_all_reduce`: how long each plan takes for (M, N, K), and which to take.
 
-    T_matmul     = fixed + side by side(operations in whole waves of tiles / rate, bytes / bandwidth)
+    T_matmul     = of `linear_matmul`
     T_comm       = a curve through measured sizes, of each backend: from the product to the result, what a sum costs
     sequential   = T_matmul + T_comm
     overlapping  = fixed + a·max(T_matmul, T_comm) + b·min(T_matmul, T_comm)
@@ -13,9 +13,8 @@ tile's way. Fitted for each overlapping plan by least squares of relative errors
 decides: of the predicted gain over the sequential plan, at problems that the fit has not seen. Without torch.
 """
 
-import functools
 import math
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -23,95 +22,18 @@ import numpy as np
 import scipy.optimize
 
 from maco_lib.kernels.tile_order import CTAS
-from maco_lib.overlap.costs import Curve, side_by_side
+from maco_lib.overlap.costs import Curve
+from maco_lib.overlap.linear_matmul import MatmulTime, spread, without
 from maco_lib.overlap.linear_plan import LinearPlan
 from maco_lib.overlap.linear_techniques.decode_time import DecodeTime, decode_time
-from maco_lib.overlap.linear_techniques.persistent_time import (
-    MEMORY_NORM,
-    PersistentTime,
-    parse_tiling,
-    persistent_time,
-)
+from maco_lib.overlap.linear_techniques.persistent_time import PersistentTime, parse_tiling, persistent_time
 from maco_lib.overlap.plan import MARGIN
 
-# Tiles that cuBLAS multiplies in on Hopper: of such sides, and no larger. It takes those that fill the GPU better.
-SIDES, MAX_TILE = (64, 96, 128, 160, 192, 256), 128 * 256
-TILES = tuple((rows, columns) for rows in SIDES for columns in SIDES if rows * columns <= MAX_TILE)
-# To load a row or column of a tile takes as long as to multiply so many elements. This and MEMORY_NORM: for the least
-# error on the matmuls of h100-x2, h100-x4, h200-x2 and h200-x4 in section 5.
-LOADED = 13
 MIN_POINTS = 4
-# So much of the errors is below what a gain has to exceed: about one standard deviation.
-ERROR_QUANTILE = 2 / 3
 # What `tune_linear` measures: sequential plans predicted within SLACK of the best of them, at most so many, and as many
 # overlapping ones that are predicted within SLACK of that.
 SLACK = 1.3
 MAX_OF_A_KIND = 6
-
-
-def spread(predicted: Sequence[float], measured: Sequence[float]) -> float:
-    """Two thirds of |log(predicted / measured)| are no more."""
-    return float(np.quantile(np.abs(np.log(np.divide(predicted, measured))), ERROR_QUANTILE))
-
-
-def without(index: int, *lists: Sequence) -> tuple[list, ...]:
-    """The lists without their element at `index`."""
-    return tuple([*each[:index], *each[index + 1 :]] for each in lists)
-
-
-@functools.lru_cache(maxsize=4096)
-def in_tiles(m: int, n: int, k: int, num_sms: int) -> float:
-    """Operations that (m, k) @ (k, n) takes the time of: 2mnk, more where not every SM has a tile in the last wave, and
-    for loading tiles; 2mnk where num_sms is 0."""
-    if not num_sms:
-        return 2.0 * m * n * k
-    rounds = (
-        -(-(-(-m // rows) * -(-n // columns)) // num_sms) * (rows * columns + LOADED * (rows + columns))
-        for rows, columns in TILES
-    )
-    return 2.0 * k * num_sms * min(rounds)
-
-
-@dataclass(frozen=True)
-class MatmulTime:
-    """The formula's constants for elements of `itemsize` bytes; spread: see `spread`. num_sms: 0 on a CPU."""
-
-    fixed_us: float
-    operations_per_us: float
-    bytes_per_us: float
-    num_sms: int
-    itemsize: int
-    spread: float = 0.0
-
-    def __call__(self, m: int, n: int, k: int) -> float:
-        """µs of (m, k) @ (k, n): operands read once, result written once."""
-        moved = self.itemsize * (m * k + k * n + m * n)
-        multiplied_us = in_tiles(m, n, k, self.num_sms) / self.operations_per_us
-        return self.fixed_us + side_by_side(multiplied_us, moved / self.bytes_per_us, MEMORY_NORM)
-
-    @classmethod
-    def fit(cls, shapes: list[tuple[int, int, int]], times_us: list[float], num_sms: int, itemsize: int):
-        """To measured times of matmuls (m, n, k)."""
-        measured = np.array(times_us)
-        fits = [cls.fitted(*without(i, shapes, times_us), num_sms, itemsize) for i in range(len(shapes))]
-        error = spread([fit(*shape) for fit, shape in zip(fits, shapes, strict=True)], measured)
-        return replace(cls.fitted(shapes, times_us, num_sms, itemsize), spread=error)
-
-    @classmethod
-    def fitted(cls, shapes: list[tuple[int, int, int]], times_us: list[float], num_sms: int, itemsize: int):
-        """As `fit`, without its error."""
-        points = list(zip(shapes, times_us, strict=True))
-
-        def made(logs: np.ndarray) -> MatmulTime:
-            return cls(*np.exp(logs).tolist(), num_sms, itemsize)
-
-        def residual(logs: np.ndarray) -> list[float]:
-            return [math.log(made(logs)(*shape) / us) for shape, us in points]
-
-        fastest = [max(in_tiles(*shape, num_sms) / us for shape, us in points)]
-        fastest.append(max(itemsize * shape[1] * shape[2] / us for shape, us in points))
-        start = np.log([min(times_us) / 4, *fastest])
-        return made(scipy.optimize.least_squares(residual, start).x)
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,7 @@ from dataclasses import dataclass, replace
 from typing import ClassVar, NamedTuple
 
 from maco_lib.kernels.tile_order import ROWS, TileOrder
-from maco_lib.overlap.costs import side_by_side
+from maco_lib.overlap.costs import MEMORY_NORM, side_by_side
 
 
 class Tiling(NamedTuple):
@@ -55,8 +55,8 @@ PIECE_US = 1.6
 SWITCH_US, HOP_US, END_US, STALL = 3.0, 5.0, 3.0, 0.2
 # What a GPU fetches from its peers.
 FETCHED_BYTES_PER_US = 330e3
-# How multiplying and fetching add up; and multiplying and reading the operands from memory, as of other matmuls.
-NORM, MEMORY_NORM = 9, 4
+# Of `side_by_side`, for multiplying and fetching.
+NORM = 9
 # More groups were up to 4 % slower: 19 to 62 of them on 4 ranks.
 GROUPS_PER_RANK = 4
 # Tiles of so many columns in a group: about a wave. Fewer than so many waves are two groups, and so is a matmul that

@@ -24,6 +24,7 @@ from maco_lib.overlap.linear_techniques.persistent_time import (
     TILINGS,
     Tiling,
     fastest_tiling,
+    parse_tiling,
     persistent_time,
 )
 from maco_lib.overlap.plan import keep
@@ -96,6 +97,29 @@ def test_decode_is_foretold_on_gpus_whose_memory_differs(machine):
     known = Overlapped.of_own(problems[::4], rows["time_us"].tolist()[::4])
     errors = [abs(known(problem) / us - 1) for problem, us in zip(problems, rows["time_us"], strict=True)]
     assert len(errors) >= 18 and np.median(errors) < 0.03 and max(errors) < 0.12
+
+
+@pytest.mark.parametrize("machine", ["h100-x2", "h100-x4", "h200-x2", "h200-x4"])
+def test_matmuls_are_foretold_on_gpus_whose_memory_differs(machine):
+    rows = pd.read_csv(ROOT / "data" / machine / "linear_all_reduce.csv").drop_duplicates(["layer", "m"])
+    shapes, times_us = [(row.m, row.n, row.k // row.tp) for row in rows.itertuples()], rows["t_matmul_us"].tolist()
+    known = MatmulTime.fit(shapes[::3], times_us[::3], 132, 2)
+    errors = [abs(known(*shape) / us - 1) for shape, us in zip(shapes, times_us, strict=True)]
+    assert len(errors) == 60 and np.median(errors) < 0.03 and max(errors) < 0.18
+
+
+@pytest.mark.parametrize(("machine", "tiling"), [("h100-x2", "2 × 96"), ("h100-x2", "2 × 128 staggered"),
+                                                 ("h100-x4", "2 × 64 staggered")])  # fmt: skip
+def test_the_persistent_kernel_is_foretold_with_a_factor_for_the_machines_tiles(machine, tiling):
+    rows = pd.read_csv(ROOT / "data" / machine / "linear_all_reduce.csv")
+    rows = rows[rows["method"].isin(["persistent", "auto"]) & rows["tiling"].eq(tiling) & rows["correct"]]
+    rows = rows.drop_duplicates(["layer", "m"]).sort_values("time_us")
+    shapes, times_us = [(row.m, row.n, row.k // row.tp) for row in rows.itertuples()], rows["time_us"].tolist()
+    own = [persistent_time(*shape, parse_tiling(tiling), int(machine[-1]), 66, 2.9e6) for shape in shapes]
+    problems = [Sides(1.0, 1.0, each) for each in own]
+    known = Overlapped.of_own(problems[::3], times_us[::3])
+    errors = [abs(known(problem) / us - 1) for problem, us in zip(problems, times_us, strict=True)]
+    assert len(errors) >= 18 and np.median(errors) < 0.035 and max(errors) < 0.1
 
 
 def costs_with(gain: float, spread: float = 0.05) -> LinearCosts:

@@ -239,6 +239,23 @@ def test_a_wrong_plan_is_named(options, message):
         LinearPlan(**options)
 
 
+def test_compiled_code_does_not_look_into_the_operator_where_a_graph_breaks_around_it():
+    seen = []
+
+    def backend(module, example_inputs):
+        seen.append([node.target for node in module.graph.nodes if node.op == "call_function"])
+        return module.forward
+
+    @torch._dynamo.disable(recursive=False)
+    def uncompiled(x, weight):
+        return torch.ops.maco.linear_all_reduce(x, weight, None, None, "", *LinearPlan().parts)
+
+    x, weight = torch.randn(4, 8), torch.randn(6, 8)
+    doubled = torch.compile(lambda: 2 * uncompiled(x, weight), backend=backend)
+    torch.testing.assert_close(doubled(), 2 * x @ weight.t())
+    assert [len(functions) for functions in seen] == [1], seen  # the product by 2, nothing of the operator's body
+
+
 def test_chunks_are_whole_tiles_and_fewer_where_the_tiles_are_fewer():
     lengths = {(length, num): [piece.stop - piece.start for piece in cut(length, num)]
                for length, num in ((1024, 4), (1000, 3), (300, 8), (128, 2), (1, 4))}  # fmt: skip

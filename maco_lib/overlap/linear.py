@@ -17,6 +17,7 @@ from torch.distributed.distributed_c10d import _resolve_process_group
 
 from maco_lib.comm import DTYPES, backend
 from maco_lib.overlap import linear_auto
+from maco_lib.overlap.custom_op import custom_op
 from maco_lib.overlap.linear_plan import AUTO, TECHNIQUES, LinearPlan
 from maco_lib.overlap.linear_techniques import chunked, decode, persistent, sequential, signalled
 from maco_lib.overlap.linear_techniques.persistent_time import parse_tiling
@@ -97,7 +98,11 @@ def described(operands: dict[str, torch.Tensor | None], group: dist.ProcessGroup
     return f"linear_all_reduce({given}; {plan}) of {shape} {x.dtype}"
 
 
-@torch.library.custom_op("maco::linear_all_reduce", mutates_args=())
+def fake(x, weight, bias, residual, group_name, technique, backend_name, num_chunks, dim, tiling):
+    return x.new_empty(result_shape(x, weight, bias, residual))
+
+
+@custom_op("linear_all_reduce", fake)
 def operator(
     x: torch.Tensor,
     weight: torch.Tensor,
@@ -135,11 +140,6 @@ def operator(
     if planner:
         planner.ran(plan, *call)
     return result
-
-
-@operator.register_fake
-def _(x, weight, bias, residual, group_name, technique, backend_name, num_chunks, dim, tiling):
-    return x.new_empty(result_shape(x, weight, bias, residual))
 
 
 def result_shape(

@@ -20,6 +20,7 @@ from maco_lib.comm.mailbox import mailbox
 from maco_lib.comm.symmetric import ALIGNMENT
 from maco_lib.kernels.inbox import LINE_DATA, has_room
 from maco_lib.overlap import streams
+from maco_lib.overlap.custom_op import custom_op
 from maco_lib.overlap.linear import operator as linear_operator
 from maco_lib.overlap.linear import result_shape, usable_backend
 from maco_lib.overlap.linear_plan import LinearPlan
@@ -101,7 +102,12 @@ def described(
     return f"linear_all_reduce_norm({given}) of {shape} {x.dtype}"
 
 
-@torch.library.custom_op("maco::linear_all_reduce_norm", mutates_args=())
+def fake(x, weight, residual, norm_weight, eps, bias, group_name, technique, backend_name, num_chunks, dim, tiling):
+    shape = norm_shape(x, weight, residual, norm_weight, bias)
+    return x.new_empty(shape), x.new_empty(shape)
+
+
+@custom_op("linear_all_reduce_norm", fake)
 def operator(
     x: torch.Tensor,
     weight: torch.Tensor,
@@ -132,12 +138,6 @@ def operator(
         product = linear_operator(rows, weight, bias, None, group_name, *plan)
         normed, total = add_norm(product, old, norm_weight, eps)
     return normed.view(shape), total.view(shape)
-
-
-@operator.register_fake
-def _(x, weight, residual, norm_weight, eps, bias, group_name, technique, backend_name, num_chunks, dim, tiling):
-    shape = norm_shape(x, weight, residual, norm_weight, bias)
-    return x.new_empty(shape), x.new_empty(shape)
 
 
 def norm_shape(

@@ -1,17 +1,19 @@
 """How long a matmul of any size takes alone on one GPU, from a few measured ones. Without torch.
 
-T = fixed + side by side(operations in whole waves of tiles / rate, bytes / bandwidth)
+    T = fixed + side by side(operations in whole waves of tiles / rate, bytes / bandwidth)
+
+Fitted by least squares of the logarithms' errors.
 """
 
 import functools
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
 import scipy.optimize
 
 from maco_lib.overlap.costs import MEMORY_NORM, side_by_side
+from maco_lib.overlap.left_out import spread, without
 
 # Tiles that cuBLAS multiplies in on Hopper: of such sides, and no larger. It takes those that fill the GPU better.
 SIDES, MAX_TILE = (64, 96, 128, 160, 192, 256), 128 * 256
@@ -19,18 +21,6 @@ TILES = tuple((rows, columns) for rows in SIDES for columns in SIDES if rows * c
 # To load a row or column of a tile takes as long as to multiply so many elements. This and MEMORY_NORM: for the least
 # error on the matmuls of h100-x2, h100-x4, h200-x2 and h200-x4 in section 5.
 LOADED = 13
-# So much of the errors is below what a gain has to exceed: about one standard deviation.
-ERROR_QUANTILE = 2 / 3
-
-
-def spread(predicted: Sequence[float], measured: Sequence[float]) -> float:
-    """Two thirds of |log(predicted / measured)| are no more."""
-    return float(np.quantile(np.abs(np.log(np.divide(predicted, measured))), ERROR_QUANTILE))
-
-
-def without(index: int, *lists: Sequence) -> tuple[list, ...]:
-    """The lists without their element at `index`."""
-    return tuple([*each[:index], *each[index + 1 :]] for each in lists)
 
 
 @functools.lru_cache(maxsize=4096)

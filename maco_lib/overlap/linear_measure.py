@@ -12,7 +12,8 @@ import torch.distributed as dist
 
 from maco_lib.kernels.decode_tiles import MAX_ROWS
 from maco_lib.overlap.costs import Curve
-from maco_lib.overlap.linear_matmul import MatmulTime, without
+from maco_lib.overlap.left_out import without
+from maco_lib.overlap.linear_matmul import MatmulTime
 from maco_lib.overlap.linear_model import MIN_POINTS, LinearCosts, Overlapped
 from maco_lib.overlap.linear_plan import LinearPlan, candidates
 from maco_lib.overlap.linear_techniques.chunked import cut

@@ -23,7 +23,8 @@ import scipy.optimize
 
 from maco_lib.kernels.tile_order import CTAS
 from maco_lib.overlap.costs import Curve
-from maco_lib.overlap.linear_matmul import MatmulTime, spread, without
+from maco_lib.overlap.left_out import spread, without
+from maco_lib.overlap.linear_matmul import MatmulTime
 from maco_lib.overlap.linear_plan import LinearPlan
 from maco_lib.overlap.linear_techniques.decode_time import DecodeTime, decode_time
 from maco_lib.overlap.linear_techniques.persistent_time import PersistentTime, parse_tiling, persistent_time
@@ -53,8 +54,8 @@ class Sides:
 class Overlapped:
     """The formula's constants for one plan: fixed_us, longer (a) and shorter (b), or scales for the technique's own.
 
-    least_us: the shortest T_matmul + T_comm that it was fitted to, below which it predicts nothing. spread: `spread`
-    of its time over the sequential one's, each predicted without the problem.
+    least_us: the shortest T_matmul + T_comm that it was fitted to, below which it predicts nothing. spread: 90 %
+    quantile of |log(predicted / measured)| of its time over the sequential one's, each predicted without the problem.
     """
 
     fixed_us: float = 0.0
@@ -96,8 +97,9 @@ class Overlapped:
         def errors(scales: np.ndarray) -> list[float]:
             return [problem.own.scaled_us(scales) / us - 1 for problem, us in zip(problems, times_us, strict=True)]
 
-        start = np.ones(problems[0].own.num_scales)
-        return cls(scales=tuple(scipy.optimize.least_squares(errors, start, bounds=(0, np.inf)).x.tolist()))
+        start, exactly = np.ones(problems[0].own.num_scales), {"ftol": 1e-14, "xtol": 1e-14, "gtol": 1e-14}
+        found = scipy.optimize.least_squares(errors, start, bounds=(0, np.inf), **exactly)
+        return cls(scales=tuple(found.x.tolist()))
 
     @classmethod
     def of_sides(cls, problems: list[Sides], times_us: list[float]):

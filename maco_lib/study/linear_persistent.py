@@ -170,7 +170,7 @@ def constants(machine: Evidence) -> str:
     """Where the model's constants come from, seen from this machine."""
     fitted = f"They were fitted to runs on {' and '.join(FITTED_TO)}, {FITTED_TABLE}"
     rest = (
-        "What it takes to begin and to end, and that way, were fitted to the tables of "
+        "What it takes to begin and to end, and a partial's way to its owner, were fitted to the tables of "
         f"{', '.join(ONCE_FITTED_TO)} as of commit {ONCE_FITTED_AT}."
     )
     if machine.hardware in FITTED_TO:

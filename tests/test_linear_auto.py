@@ -92,7 +92,7 @@ def test_each_part_of_a_techniques_formula_has_its_own_scale_and_the_form_that_f
     assert not fitted.scales and fitted(own[0]) == pytest.approx(alike(SIDES[0]), rel=1e-3)
 
 
-@pytest.mark.parametrize("machine", ["h100-x2", "h200-x2"])
+@pytest.mark.parametrize("machine", ["h100-x2", "h100-x4", "h200-x2"])
 def test_decode_is_foretold_on_gpus_whose_memory_differs(machine):
     rows = pd.read_csv(ROOT / "data" / machine / "linear_all_reduce.csv")
     rows = rows[rows["method"].eq("decode") & rows["correct"]].sort_values("time_us")

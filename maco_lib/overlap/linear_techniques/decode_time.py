@@ -2,8 +2,9 @@
 
     T = what is left when nothing is to be read or sent + lines / the rate of sending + the weight / the rate of reading
 
-The constants were set by runs of some shapes on 2 H200s, not by table `linear_all_reduce`. Calibration scales the last
-term, which is the memory's, apart from the others: GPUs of one kind differ in it.
+The constants were set by runs of some shapes on 2 H200s; the rate of sending by table `linear_all_reduce` of h100-x2,
+h100-x4, h200-x2 and h200-x4. Calibration scales the last term, which is the memory's, apart from the others: GPUs of
+one kind differ in it.
 """
 
 from collections.abc import Sequence
@@ -11,7 +12,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 ITEMSIZE = 2
-FIXED_US, READ_BYTES_PER_US, SENT_BYTES_PER_US = 5.5, 4.6e6, 450e3
+FIXED_US, READ_BYTES_PER_US, SENT_BYTES_PER_US = 5.5, 4.6e6, 330e3
 
 
 @dataclass(frozen=True)

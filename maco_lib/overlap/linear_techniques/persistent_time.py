@@ -9,9 +9,9 @@ peer that uses it; partials take one before the sums do.
 
 The constants of tiles and fetches were fitted to runs of nine tilings in up to five numbers of groups, at 36 sizes on 2
 and 36 on 4 H200s: there to which was the fastest, as GPUs run into the power limit at different sizes; and to the times
-of 69 other runs that did so less, 33 of them h200-x2's table. Those of the hop, the end and the stall to the tables of
-h100-x2, h100-x4 and h200-x2 (without the fence), with a factor for the steps of each tiling on each machine, as
-calibration finds it.
+of 69 other runs that did so less, 33 of them h200-x2's table as of commit 23942ff. Those of the hop, the end and the
+stall to the tables of h100-x2, h100-x4 and h200-x2 (without the fence), with a factor for the steps of each tiling on
+each machine, as calibration finds it.
 """
 
 import functools

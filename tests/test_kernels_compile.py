@@ -16,11 +16,13 @@ def persistent_of(tiling: Tiling, num_ranks: int, dtype: torch.dtype = BF16, **o
     return persistent.Constants(tiling.columns, 2 if tiling.pairs else 1, num_ranks - 1, num_ranks, dtype, **options)
 
 
-PERSISTENT = [
-    *(persistent_of(tiling, num_ranks) for tiling in TILINGS for num_ranks in (1, 2, 4)),
-    *(persistent_of(tiling, 3, FP16, has_bias=True, has_residual=True) for tiling in TILINGS),
-    persistent_of(TILINGS[0], 2, trace=True),
-]
+PERSISTENT = dict.fromkeys(
+    [
+        *(persistent_of(tiling, num_ranks) for tiling in TILINGS for num_ranks in (1, 2, 4)),
+        *(persistent_of(tiling, 3, FP16, has_bias=True, has_residual=True) for tiling in TILINGS),
+        persistent_of(TILINGS[0], 2, trace=True),
+    ]
+)
 DECODE = [
     decode.Constants(rows, cluster, boxes, num_ranks, dtype)
     for rows, cluster, boxes in ((8, 2, 2), (16, 1, 1), (32, 4, 4), (64, 2, 2))

@@ -12,6 +12,7 @@ from maco_lib.overlap.linear_techniques.persistent_time import (
     TILINGS,
     Tiling,
     fastest_tiling,
+    finished,
     order_of,
     parse_tiling,
     persistent_time,
@@ -22,6 +23,7 @@ NUM_GPUS = max(2, torch.cuda.device_count())
 # (M, N, K of a rank): whole tiles, parts of tiles, fewer tiles than ranks, several waves, one row.
 SHAPES = [(512, 512, 256), (777, 1000, 136), (1, 8, 8), (300, 264, 72), (2048, 4096, 2048), (4100, 5120, 520)]
 TILES, PAIRS, STAGGERED = Tiling(64), Tiling(64, True), Tiling(64, True, True)
+EVENED = Tiling(64, True, True, True)
 
 
 class Example:
@@ -186,18 +188,29 @@ def test_tiles_are_chosen_by_the_waves_and_what_is_left_to_fetch(num_ranks):
         times = {tiling: persistent_time(m, n, k, tiling, num_ranks, 66).total for tiling in TILINGS}
         assert times[fastest_tiling(m, n, k, num_ranks, 66)] == min(times.values())
         assert all(persistent_time(m, n, 2 * k, tiling, num_ranks, 66).total > us for tiling, us in times.items())
-    # 4096 x 4096 in tiles of 256 x 64 is 1024 of them, 15.5 waves of 66 clusters; 256 rows more are 64 tiles more.
-    for rows, waves, last in ((4096, 16, 34), (4097, 17, 32)):
-        order = order_of(rows, 4096, 2048, TILES, num_ranks, 66)
-        assert (order.pair_waves, order.single_waves, order.last_wave) == (0, waves, last)
-    # In pairs seven waves of 66, then the other 100 tiles in two; 64 more are a wave of pairs more and one of 32.
-    for rows, waves in ((4096, (7, 2, 34)), (4097, (8, 1, 32))):
-        order = order_of(rows, 4096, 2048, PAIRS, num_ranks, 66)
-        assert (order.pair_waves, order.single_waves, order.last_wave) == waves
-    # With 34 ahead, 66 tiles are left after seven waves, and 130 after 64 more: no wave of pairs more.
-    for rows, waves in ((4096, (7, 2, 34)), (4097, (7, 3, 32))):
-        order = order_of(rows, 4096, 2048, STAGGERED, num_ranks, 66)
-        assert (order.pair_waves, order.single_waves, order.last_wave) == waves
+
+
+def test_waves_end_when_the_last_cluster_is_done_and_leave_what_it_and_others_like_it_finished():
+    def waves(rows: int, tiling: Tiling, num_ranks: int) -> tuple[dict[int, float], int, float, int]:
+        """(tiles in pairs, when the last are done if a pair takes 10 and a tile 6 us, how many then)."""
+        order = order_of(rows, 4096, 2048, tiling, num_ranks, 66)
+        done = finished(order, 6.0, 10.0)
+        assert sum(tiles for _, tiles in done) == order.num_tiles
+        ends = max(when for when, _ in done)
+        return order.in_pairs, ends, sum(tiles for when, tiles in done if when == ends)
+
+    for num_ranks in (2, 4):
+        # 4096 x 4096 in tiles of 256 x 64 is 1024 of them, 15.5 waves of 66 clusters; 256 rows more are 64 tiles more.
+        assert waves(4096, TILES, num_ranks) == (0, 16 * 6, 34) and waves(4097, TILES, num_ranks) == (0, 17 * 6, 32)
+        # In pairs seven waves of 66, then the other 100 tiles in two; 64 more are a wave of pairs more and one of 32.
+        assert waves(4096, PAIRS, num_ranks) == (924, 7 * 10 + 2 * 6, 34)
+        assert waves(4097, PAIRS, num_ranks) == (1056, 8 * 10 + 6, 32)
+        # With 34 ahead, 66 tiles are left after seven waves, and 130 after 64 more: no wave of pairs more.
+        assert waves(4096, STAGGERED, num_ranks) == (924, 7 * 10 + 2 * 6, 34)
+        assert waves(4097, STAGGERED, num_ranks) == (924, 7 * 10 + 3 * 6, 32)
+        # Evened, 34 are the last ones and 16 pairs more than seven waves: of the 32 clusters that began with pairs the
+        # other 16 take a single tile each, and then 18 clusters one more.
+        assert waves(4096, EVENED, num_ranks) == (956, 7 * 10 + 2 * 6, 18)
 
 
 def test_more_than_two_ranks_take_a_group_for_each_wave_and_two_where_the_transfers_take_longer():
@@ -223,4 +236,5 @@ def test_a_short_k_leaves_it_waiting_for_the_transfers_and_a_long_one_for_the_ma
 @pytest.mark.parametrize("tiling", TILINGS, ids=str)
 def test_tiles_are_known_by_their_names(tiling):
     assert parse_tiling(str(tiling)) == tiling
-    assert parse_tiling("160") is None and parse_tiling("nan") is None  # no constants; not told
+    for wrong in ("160", "nan", "2 × 64 evened"):  # no constants; not told; evened what is not staggered
+        assert parse_tiling(wrong) is None

@@ -36,11 +36,13 @@ class Case(NamedTuple):
     groups: int
     extras: bool = False
     staggered: bool = False
+    last: int = 0
 
 
 CASES = [
     Case(2, 64, 2, 3, 500, 520, 136, 1),
     Case(2, 32, 1, 4, 300, 200, 328, 1, extras=True),
+    Case(2, 64, 2, 3, 700, 520, 72, 1, staggered=True, last=3),
     Case(3, 64, 2, 2, 700, 330, 72, 2, extras=True, staggered=True),
     Case(4, 32, 2, 3, 600, 264, 64, 4, staggered=True),
 ]
@@ -53,8 +55,8 @@ FINISHED, FETCHED = (
 def run(case: Case, folder: pathlib.Path, edits: tuple[tuple[str, str], ...] = ()) -> subprocess.CompletedProcess:
     """Three launches of persistent.cu, with `edits` in its text."""
     tiles, pairs = (-(-case.m // ROWS), -(-case.n // case.columns)), case.width == 2
-    order = TileOrder(*tiles, case.num_ranks, 2, num_groups=case.groups, pairs=pairs, staggered=case.staggered)
-    assert bool(order.pair_waves) == pairs
+    order = TileOrder(*tiles, case.num_ranks, 2, case.groups, 0, pairs, case.staggered, case.last)
+    assert bool(order.in_pairs) == pairs and (not case.last or order.in_pairs % 4)
     written(order, case.m, case.n, case.k, folder / "problem")
     constants = {
         "RANKS": case.num_ranks, "BN": case.columns, "WIDTH": case.width, "STAGES": case.stages, "FETCH_BUFFERS": 4,

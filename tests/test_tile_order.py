@@ -1,5 +1,6 @@
 """The order of tiles on several ranks: all are computed and fetched as often as needed, and nobody waits for ever."""
 
+import dataclasses
 from collections import Counter
 
 import numpy as np
@@ -18,16 +19,19 @@ ORDERS = st.builds(
     num_groups=st.sampled_from((1, 2, 4, 8)),
     pairs=st.booleans(),
     staggered=st.booleans(),
+    last=st.integers(0, 90),
 )
 FEWER_TILES_THAN_RANKS = TileOrder(1, 2, 4, 66, 4)
 HALF_A_WAVE_MORE = TileOrder(9, 11, 2, 66)
 MANY_GROUPS = TileOrder(8, 20, 8, 66, 8)
 PAIRS_AND_AN_ODD_COLUMN = TileOrder(16, 43, 4, 66, 8, pairs=True)
 STAGGERED = TileOrder(16, 44, 4, 66, 8, pairs=True, staggered=True)
+SO_MANY_LAST = TileOrder(8, 64, 2, 66, pairs=True, staggered=True, last=34)
 
 
 def checked(test):
-    for case in (FEWER_TILES_THAN_RANKS, HALF_A_WAVE_MORE, MANY_GROUPS, PAIRS_AND_AN_ODD_COLUMN, STAGGERED):
+    for case in (FEWER_TILES_THAN_RANKS, HALF_A_WAVE_MORE, MANY_GROUPS, PAIRS_AND_AN_ODD_COLUMN, STAGGERED,
+                 SO_MANY_LAST):  # fmt: skip
         test = example(case)(test)
     return settings(deadline=None, max_examples=60)(given(ORDERS)(test))
 
@@ -107,27 +111,35 @@ def test_an_own_tile_comes_after_the_others_partials_of_it(order):
 
 
 @checked
-def test_clusters_have_the_same_to_do_and_the_last_wave_is_of_single_tiles(order):
+def test_clusters_have_the_same_to_do_and_the_last_tiles_are_single(order):
     for placed in order.placed():
         load = Counter()
         for work, _, cluster in placed:
             load[cluster] += work.width
         assert set(load) == set(range(order.num_clusters))
-        assert max(load.values()) - min(load.values()) <= 1 + (order.pair_waves > 0)
-        if not (order.ahead and order.pair_waves and order.single_waves == 1):
-            assert all(work.width == 1 for work, _, _ in placed[-order.last_wave :])
+        assert max(load.values()) - min(load.values()) <= 1 + (order.in_pairs > 0)
+        singly = order.num_tiles - order.in_pairs - (order.ahead if order.in_pairs else 0)
+        assert singly >= 1 and all(work.width == 1 for work, _, _ in placed[-singly:])
         if order.num_n % 2 == 0:
-            last = {cluster: work.width for work, _, cluster in placed}
-            assert sum(last[cluster] for cluster in last if load[cluster] == max(load.values())) == order.last_wave
-            assert max(load.values()) == 2 * order.pair_waves + order.single_waves
             assert sum(work.width for work, _, _ in placed if work.width == 2) == order.in_pairs
+        if order.last and order.in_pairs % (2 * order.max_clusters):
+            assert singly - order.last in (0, 1)
+
+
+@checked
+def test_pairs_come_in_full_waves_where_it_is_not_said_how_many_tiles_are_the_last_ones(order):
+    if order.last:
+        order = dataclasses.replace(order, last=0)
+    wave, rest = 2 * order.max_clusters, order.num_tiles - order.in_pairs - order.ahead
+    assert order.in_pairs % wave == 0
+    assert not order.pairs or rest <= wave  # which is less than nothing where none is left after those ahead
 
 
 @checked
 def test_staggered_half_of_the_clusters_begin_with_a_single_tile(order):
     for placed in order.placed():
         first = {cluster: work.width for work, _, cluster in reversed(placed)}
-        if order.pair_waves and order.num_n % 2 == 0:
+        if order.in_pairs and order.num_n % 2 == 0:
             singly = sum(width == 1 for width in first.values())
             assert singly == (min(order.ahead, order.num_clusters) if order.staggered else 0)
             assert order.ahead == 0 or abs(order.ahead - order.max_clusters / 2) < 2

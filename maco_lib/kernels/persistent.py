@@ -144,7 +144,7 @@ def persistent(
     or fetch.
     """
     constants = Constants(
-        bn, 2 if order.pair_waves else 1, rank, order.num_ranks, x.dtype, bias is not None, residual is not None,
+        bn, 2 if order.in_pairs else 1, rank, order.num_ranks, x.dtype, bias is not None, residual is not None,
         trace is not None,
     )  # fmt: skip
     maps = (

@@ -45,9 +45,11 @@ class TileOrder:
     """For a result of num_m x num_n tiles, on GPUs that run `max_clusters` clusters at a time.
 
     height: so many rows of tiles are finished before the next so many are begun; 0: no such order. pairs: neighbours
-    are multiplied at once, but for those of the last wave: single tiles fill it better, and leave less to be fetched
+    are multiplied at once, but for the last tiles: single ones fill the last wave better, and leave less to be fetched
     after it. staggered: half of the clusters begin with a single tile, and are half a pair ahead from then on: there is
-    something to be fetched earlier, and half as much at a time twice as often.
+    something to be fetched earlier, and half as much at a time twice as often. last: so many tiles of each rank's order
+    are the last ones that are multiplied singly; 0, or too few tiles for a wave of pairs before them: those after the
+    last full wave of pairs.
 
     Raises ValueError where there are no tiles.
     """
@@ -60,6 +62,7 @@ class TileOrder:
     height: int = 0
     pairs: bool = False
     staggered: bool = False
+    last: int = 0
 
     def __post_init__(self) -> None:
         if self.num_m < 1 or self.num_n < 1:
@@ -79,32 +82,19 @@ class TileOrder:
         return -(-self.max_clusters // 4) * 2 if self.staggered else 0
 
     @property
-    def pair_waves(self) -> int:
-        """Waves in which every cluster multiplies a pair; what is left is less than one and, if possible, not none."""
-        left = max(self.num_tiles - self.ahead, 1)
-        return (-(-left // 2) - 1) // self.max_clusters if self.pairs else 0
-
-    @property
     def in_pairs(self) -> int:
         """So many tiles of each rank's order are multiplied in pairs, the others singly."""
-        return 2 * self.max_clusters * self.pair_waves
-
-    @property
-    def single_waves(self) -> int:
-        return -(-(self.num_tiles - self.in_pairs) // self.max_clusters)
-
-    @property
-    def last_wave(self) -> int:
-        """Tiles that are finished last, at about the same time."""
-        single = self.num_tiles - self.in_pairs - (self.single_waves - 1) * self.max_clusters
-        # The clusters that began with a single tile end with a pair.
-        ends_in_pairs = self.pair_waves and self.single_waves == 1
-        return single + self.ahead if ends_in_pairs else single
+        wave, left = 2 * self.max_clusters, self.num_tiles - self.ahead
+        if not self.pairs:
+            return 0
+        if self.last and left - self.last >= wave:
+            return (left - self.last) // 2 * 2
+        return max(left - 1, 0) // wave * wave  # a rest that would fill a wave of pairs, too, is done singly
 
     @property
     def pieces(self) -> int:
         """What is divided among the ranks: pairs where there are any, else tiles."""
-        return self.num_m * -(-self.num_n // 2) if self.pair_waves else self.num_tiles
+        return self.num_m * -(-self.num_n // 2) if self.in_pairs else self.num_tiles
 
     @property
     def whole_groups(self) -> int:
@@ -114,11 +104,11 @@ class TileOrder:
     @property
     def num_slots(self) -> int:
         """Tiles that the rank with the most of them owns, at most."""
-        return (-(-self.pieces // self.num_ranks) + self.whole_groups) * (2 if self.pair_waves else 1)
+        return (-(-self.pieces // self.num_ranks) + self.whole_groups) * (2 if self.in_pairs else 1)
 
     def raster(self) -> list[tuple[int, int, int]]:
         """(m, n, width) of every piece, neighbours near each other."""
-        height, width = self.height or self.num_m, 2 if self.pair_waves else 1
+        height, width = self.height or self.num_m, 2 if self.in_pairs else 1
         ends = [(begin, min(begin + height, self.num_m)) for begin in range(0, self.num_m, height)]
         bands = [range(first, min(first + BAND, end)) for begin, end in ends for first in range(begin, end, BAND)]
         columns = range(0, self.num_n, width)

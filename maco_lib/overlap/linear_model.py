@@ -34,7 +34,7 @@ MIN_POINTS = 4
 # What `tune_linear` measures: sequential plans predicted within SLACK of the best of them, at most so many, and as many
 # overlapping ones that are predicted within SLACK of that.
 SLACK = 1.3
-MAX_OF_A_KIND = 6
+MAX_OF_A_KIND = 8
 
 
 @dataclass(frozen=True)

@@ -3,9 +3,9 @@
     T = end + side by side(all waves of tiles + the sums of the last wave's, the first wave + all transfers + a hop)
     side by side(a, b) = (a⁹ + b⁹)^(1/9)
 
-A wave is as many tiles, or pairs of them, as there are clusters at a time. Multiplying and fetching go on side by side
-but each waits for the other now and then, most where they take equally long. A hop: from a tile in a rank's memory to a
-peer that uses it; partials take one before the sums do.
+A wave is as many tiles, or pairs of them, as there are clusters at a time; all waves, until the last cluster is done.
+Multiplying and fetching go on side by side but each waits for the other now and then, most where they take equally
+long. A hop: from a tile in a rank's memory to a peer that uses it; partials take one before the sums do.
 
 The constants of tiles and fetches were fitted to runs of nine tilings in up to five numbers of groups, at 36 sizes on 2
 and 36 on 4 H200s: there to which was the fastest, as GPUs run into the power limit at different sizes; and to the times
@@ -15,6 +15,7 @@ each machine, as calibration finds it.
 """
 
 import functools
+import heapq
 import math
 import re
 from collections.abc import Sequence
@@ -26,25 +27,33 @@ from maco_lib.overlap.costs import MEMORY_NORM, side_by_side
 
 
 class Tiling(NamedTuple):
-    """Columns of a tile, whether two neighbours are multiplied at once, and staggered (see `kernels.tile_order`)."""
+    """Columns of a tile, whether two neighbours are multiplied at once, and staggered (see `kernels.tile_order`).
+
+    evened: as many single tiles are the last ones as are the first, so that all clusters end at about the same time;
+    of wide tiles, which leave more to be fetched after the last, more.
+    """
 
     columns: int
     pairs: bool = False
     staggered: bool = False
+    evened: bool = False
 
     def __str__(self) -> str:
-        return f"{'2 × ' * self.pairs}{self.columns}{' staggered' * self.staggered}"
+        return f"{'2 × ' * self.pairs}{self.columns}{' staggered' * self.staggered}{' evened' * self.evened}"
 
 
 def parse_tiling(text: str) -> Tiling | None:
     """That which is called so by `str`; None where the model has no constants for it."""
-    parts = re.fullmatch(r"(2 × )?(\d+)( staggered)?", text)
+    parts = re.fullmatch(r"(2 × )?(\d+)(?:( staggered)( evened)?)?", text)
     if parts is None or not {int(parts[2]), int(parts[2]) * (2 if parts[1] else 1)} <= STEP_US.keys():
         return None
-    return Tiling(int(parts[2]), parts[1] is not None, parts[3] is not None)
+    return Tiling(int(parts[2]), *(part is not None for part in parts.group(1, 3, 4)))
 
 
-TILINGS = (Tiling(64), Tiling(64, True), Tiling(64, True, True), Tiling(96, True), Tiling(128, True, True))
+TILINGS = (
+    Tiling(64), Tiling(64, True), Tiling(64, True, True), Tiling(64, True, True, True), Tiling(96, True),
+    Tiling(128, True, True), Tiling(128, True, True, True),
+)  # fmt: skip
 STEP = 64
 ITEMSIZE = 2
 # On H200s, in us. Of so many columns multiplied at once: a step of 64 along K. Of a tile or pair: the rest.
@@ -62,6 +71,8 @@ GROUPS_PER_RANK = 4
 # Tiles of so many columns in a group: about a wave. Fewer than so many waves are two groups, and so is a matmul that
 # takes less than so much of the transfers' time.
 GROUP_COLUMNS, FEW_WAVES, SHORT_MATMUL = 128, 1.5, 0.75
+# Tiles of so many columns are evened by as many single tiles as are the first.
+EVENED_COLUMNS = 64
 
 
 @dataclass(frozen=True)
@@ -132,6 +143,8 @@ def order_of(num_rows: int, num_columns: int, k: int, tiling: Tiling, num_ranks:
         -(-num_rows // ROWS), -(-num_columns // tiling.columns), num_ranks, max_clusters, pairs=tiling.pairs,
         staggered=tiling.staggered,
     )  # fmt: skip
+    if tiling.evened:
+        order = replace(order, last=order.ahead * tiling.columns // EVENED_COLUMNS)
     if num_ranks <= 2:
         return order
     waves = order.num_tiles * tiling.columns / GROUP_COLUMNS / max_clusters
@@ -141,16 +154,39 @@ def order_of(num_rows: int, num_columns: int, k: int, tiling: Tiling, num_ranks:
     return replace(order, num_groups=min(max(num_ranks, round(waves)), GROUPS_PER_RANK * num_ranks))
 
 
+def finished(order: TileOrder, single_us: float, pair_us: float) -> list[tuple[float, int]]:
+    """When clusters that take so long for a tile or a pair are done with theirs, and how many tiles at that time."""
+    clusters = [(0, 0.0, order.num_clusters)]  # tiles begun with by each, when they are done, how many clusters
+    ahead = order.ahead if order.in_pairs else 0
+    done = []
+    for tiles, width, us in (
+        (ahead, 1, single_us), (order.in_pairs, 2, pair_us), (order.num_tiles - ahead - order.in_pairs, 1, single_us)
+    ):  # fmt: skip
+        left = tiles // width
+        while left:
+            begun, when, number = heapq.heappop(clusters)
+            taken = min(left, number)
+            heapq.heappush(clusters, (begun + width, when + us, taken))
+            if taken < number:
+                heapq.heappush(clusters, (begun, when, number - taken))
+            done.append((when + us, taken * width))
+            left -= taken
+    return done
+
+
 def time_of(order: TileOrder, k: int, tiling: Tiling) -> PersistentTime:
     """For tiles in this order, and `k` of each rank."""
     num_steps, others = -(-k // STEP), order.num_ranks - 1
     single = pair = num_steps * STEP_US[tiling.columns] + PIECE_US
-    waves = order.single_waves * single
-    if order.pair_waves:
+    if order.in_pairs:
         pair = num_steps * STEP_US[2 * tiling.columns] + PIECE_US
-        waves += order.pair_waves * pair + SWITCH_US
+    done = finished(order, single, pair)
+    waves = max(when for when, _ in done)
+    last = sum(tiles for when, tiles in done if when > waves - single / 2)
     own = order.num_tiles / order.num_ranks / order.whole_groups
-    last_sums = transfer_us(tiling, min(order.last_wave, own) * others)
+    last_sums = transfer_us(tiling, min(last, own) * others)
+    if order.in_pairs:
+        waves += SWITCH_US
     first = single if tiling.staggered else pair
     end = END_US + (STALL * pair if others > 1 else 0.0)
     return PersistentTime(waves, first, last_sums, transfer_us(tiling, num_fetched(order)), end)

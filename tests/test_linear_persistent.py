@@ -1,8 +1,12 @@
 """The technique "persistent": right on every shape it takes, the same bits everywhere and every time, captured."""
 
+from collections import Counter
+
 import pytest
 import torch
 import torch.distributed as dist
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from ranks import run_ranks
 
 from maco_lib.kernels.tile_order import TileOrder
@@ -191,7 +195,7 @@ def test_tiles_are_chosen_by_the_waves_and_what_is_left_to_fetch(num_ranks):
 
 
 def test_waves_end_when_the_last_cluster_is_done_and_leave_what_it_and_others_like_it_finished():
-    def waves(rows: int, tiling: Tiling, num_ranks: int) -> tuple[dict[int, float], int, float, int]:
+    def waves(rows: int, tiling: Tiling, num_ranks: int) -> tuple[int, float, int]:
         """(tiles in pairs, when the last are done if a pair takes 10 and a tile 6 us, how many then)."""
         order = order_of(rows, 4096, 2048, tiling, num_ranks, 66)
         done = finished(order, 6.0, 10.0)
@@ -211,6 +215,27 @@ def test_waves_end_when_the_last_cluster_is_done_and_leave_what_it_and_others_li
         # Evened, 34 are the last ones and 16 pairs more than seven waves: of the 32 clusters that began with pairs the
         # other 16 take a single tile each, and then 18 clusters one more.
         assert waves(4096, EVENED, num_ranks) == (956, 7 * 10 + 2 * 6, 18)
+
+
+@settings(deadline=None, max_examples=100)
+@given(
+    st.builds(
+        TileOrder, num_m=st.integers(1, 20), num_n=st.integers(1, 20).map(lambda n: 2 * n), num_ranks=st.integers(2, 4),
+        max_clusters=st.integers(1, 80), num_groups=st.sampled_from((1, 4)), pairs=st.booleans(),
+        staggered=st.booleans(), last=st.integers(0, 90),
+    )
+)  # fmt: skip
+def test_clusters_are_done_when_the_order_gives_them_their_tiles(order):
+    wanted = finished(order, 6.0, 10.0)
+    for placed in order.placed():
+        when, done = Counter(), Counter()
+        for work, _, cluster in placed:
+            when[cluster] += 10.0 if work.width == 2 else 6.0
+            done[when[cluster]] += work.width
+        together = Counter()
+        for time, tiles in wanted:
+            together[time] += tiles
+        assert together == done
 
 
 def test_more_than_two_ranks_take_a_group_for_each_wave_and_two_where_the_transfers_take_longer():

@@ -136,17 +136,21 @@ class TileOrder:
         return orders
 
     def placed(self) -> list[list[Placed]]:
-        """By rank, its work in order: each piece goes to the cluster that is free first."""
+        """By rank, its work in order: each piece goes to the cluster that is free first.
+
+        That is the one with the fewest tiles; of those with as many the one with the fewest pieces, as a pair takes
+        less time than two tiles.
+        """
         every = []
         for order in self.pieces_in_order():
             begun, done = 0, []
-            free = [(0, cluster) for cluster in range(self.num_clusters)]
+            free = [(0, 0, cluster) for cluster in range(self.num_clusters)]
             for place, piece in enumerate(order):
                 is_split = not self.ahead <= begun <= self.ahead + self.in_pairs - piece.width
                 for work in singles(piece) if is_split else (piece,):
-                    when, cluster = heapq.heappop(free)
+                    tiles, pieces, cluster = heapq.heappop(free)
                     done.append(Placed(work, place, cluster))
-                    heapq.heappush(free, (when + work.width, cluster))
+                    heapq.heappush(free, (tiles + work.width, pieces + 1, cluster))
                 begun += piece.width
             every.append(done)
         return every

@@ -155,8 +155,11 @@ def order_of(num_rows: int, num_columns: int, k: int, tiling: Tiling, num_ranks:
 
 
 def finished(order: TileOrder, single_us: float, pair_us: float) -> list[tuple[float, int]]:
-    """When clusters that take so long for a tile or a pair are done with theirs, and how many tiles at that time."""
-    clusters = [(0, 0.0, order.num_clusters)]  # tiles begun with by each, when they are done, how many clusters
+    """When clusters that take so long for a tile or a pair are done with theirs, and how many tiles at that time.
+
+    As `TileOrder.placed` deals them out, but for columns that have no neighbour to be a pair with.
+    """
+    clusters = [(0, 0, 0.0, order.num_clusters)]  # tiles and pieces of each, when they are done, how many clusters
     ahead = order.ahead if order.in_pairs else 0
     done = []
     for tiles, width, us in (
@@ -164,11 +167,11 @@ def finished(order: TileOrder, single_us: float, pair_us: float) -> list[tuple[f
     ):  # fmt: skip
         left = tiles // width
         while left:
-            begun, when, number = heapq.heappop(clusters)
+            begun, pieces, when, number = heapq.heappop(clusters)
             taken = min(left, number)
-            heapq.heappush(clusters, (begun + width, when + us, taken))
+            heapq.heappush(clusters, (begun + width, pieces + 1, when + us, taken))
             if taken < number:
-                heapq.heappush(clusters, (begun, when, number - taken))
+                heapq.heappush(clusters, (begun, pieces, when, number - taken))
             done.append((when + us, taken * width))
             left -= taken
     return done

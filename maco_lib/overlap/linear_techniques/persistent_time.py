@@ -52,7 +52,7 @@ def parse_tiling(text: str) -> Tiling | None:
 
 TILINGS = (
     Tiling(64), Tiling(64, True), Tiling(64, True, True), Tiling(64, True, True, True), Tiling(96, True),
-    Tiling(128, True, True), Tiling(128, True, True, True),
+    Tiling(128, True), Tiling(128, True, True), Tiling(128, True, True, True),
 )  # fmt: skip
 STEP = 64
 ITEMSIZE = 2

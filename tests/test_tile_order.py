@@ -132,7 +132,7 @@ def test_pairs_come_in_full_waves_where_it_is_not_said_how_many_tiles_are_the_la
         order = dataclasses.replace(order, last=0)
     wave, rest = 2 * order.max_clusters, order.num_tiles - order.in_pairs - order.ahead
     assert order.in_pairs % wave == 0
-    assert not order.pairs or rest <= wave  # which is less than nothing where none is left after those ahead
+    assert not order.pairs or rest <= wave  # negative: fewer tiles than would be ahead
 
 
 @checked

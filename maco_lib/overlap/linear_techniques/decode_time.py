@@ -3,8 +3,8 @@
     T = what is left when nothing is to be read or sent + lines / the rate of sending + the weight / the rate of reading
 
 The constants were set by runs of some shapes on 2 H200s; the rate of sending by table `linear_all_reduce` of h100-x2,
-h100-x4, h200-x2 and h200-x4. Calibration scales the last term, which is the memory's, apart from the others: GPUs of
-one kind differ in it.
+h100-x4, h200-x2 and h200-x4 as of commit 3e269fb. Calibration scales the last term, which is the memory's, apart from
+the others: GPUs of one kind differ in it.
 """
 
 from collections.abc import Sequence

@@ -29,8 +29,8 @@ from maco_lib.overlap.costs import MEMORY_NORM, side_by_side
 class Tiling(NamedTuple):
     """Columns of a tile, whether two neighbours are multiplied at once, and staggered (see `kernels.tile_order`).
 
-    evened: as many single tiles are the last ones as are the first, so that all clusters end at about the same time;
-    of wide tiles, which leave more to be fetched after the last, more.
+    evened: as many single tiles are the last ones as are the first, and not all those after the last full wave of
+    pairs; of tiles wider than `EVENED_COLUMNS`, which leave more to be fetched after the last, more.
     """
 
     columns: int
@@ -185,7 +185,7 @@ def time_of(order: TileOrder, k: int, tiling: Tiling) -> PersistentTime:
         pair = num_steps * STEP_US[2 * tiling.columns] + PIECE_US
     done = finished(order, single, pair)
     waves = max(when for when, _ in done)
-    last = sum(tiles for when, tiles in done if when > waves - single / 2)
+    last = sum(tiles for when, tiles in done if when > waves - single / 2)  # at about the same time
     own = order.num_tiles / order.num_ranks / order.whole_groups
     last_sums = transfer_us(tiling, min(last, own) * others)
     if order.in_pairs:

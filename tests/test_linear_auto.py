@@ -116,7 +116,7 @@ def test_matmuls_are_foretold_on_gpus_whose_memory_differs(machine):
 @pytest.mark.parametrize(
     ("machine", "tiling", "rate"),
     [("h100-x2", "2 × 96", 2.9e6), ("h100-x2", "2 × 128 staggered", 2.9e6), ("h100-x4", "2 × 64 staggered", 2.9e6),
-     ("h200-x2", "2 × 128 staggered", 4e6)],
+     ("h200-x2", "2 × 128 staggered", 4e6), ("h200-x4", "2 × 64 staggered", 4e6)],
 )  # fmt: skip
 def test_the_persistent_kernel_is_foretold_with_a_factor_for_the_machines_tiles(machine, tiling, rate):
     rows = pd.read_csv(ROOT / "data" / machine / "linear_all_reduce.csv")

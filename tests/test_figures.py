@@ -10,7 +10,7 @@ import pandas as pd
 import pytest
 import stored
 
-from maco_lib.study import figures, published
+from maco_lib.study import figures, looks, published
 from maco_lib.study.figures import style
 from maco_lib.study.files import CHECKOUT
 from maco_lib.study.sections import SECTIONS
@@ -65,7 +65,7 @@ def test_what_taken_cores_cost_is_drawn_for_a_cpu_too():
 def test_names_at_the_ends_of_lines_cover_nothing(store):
     """13 all-reduces that all end at the same place: every name is written, none over another."""
     table = store.read("h200-x2", "bandwidth").query("collective == 'all_reduce' and backend == 'nccl'")
-    names = [name for name in style.LOOKS if name.startswith(("symm_mem", "maco_", "copy_", "vllm_custom", "nccl_s"))]
+    names = [name for name in looks.LOOKS if name.startswith(("symm_mem", "maco_", "copy_", "vllm_custom", "nccl_s"))]
     names = [name for name in names if not name.endswith("_stream")] + ["nccl", "nccl_cta4", "nccl_cta8"]
     same = pd.concat([table.assign(backend=name) for name in names])
     figure, _ = figures.figure_spec("bandwidth_busbw").draw({"bandwidth": same}, "h200-x2")
@@ -123,15 +123,15 @@ def test_an_unknown_figure_or_method_is_answered_with_the_valid_ones(store):
     with pytest.raises(ValueError, match="unknown figure 'nope'.*overlap_published"):
         figures.draw(store, "h200-x2", "nope")
     with pytest.raises(ValueError, match="no colour and marker for 'three_stream'.*two_stream"):
-        style.look("three_stream")
+        looks.look("three_stream")
 
 
 def test_no_two_methods_look_the_same():
-    names = [*style.LOOKS, *(f"{family}_cta{n}" for family in ("two_stream", "nccl") for n in (1, 2, 8, 16, 24, 32))]
-    looks = [style.look(name) for name in names if not name.endswith("_cta")]
+    names = [*looks.LOOKS, *(f"{family}_cta{n}" for family in ("two_stream", "nccl") for n in (1, 2, 8, 16, 24, 32))]
+    known = [looks.look(name) for name in names if not name.endswith("_cta")]
     families = ("sequential", "two_stream"), ("nccl", "gloo", "symm_mem"), ("transformers", "vllm"), ("Qwen3",)
     for prefixes in families:
-        family = [look for name, look in zip([n for n in names if not n.endswith("_cta")], looks, strict=True)
+        family = [look for name, look in zip([n for n in names if not n.endswith("_cta")], known, strict=True)
                   if name.startswith(prefixes)]  # fmt: skip
         for one, other in itertools.combinations(family, 2):
             assert (one.colour, one.marker) != (other.colour, other.marker), (one.label, other.label)

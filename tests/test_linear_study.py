@@ -28,7 +28,7 @@ from maco_lib.machine import Machine
 from maco_lib.overlap import LinearPlan
 from maco_lib.overlap.costs import side_by_side
 from maco_lib.overlap.linear_techniques.persistent_time import HOP_US, NORM, PersistentTime, fastest_tiling
-from maco_lib.study import evidence, figures, linear, linear_findings, linear_persistent, linear_promises, report
+from maco_lib.study import evidence, figures, linear, linear_findings, linear_persistent, linear_promises, looks, report
 from maco_lib.study.figures import style
 from maco_lib.study.sections.linear_all_reduce import ENDURANCE, LINEAR, SECTION, TIMELINE
 from maco_lib.study.spec import check_rows
@@ -90,7 +90,7 @@ def test_at_few_rows_the_ideal_counts_every_all_reduce_that_is_an_arm():
 
 def test_every_method_has_a_colour_and_a_marker():
     for names in METHODS.values():
-        assert all(style.look(name).label for name in names)
+        assert all(looks.look(name).label for name in names)
         assert all(method.is_peer == name.startswith(("sequential_nccl", "sequential_gloo", "sequential_one", "async"))
                    or method.is_peer == (method.how == "in_place" or method.backend == "nccl")
                    for name, method in names.items())  # fmt: skip
@@ -347,16 +347,16 @@ def test_the_persistent_model_says_on_which_machine_its_constants_were_set(machi
 
 
 def test_an_all_reduce_in_lines_is_not_called_so_where_it_is_push(machine):
-    for name, most in style.PUSH_ABOVE.items():
+    for name, most in looks.PUSH_ABOVE.items():
         backend = comm.backend(name)
-        assert backend.max_bytes == most and style.size_label(most) in style.look(name).label
-        assert f"push, {backend.num_ctas} CTAs" == style.look(style.ABOVE).label
-    assert style.label_at("sequential_maco_ll128", 2**22) == "sequential, lines of 128 B"
-    assert style.label_at("sequential_maco_ll128", 2**23) == "sequential, push, 128 CTAs"
-    assert style.label_at("maco_ll", 2**18) == "one-shot in lines"
-    assert style.label_at("maco_ll", 2**18 + 8) == "push, 128 CTAs"
-    assert style.label_at("sequential_maco_ll", 8192) == "sequential, one-shot in lines"
-    assert style.label_at("sequential_maco_ll", 2**20) == "sequential, push, 128 CTAs"
+        assert backend.max_bytes == most and style.size_label(most) in looks.look(name).label
+        assert f"push, {backend.num_ctas} CTAs" == looks.look(looks.ABOVE).label
+    assert looks.label_at("sequential_maco_ll128", 2**22) == "sequential, lines of 128 B"
+    assert looks.label_at("sequential_maco_ll128", 2**23) == "sequential, push, 128 CTAs"
+    assert looks.label_at("maco_ll", 2**18) == "one-shot in lines"
+    assert looks.label_at("maco_ll", 2**18 + 8) == "push, 128 CTAs"
+    assert looks.label_at("sequential_maco_ll", 8192) == "sequential, one-shot in lines"
+    assert looks.label_at("sequential_maco_ll", 2**20) == "sequential, push, 128 CTAs"
     rows = stored.linear_all_reduce()
     rows.loc[rows["m"] <= 256, "t_comm_backend"] = "maco_ll"
     text = linear.comparison(with_table(machine, rows))

@@ -10,7 +10,7 @@ from maco_lib.study import claims_measured as measured
 from maco_lib.study import published
 from maco_lib.study.criteria import HIGH_BENEFIT, NOT_TESTABLE, RATIO_TOLERANCE, REPRODUCED, Finding, decide
 from maco_lib.study.evidence import Evidence, Missing
-from maco_lib.study.figures.style import look
+from maco_lib.study.looks import look
 
 
 @dataclass(frozen=True)

@@ -12,10 +12,10 @@ from maco_lib.experiments.linear_all_reduce_methods import MATMUL
 from maco_lib.study import techniques
 from maco_lib.study.criteria import LINEAR_MANY_ROWS
 from maco_lib.study.evidence import Evidence, Missing
-from maco_lib.study.figures.style import look
 from maco_lib.study.linear import cells
 from maco_lib.study.linear_limits import LIMITS_ROWS
 from maco_lib.study.linear_persistent import TECHNIQUE
+from maco_lib.study.looks import look
 from maco_lib.study.report_tables import ABSENT, table
 
 NOT_MEASURED, COMM_LIMITS = "not measured", "the all-reduce limits"

@@ -3,7 +3,7 @@
 import pandas as pd
 
 from maco_lib.study.evidence import Evidence, Missing
-from maco_lib.study.figures.style import look, ordered
+from maco_lib.study.looks import look, ordered
 from maco_lib.study.report_tables import ABSENT, table, us
 from maco_lib.study.techniques import PLANNER, geometric
 

@@ -13,9 +13,9 @@ from maco_lib.study import eager, linear_findings, published, techniques
 from maco_lib.study.claims_measured import inference_ratio, overlap_ratio
 from maco_lib.study.criteria import Ratio, milliseconds
 from maco_lib.study.evidence import Evidence, Missing
-from maco_lib.study.figures.style import look
 from maco_lib.study.found import Candidate, Found, span, speedup
 from maco_lib.study.ideal_findings import near_ideal
+from maco_lib.study.looks import look
 from maco_lib.study.sections.when_to_overlap import testable
 
 NUM_FINDINGS = 5

@@ -9,8 +9,8 @@ import pandas as pd
 from maco_lib.study import linear_persistent, techniques
 from maco_lib.study.criteria import LINEAR_MANY_ROWS
 from maco_lib.study.evidence import Evidence, Missing
-from maco_lib.study.figures.style import look
 from maco_lib.study.found import Found, speedup
+from maco_lib.study.looks import look
 from maco_lib.study.report_tables import ABSENT, table
 
 

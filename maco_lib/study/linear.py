@@ -10,7 +10,8 @@ from maco_lib.kernels.decode_tiles import MAX_ROWS
 from maco_lib.overlap.linear_techniques.decode_time import ITEMSIZE
 from maco_lib.study.criteria import LINEAR_TOLERANCE
 from maco_lib.study.evidence import Evidence, Missing
-from maco_lib.study.figures.style import digits, label_at, look
+from maco_lib.study.figures.style import digits
+from maco_lib.study.looks import label_at, look
 from maco_lib.study.report_tables import ABSENT, interval, table, us
 
 PLANNER, UNTUNED = "auto", "auto_untuned"

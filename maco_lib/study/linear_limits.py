@@ -4,8 +4,8 @@ import pandas as pd
 
 from maco_lib.experiments.linear_all_reduce_methods import MATMUL
 from maco_lib.study.evidence import Evidence
-from maco_lib.study.figures.style import look
 from maco_lib.study.linear import cells, fastest
+from maco_lib.study.looks import look
 from maco_lib.study.report_tables import ABSENT, table, us
 
 # Of cuBLAS's matmuls at many rows on Hopper GPUs: what the waves of a matmul are counted in.

@@ -17,8 +17,9 @@ from maco_lib.study.criteria import (
     TARGET_LAUNCHES,
 )
 from maco_lib.study.evidence import Evidence, Missing
-from maco_lib.study.figures.style import label_at, look, size_label
+from maco_lib.study.figures.style import size_label
 from maco_lib.study.linear import Cell, absent_peers, cells, summed_bytes
+from maco_lib.study.looks import label_at, look
 from maco_lib.study.report_tables import ABSENT, folded, table, us
 
 MOST_EXCEPTIONS = 12

@@ -6,7 +6,8 @@ import pandas as pd
 
 from maco_lib.study.criteria import PLANNER_TOLERANCE
 from maco_lib.study.evidence import Evidence, Missing
-from maco_lib.study.figures.style import look, size_label
+from maco_lib.study.figures.style import size_label
+from maco_lib.study.looks import look
 from maco_lib.study.report_tables import interval, table, us
 from maco_lib.study.techniques import PLANNER, plan_of
 

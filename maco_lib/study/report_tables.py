@@ -10,7 +10,8 @@ from maco_lib.study import published
 from maco_lib.study.criteria import milliseconds
 from maco_lib.study.evidence import Evidence, Missing
 from maco_lib.study.figures.environment import COPIES, bandwidth_limits
-from maco_lib.study.figures.style import digits, look, ordered, size_label
+from maco_lib.study.figures.style import digits, size_label
+from maco_lib.study.looks import look, ordered
 
 ABSENT = "–"
 VERSIONS = {

@@ -8,9 +8,9 @@ from maco_lib.study.claims import Judgement
 from maco_lib.study.claims_measured import all_reduce_row, overlap_ratio
 from maco_lib.study.criteria import HIGH_BENEFIT, NOT_REPRODUCED, REPRODUCED, milliseconds
 from maco_lib.study.evidence import Evidence, Missing
-from maco_lib.study.figures.style import look
 from maco_lib.study.findings import methods, with_both
 from maco_lib.study.found import span
+from maco_lib.study.looks import look
 
 SECTIONS = {
     "overlap": "Section 1, overlap",

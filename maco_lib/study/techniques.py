@@ -9,7 +9,8 @@ import pandas as pd
 from maco_lib.study import published, sharing
 from maco_lib.study.criteria import LARGE_BYTES, LEAST_IDEAL_GAIN, SMALL_BYTES, TARGET_LAUNCHES, TARGETS, Target
 from maco_lib.study.evidence import Evidence, Missing
-from maco_lib.study.figures.style import digits, label_at, look, size_label
+from maco_lib.study.figures.style import digits, size_label
+from maco_lib.study.looks import label_at, look
 from maco_lib.study.report_tables import ABSENT, interval, table, us
 
 PLANNER = "auto"

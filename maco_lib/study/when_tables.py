@@ -6,7 +6,8 @@ import pandas as pd
 
 from maco_lib.study import transfer
 from maco_lib.study.evidence import Evidence
-from maco_lib.study.figures.style import look, ordered, size_label
+from maco_lib.study.figures.style import size_label
+from maco_lib.study.looks import look, ordered
 from maco_lib.study.report_tables import ABSENT, table
 from maco_lib.study.sections.when_to_overlap import NUM_PARAMETERS, testable
 

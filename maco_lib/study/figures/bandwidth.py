@@ -7,6 +7,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
+from maco_lib.study import looks
 from maco_lib.study.figures import environment, style
 from maco_lib.study.published import same_size
 
@@ -49,7 +50,7 @@ def busbw(tables: Mapping[str, pd.DataFrame], machine_name: str) -> tuple[Figure
         panel_of(axis, rows, quantity, limits)
         axis.set_title(title)
     if limits:
-        handles = [Line2D([], [], color=style.BLACK, linewidth=0.8, linestyle=environment.LIMIT_DASHES[name],
+        handles = [Line2D([], [], color=looks.BLACK, linewidth=0.8, linestyle=environment.LIMIT_DASHES[name],
                           label=f"{name}, {style.digits(value)} GB/s") for name, value in limits.items()]  # fmt: skip
         figure.legend(handles=handles, loc="outside upper right", ncols=len(limits), handlelength=2.2)
     figure.draw_without_rendering()  # settles the heights that the labels are spaced by
@@ -68,13 +69,13 @@ def panel_of(axis: Axes, rows: pd.DataFrame, quantity: str, limits: Mapping[str,
     """A line per backend over the message size: "time" (logarithmic), "busbw" (from 0) or "log busbw"."""
     name, unit = ("time", "us") if quantity == "time" else ("busbw", "gb_per_s")
     middle, low, high = (f"{name}_{end}{unit}" for end in ("", "lo_", "hi_"))
-    for backend in style.ordered(rows["backend"]):
-        look, line = style.look(backend), rows[rows["backend"] == backend]
+    for backend in looks.ordered(rows["backend"]):
+        look, line = looks.look(backend), rows[rows["backend"] == backend]
         axis.plot(line["bytes"], line[middle], color=look.colour, marker=look.marker, markersize=3)
         axis.fill_between(line["bytes"], line[low], line[high], color=look.colour, alpha=0.2, linewidth=0)
     if quantity != "time":
         for name, value in limits.items():
-            axis.axhline(value, color=style.BLACK, linewidth=0.8, linestyle=environment.LIMIT_DASHES[name])
+            axis.axhline(value, color=looks.BLACK, linewidth=0.8, linestyle=environment.LIMIT_DASHES[name])
     style.byte_axis(axis, rows["bytes"].tolist(), most=3 if quantity == "log busbw" else 4)
     if quantity == "busbw":
         axis.set_ylim(0)
@@ -83,7 +84,7 @@ def panel_of(axis: Axes, rows: pd.DataFrame, quantity: str, limits: Mapping[str,
         style.plain_log_ticks(axis.yaxis, subs=(1.0, 2.0, 5.0) if quantity == "time" else (1.0,))
     axis.set_xlabel("message size S")
     axis.set_ylabel("time (µs)" if quantity == "time" else "bus bandwidth (GB/s)")
-    axis.grid(color=style.LIGHT, linewidth=0.4)
+    axis.grid(color=looks.LIGHT, linewidth=0.4)
     axis.set_axisbelow(True)
 
 
@@ -108,10 +109,10 @@ def published_sizes(tables: Mapping[str, pd.DataFrame], machine_name: str) -> tu
         heights.append(heads)
         ticks.append(f"all-reduce of {style.size_label(size)}")
         of_size = table[table["bytes"] == size]
-        for place, name in enumerate([*style.ordered(of_size["backend"]), "published"], 1):
+        for place, name in enumerate([*looks.ordered(of_size["backend"]), "published"], 1):
             names.append((size, name))
             heights.append(heads + place)
-            ticks.append("published" if name == "published" else style.look(name).label)
+            ticks.append("published" if name == "published" else looks.look(name).label)
     figure = style.new(style.WIDE_IN, 0.8 + 0.125 * (heights[-1] + 1))
     axes = figure.subplots(1, 3, sharey=True)
     for axis, (value, title) in zip(axes, panels.items(), strict=True):
@@ -121,10 +122,10 @@ def published_sizes(tables: Mapping[str, pd.DataFrame], machine_name: str) -> tu
                 continue
             if name == "published":
                 row, marks = published[published["bytes"] == size].iloc[0], {"marker": "D", "markerfacecolor": "white"}
-                colour = style.VERMILLION
+                colour = looks.VERMILLION
             else:
                 row = table[(table["bytes"] == size) & (table["backend"] == name)].iloc[0]
-                colour, marks = style.look(name).colour, {"marker": style.look(name).marker}
+                colour, marks = looks.look(name).colour, {"marker": looks.look(name).marker}
                 ends = [row[value] * row["time_us"] / row[f"time_{end}_us"] for end in ("hi", "lo")]
                 axis.plot(ends, [height] * 2, color=colour, linewidth=1.4)
                 largest = max(largest, *ends)
@@ -134,10 +135,10 @@ def published_sizes(tables: Mapping[str, pd.DataFrame], machine_name: str) -> tu
         axis.set_xlim(0, 1.05 * max(largest, *(limits.values() if value == "busbw_gb_per_s" else [0.0])))
         axis.set_title(title)
         axis.set_xlabel("GB/s")
-        axis.grid(axis="x", color=style.LIGHT, linewidth=0.4)
+        axis.grid(axis="x", color=looks.LIGHT, linewidth=0.4)
         axis.set_axisbelow(True)
     for name, limit in limits.items():
-        axes[-1].axvline(limit, color=style.BLACK, linewidth=0.8, linestyle=environment.LIMIT_DASHES[name], zorder=0,
+        axes[-1].axvline(limit, color=looks.BLACK, linewidth=0.8, linestyle=environment.LIMIT_DASHES[name], zorder=0,
                          label=f"{name}, {style.digits(limit)} GB/s")  # fmt: skip
     if limits:
         figure.legend(loc="outside upper right", ncols=len(limits), handlelength=2.2)

@@ -6,6 +6,7 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from maco_lib.study import looks
 from maco_lib.study.figures import style
 
 LIMIT_DASHES = {"link limit": (0, (6, 2)), "best peer copy": (0, (2, 1.5)), "memory copy": (0, (1, 1))}
@@ -17,7 +18,7 @@ COPIES = {
     "host_to_device": "host to device",
     "device_to_host": "device to host",
 }
-DTYPES = {"bf16": (style.BLUE, "o"), "fp32": (style.ORANGE, "s")}
+DTYPES = {"bf16": (looks.BLUE, "o"), "fp32": (looks.ORANGE, "s")}
 
 
 def bandwidth_limits(environment: pd.DataFrame) -> dict[str, float]:
@@ -69,7 +70,7 @@ def rates(axis: Axes, rows: pd.DataFrame, size: str, shape: str) -> None:
     axis.set_xlabel(size)
     axis.set_ylabel("matmul rate (TFLOP/s)")
     axis.set_title(shape)
-    axis.grid(color=style.LIGHT, linewidth=0.4)
+    axis.grid(color=looks.LIGHT, linewidth=0.4)
     axis.figure.draw_without_rendering()
     style.label_ends(axis, ends)
 
@@ -86,8 +87,8 @@ def copies(axis: Axes, table: pd.DataFrame) -> None:
             detail = f", {row['threads']} thr." if several else f" {row['peer']}" if row["peer"] else ""
             bars.append((label + detail, row))
     for place, (_, row) in enumerate(bars):
-        axis.barh(place, row["value"], color=style.SKY, height=0.6)
-        axis.plot([row["value_lo"], row["value_hi"]], [place, place], color=style.BLACK, linewidth=1)
+        axis.barh(place, row["value"], color=looks.SKY, height=0.6)
+        axis.plot([row["value_lo"], row["value_hi"]], [place, place], color=looks.BLACK, linewidth=1)
         axis.annotate(style.digits(row["value"]), (0, place), xycoords=("axes fraction", "data"), xytext=(3, 0),
                       textcoords="offset points", va="center", fontsize=6)  # fmt: skip
     longest = max(row["value_hi"] for _, row in bars)
@@ -95,7 +96,7 @@ def copies(axis: Axes, table: pd.DataFrame) -> None:
     if len(limit):
         # Between links, not inside one device's memory, so only the peer copies' bars are held against it.
         height = sum(label.startswith("peer") for label, _ in bars) - 0.5
-        axis.plot([limit.iloc[0]] * 2, [-0.5, height], color=style.BLACK, linestyle=LIMIT_DASHES["link limit"])
+        axis.plot([limit.iloc[0]] * 2, [-0.5, height], color=looks.BLACK, linestyle=LIMIT_DASHES["link limit"])
         axis.annotate(f"link limit {style.digits(limit.iloc[0])}", (limit.iloc[0], -0.5), xytext=(0, 3), ha="center",
                       textcoords="offset points", fontsize=6)  # fmt: skip
         longest = max(longest, limit.iloc[0])

@@ -6,13 +6,14 @@ import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
+from maco_lib.study import looks
 from maco_lib.study.figures import style
 
 
 def batch_one(table: pd.DataFrame) -> pd.DataFrame:
     """The rows of batch 1, one per arm, in the order of the arms."""
     table = style.rows(table[table["batch"] == 1].dropna(subset=["e2e_ms"]), "finished row of batch 1")
-    return table.set_index("arm").loc[style.ordered(table["arm"])].reset_index()
+    return table.set_index("arm").loc[looks.ordered(table["arm"])].reset_index()
 
 
 def latency(tables: Mapping[str, pd.DataFrame], machine_name: str) -> tuple[Figure, pd.DataFrame]:
@@ -27,11 +28,11 @@ def latency(tables: Mapping[str, pd.DataFrame], machine_name: str) -> tuple[Figu
     longest = max(table["e2e_hi_ms"].max(), table["published_e2e_ms"].max()) / scale
     baseline = table.loc[table["arm"] == "transformers_eager", "e2e_ms"]
     for place, row in table.iterrows():
-        look = style.look(row["arm"])
+        look = looks.look(row["arm"])
         first, total = row["ttft_ms"] / scale, row["e2e_ms"] / scale
         axis.barh(place, first, color=look.colour, height=0.55)
         axis.barh(place, total - first, left=first, color=look.colour, alpha=0.4, height=0.55)
-        axis.plot([row["e2e_lo_ms"] / scale, row["e2e_hi_ms"] / scale], [place, place], color=style.BLACK)
+        axis.plot([row["e2e_lo_ms"] / scale, row["e2e_hi_ms"] / scale], [place, place], color=looks.BLACK)
         text = f"{style.digits(total)} {unit}"
         if len(baseline):
             text += f", {baseline.iloc[0] / row['e2e_ms']:.2f}×"
@@ -42,12 +43,12 @@ def latency(tables: Mapping[str, pd.DataFrame], machine_name: str) -> tuple[Figu
             (right, place), xytext=(6, 0), textcoords="offset points", va="center", fontsize=6.5,
         )  # fmt: skip
         if row["published_e2e_ms"] > 0:
-            axis.plot(row["published_e2e_ms"] / scale, place, "D", markerfacecolor="white", color=style.VERMILLION)
-    axis.plot([], [], "D", markerfacecolor="white", color=style.VERMILLION, label="published, other hardware")
-    axis.barh(0, 0, color=style.GREY, label="time to first token")
-    axis.barh(0, 0, color=style.GREY, alpha=0.4, label="remaining tokens")
+            axis.plot(row["published_e2e_ms"] / scale, place, "D", markerfacecolor="white", color=looks.VERMILLION)
+    axis.plot([], [], "D", markerfacecolor="white", color=looks.VERMILLION, label="published, other hardware")
+    axis.barh(0, 0, color=looks.GREY, label="time to first token")
+    axis.barh(0, 0, color=looks.GREY, alpha=0.4, label="remaining tokens")
     figure.legend(loc="outside upper left", ncols=3, handlelength=1.2)
-    axis.set_yticks(range(len(table)), [style.look(arm).label for arm in table["arm"]])
+    axis.set_yticks(range(len(table)), [looks.look(arm).label for arm in table["arm"]])
     axis.set_ylim(len(table) - 0.5, -0.5)
     axis.set_xlim(0, longest * 1.42)
     axis.set_xlabel(f"end-to-end latency ({unit}), batch 1, {table['new_tokens'].iloc[0]:.0f} new tokens")
@@ -71,20 +72,20 @@ def attribution(tables: Mapping[str, pd.DataFrame], machine_name: str) -> tuple[
         factors = [None, *rows[["factor", "factor_lo", "factor_hi"]].itertuples(index=False)]
         for place, (arm, factor) in enumerate(zip(arms, factors, strict=True)):
             height, low, high = (table.loc[arm, name] / scale for name in ("e2e_ms", "e2e_lo_ms", "e2e_hi_ms"))
-            axis.bar(place, height, color=style.look(arm).colour, width=0.55)
-            axis.plot([place, place], [low, high], color=style.GREY, linewidth=1)
+            axis.bar(place, height, color=looks.look(arm).colour, width=0.55)
+            axis.plot([place, place], [low, high], color=looks.GREY, linewidth=1)
             text, top = f"{style.digits(height)} {unit}", high
             if factor is not None:
                 before = table.loc[arms[place - 1], "e2e_ms"] / scale
                 edge = place - 0.72, place + 0.4
-                axis.plot(edge, [before, before], color=style.BLACK, linewidth=0.6, linestyle=":")
+                axis.plot(edge, [before, before], color=looks.BLACK, linewidth=0.6, linestyle=":")
                 arrow = {"arrowstyle": "->", "linewidth": 0.8, "shrinkA": 0, "shrinkB": 0}
                 axis.annotate("", (place + 0.34, height), (place + 0.34, before), arrowprops=arrow)
                 text += f"\n÷ {factor.factor:.2f} [{factor.factor_lo:.2f}, {factor.factor_hi:.2f}]"
                 top = max(high, before)
             axis.annotate(text, (place, top), xytext=(0, 3), textcoords="offset points", ha="center", va="bottom")
         axis.set_title(route)
-        axis.set_xticks(range(len(arms)), [style.look(arm).label for arm in arms])
+        axis.set_xticks(range(len(arms)), [looks.look(arm).label for arm in arms])
         axis.set_xlim(-0.5, len(arms) - 0.4)
     axes[0].set_ylim(0, 1.25 * table["e2e_hi_ms"].max() / scale)
     axes[0].set_ylabel(f"end-to-end latency ({unit}), batch 1")
@@ -104,8 +105,8 @@ def batch(tables: Mapping[str, pd.DataFrame], machine_name: str) -> tuple[Figure
     axes = figure.subplots(1, 2)
     batches = sorted(table["batch"].unique())
     ends = []
-    for arm in style.ordered(table["arm"]):
-        look = style.look(arm)
+    for arm in looks.ordered(table["arm"]):
+        look = looks.look(arm)
         lines = table[table["arm"] == arm].sort_values("batch")
         low, high = (lines["batch"] * lines["new_tokens"] / lines[f"e2e_{end}_ms"] * 1e3 for end in ("hi", "lo"))
         rate = lines["tokens_per_s"]
@@ -123,7 +124,7 @@ def batch(tables: Mapping[str, pd.DataFrame], machine_name: str) -> tuple[Figure
         axis.set_xticks(batches, [str(size) for size in batches])
         axis.set_xlabel("batch size")
         axis.set_ylabel(label)
-        axis.grid(color=style.LIGHT, linewidth=0.4)
+        axis.grid(color=looks.LIGHT, linewidth=0.4)
         style.plain_log_ticks(axis.yaxis)
     axes[0].set_title("dashed: batch 1 scaled linearly")
     figure.draw_without_rendering()

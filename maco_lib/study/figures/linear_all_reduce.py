@@ -8,6 +8,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
 from maco_lib.experiments.linear_all_reduce_methods import BASE, CHAIN, LAYERS, MATMUL
+from maco_lib.study import looks
 from maco_lib.study.criteria import LINEAR_MANY_ROWS, LINEAR_TARGETS
 from maco_lib.study.figures import style
 
@@ -55,9 +56,9 @@ def fraction(tables: Mapping[str, pd.DataFrame], machine_name: str) -> tuple[Fig
     wanted = LINEAR_TARGETS.get(ranks) if not rows["t_comm_backend"].eq("gloo").all() else None
 
     def dress(axis: Axes) -> None:
-        axis.axhline(1, color=style.BLACK, linewidth=0.8)
+        axis.axhline(1, color=looks.BLACK, linewidth=0.8)
         if wanted:
-            axis.plot([LINEAR_MANY_ROWS, rows["m"].max()], [wanted] * 2, color=style.BLACK, linestyle=(0, (4, 2)),
+            axis.plot([LINEAR_MANY_ROWS, rows["m"].max()], [wanted] * 2, color=looks.BLACK, linestyle=(0, (4, 2)),
                       linewidth=0.8)  # fmt: skip
         axis.set_ylim(max(0.0, rows["low"].min() - EDGE), max(1.0, rows["value"].max()) + EDGE)
 
@@ -70,9 +71,9 @@ def speedup(tables: Mapping[str, pd.DataFrame], machine_name: str) -> tuple[Figu
     rows = style.rows(rows[~rows["method"].isin(BASE.values())], "method other than the sequential one")
 
     def dress(axis: Axes) -> None:
-        axis.axhline(1, color=style.BLACK, linewidth=0.8)
+        axis.axhline(1, color=looks.BLACK, linewidth=0.8)
 
-    base = style.look(BASE["cpu" if rows["t_comm_backend"].eq("gloo").all() else "cuda"]).label
+    base = looks.look(BASE["cpu" if rows["t_comm_backend"].eq("gloo").all() else "cuda"]).label
     return panels(rows, f"speedup over {base}", dress), numbers(rows, "speedup")
 
 
@@ -83,7 +84,7 @@ def chain(tables: Mapping[str, pd.DataFrame], machine_name: str) -> tuple[Figure
 
     def dress(axis: Axes) -> None:
         alone = rows[rows["layer"] == axis.get_title()].drop_duplicates("m")
-        axis.plot(alone["m"], alone["t_matmul_us"], color=style.BLACK, linestyle=(0, (4, 2)), linewidth=0.8)
+        axis.plot(alone["m"], alone["t_matmul_us"], color=looks.BLACK, linestyle=(0, (4, 2)), linewidth=0.8)
         axis.set_yscale("log")
         style.plain_log_ticks(axis.yaxis)
 
@@ -92,7 +93,7 @@ def chain(tables: Mapping[str, pd.DataFrame], machine_name: str) -> tuple[Figure
 
 def panels(rows: pd.DataFrame, label: str, dress: Callable[[Axes], None]) -> Figure:
     """A panel per layer, a line of `value` with its interval per `line`, over M."""
-    layers, lines = list(dict.fromkeys(rows["layer"])), style.ordered(rows["line"])
+    layers, lines = list(dict.fromkeys(rows["layer"])), looks.ordered(rows["line"])
     columns = min(COLUMNS, len(layers))
     # o_proj above down_proj: the layers of a model are a column.
     layers = sorted(layers, key=lambda layer: layer.split()[-1], reverse=True) if len(layers) > COLUMNS else layers
@@ -103,7 +104,7 @@ def panels(rows: pd.DataFrame, label: str, dress: Callable[[Axes], None]) -> Fig
     for axis, layer in zip(axes, layers, strict=False):
         axis.set_title(layer)
         for name in lines:
-            look = style.look(name)
+            look = looks.look(name)
             line = rows[(rows["layer"] == layer) & (rows["line"] == name)].sort_values("m")
             # The planner follows one of the others: marks that leave it to be seen.
             marks = {"linestyle": "", "markersize": 6, "fillstyle": "none", "zorder": 3} if name == "auto" else {}
@@ -113,15 +114,15 @@ def panels(rows: pd.DataFrame, label: str, dress: Callable[[Axes], None]) -> Fig
         axis.set_xscale("log", base=2)
         axis.set_xticks(ticks[:: -(-len(ticks) // 6)], [str(tick) for tick in ticks[:: -(-len(ticks) // 6)]])
         axis.minorticks_off()
-        axis.grid(color=style.LIGHT, linewidth=0.4)
+        axis.grid(color=looks.LIGHT, linewidth=0.4)
         axis.set_axisbelow(True)
         dress(axis)
     for axis in list(axes)[len(layers) :]:
         axis.set_axis_off()
     figure.supxlabel("rows M", fontsize=7)
     figure.supylabel(label, fontsize=7)
-    handles = [Line2D([], [], color=style.look(name).colour, marker=style.look(name).marker,
-                      label=style.look(name).label, linestyle="" if name == "auto" else "-",
+    handles = [Line2D([], [], color=looks.look(name).colour, marker=looks.look(name).marker,
+                      label=looks.look(name).label, linestyle="" if name == "auto" else "-",
                       fillstyle="none" if name == "auto" else "full") for name in lines]  # fmt: skip
     figure.legend(handles=handles, loc="outside upper left", ncols=4, handlelength=1.5, columnspacing=1.2)
     return figure

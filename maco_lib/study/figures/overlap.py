@@ -8,6 +8,7 @@ import pandas as pd
 import seaborn as sns
 from matplotlib.figure import Figure
 
+from maco_lib.study import looks
 from maco_lib.study.figures import style
 
 PROTOCOL_LABELS = {"published": "published protocol", "device": "device protocol"}
@@ -20,7 +21,7 @@ def published_configurations(tables: Mapping[str, pd.DataFrame], machine_name: s
     table = style.rows(table[table["configuration"].isin(published.index)], "row of a published configuration")
     names = [name for name in published.index if name in set(table["configuration"])]
     protocols = [name for name in PROTOCOL_LABELS if name in set(table["protocol"])]
-    methods = {name: style.ordered(table.loc[table["protocol"] == name, "method"]) for name in protocols}
+    methods = {name: looks.ordered(table.loc[table["protocol"] == name, "method"]) for name in protocols}
     heights = [max(len(methods[name]) + 1.6, 5.0) for name in protocols]
     figure = style.new(style.WIDE_IN, 0.75 + 0.19 * sum(heights))
     axes = figure.subplots(
@@ -36,16 +37,16 @@ def published_configurations(tables: Mapping[str, pd.DataFrame], machine_name: s
             scale, unit = style.time_unit(cell[["t_overlap_us", "t_seq_us"]].max().max())
             for place, method in enumerate(order):
                 if method in cell.index:
-                    draw_time(axis, place, cell.loc[method], style.look(method), scale)
+                    draw_time(axis, place, cell.loc[method], looks.look(method), scale)
             ideal = cell["ideal_us"].median() / scale
-            axis.axvline(ideal, color=style.BLACK, linestyle=(0, (4, 2)), linewidth=0.8)
+            axis.axvline(ideal, color=looks.BLACK, linestyle=(0, (4, 2)), linewidth=0.8)
             axis.annotate("ideal", (ideal, 1), xycoords=("data", "axes fraction"), xytext=(2, -1),
                           textcoords="offset points", va="top", fontsize=6)  # fmt: skip
             longest = cell[["t_overlap_hi_us", "t_overlap_us", "t_seq_us"]].max().max() / scale
             axis.set_xlim(0, longest * 1.9)
             axis.set_ylim(len(order) - 0.4, -1.2)
-            axis.set_yticks(range(len(order)), [style.look(method).label for method in order])
-            axis.grid(axis="x", color=style.LIGHT, linewidth=0.4)
+            axis.set_yticks(range(len(order)), [looks.look(method).label for method in order])
+            axis.grid(axis="x", color=looks.LIGHT, linewidth=0.4)
             axis.set_axisbelow(True)
             axis.set_xlabel(f"time ({unit})")
             if row == 0:
@@ -58,7 +59,7 @@ def published_configurations(tables: Mapping[str, pd.DataFrame], machine_name: s
     return figure, table[columns]
 
 
-def draw_time(axis, place: int, row: pd.Series, look: style.Look, scale: float) -> None:
+def draw_time(axis, place: int, row: pd.Series, look: looks.Look, scale: float) -> None:
     """One method's time with its interval, its speedup written beside it; "failed" where the arm failed."""
     if np.isnan(row["t_overlap_us"]):
         axis.annotate("failed", (0.02, place), xycoords=("axes fraction", "data"), va="center", fontsize=6)
@@ -98,15 +99,15 @@ def synchronisation(tables: Mapping[str, pd.DataFrame], machine_name: str) -> tu
     figure = style.new(style.WIDE_IN, 0.75 + 0.52 * len(data))
     axis = figure.subplots()
     for place, row in data.iterrows():
-        axis.plot([row["sequential"], row["sequential_unsynchronised"]], [place - 0.09] * 2, color=style.GREY,
+        axis.plot([row["sequential"], row["sequential_unsynchronised"]], [place - 0.09] * 2, color=looks.GREY,
                   linewidth=5, alpha=0.45, solid_capstyle="butt")  # fmt: skip
-        axis.plot([row["sequential_unsynchronised"], row["two_stream"]], [place + 0.09] * 2, color=style.BLUE,
+        axis.plot([row["sequential_unsynchronised"], row["two_stream"]], [place + 0.09] * 2, color=looks.BLUE,
                   linewidth=5, alpha=0.45, solid_capstyle="butt")  # fmt: skip
         for step, offset in zip(steps, (-0.09, 0, 0.09), strict=True):
-            look = style.look(step)
+            look = looks.look(step)
             axis.plot([row[f"{step}_lo"], row[f"{step}_hi"]], [place + offset] * 2, color=look.colour, linewidth=1.2)
             axis.plot(row[step], place + offset, color=look.colour, marker=look.marker, markersize=4.5)
-        axis.plot([row["ideal"]] * 2, [place - 0.3, place + 0.3], color=style.BLACK, linestyle=(0, (2, 1)))
+        axis.plot([row["ideal"]] * 2, [place - 0.3, place + 0.3], color=looks.BLACK, linestyle=(0, (2, 1)))
         axis.annotate(
             f"{row['speedup']:.2f}× = {row['speedup_of_removed_wait']:.2f}× (wait removed)"
             f" · {row['speedup_of_overlap']:.2f}× (overlap)",
@@ -118,13 +119,13 @@ def synchronisation(tables: Mapping[str, pd.DataFrame], machine_name: str) -> tu
     high = data[[f"{step}_hi" for step in steps]].max().max()
     axis.set_xlim(low - 0.06 * (high - low), high + 0.06 * (high - low))
     axis.set_xlabel("time relative to the published sequential arm (host clock)")
-    axis.grid(axis="x", color=style.LIGHT, linewidth=0.4)
+    axis.grid(axis="x", color=looks.LIGHT, linewidth=0.4)
     axis.set_axisbelow(True)
     handles = [
-        matplotlib.lines.Line2D([], [], color=style.look(step).colour, marker=style.look(step).marker, linestyle="")
+        matplotlib.lines.Line2D([], [], color=looks.look(step).colour, marker=looks.look(step).marker, linestyle="")
         for step in steps
     ]
-    handles.append(matplotlib.lines.Line2D([], [], color=style.BLACK, linestyle=(0, (2, 1))))
+    handles.append(matplotlib.lines.Line2D([], [], color=looks.BLACK, linestyle=(0, (2, 1))))
     labels = ["sequential, host waits between", "sequential, no host wait", "two streams", "ideal"]
     figure.legend(handles, labels, loc="outside upper left", ncols=4, handlelength=1.2, columnspacing=1.5)
     return figure, data

@@ -6,6 +6,7 @@ import pandas as pd
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
+from maco_lib.study import looks
 from maco_lib.study.criteria import FREE_SLOWDOWN
 from maco_lib.study.figures import style
 
@@ -18,7 +19,7 @@ WHOLE = {
     "threads": "fewer threads",
 }
 
-COLOURS = (style.BLUE, style.GREEN, style.ORANGE, style.VERMILLION, style.PURPLE, style.SKY)
+COLOURS = (looks.BLUE, looks.GREEN, looks.ORANGE, looks.VERMILLION, looks.PURPLE, looks.SKY)
 MARKERS = ("o", "s", "^", "D", "v", "P")
 PANELS = 2  # side by side
 TICKS = {
@@ -59,8 +60,8 @@ def slowdown(tables: Mapping[str, pd.DataFrame], machine_name: str) -> tuple[Fig
     places = {name: (1.38 + 0.42 * index if held else 0.5 + index) for index, name in enumerate(others)}
     for place, (axis, n) in enumerate(zip(axes, sizes, strict=False)):
         panel = data[data["matmul_n"] == n]
-        axis.axhline(1, color=style.BLACK, linewidth=0.8)
-        axis.axhline(1 + FREE_SLOWDOWN, color=style.GREY, linewidth=0.8, linestyle=":")
+        axis.axhline(1, color=looks.BLACK, linewidth=0.8)
+        axis.axhline(1 + FREE_SLOWDOWN, color=looks.GREY, linewidth=0.8, linestyle=":")
         for index, count in enumerate(counts):
             look = {"color": COLOURS[index % len(COLOURS)], "marker": MARKERS[index % len(MARKERS)], "markersize": 3.5}
             of_count = panel[panel["num_sms"] == count]
@@ -75,7 +76,7 @@ def slowdown(tables: Mapping[str, pd.DataFrame], machine_name: str) -> tuple[Fig
                     axis.plot([where + shift] * 2, [row.slowdown_lo, row.slowdown_hi], color=look["color"])
                     axis.plot(where + shift, row.slowdown, linestyle="", **look)
         if held and others:
-            axis.axvline(1.14, color=style.LIGHT, linewidth=0.6)
+            axis.axvline(1.14, color=looks.LIGHT, linewidth=0.6)
         words = [TICKS[name] for name in others]
         axis.set_xticks([*ticks, *places.values()], [*(f"{tick:.0%}" for tick in ticks), *words])
         axis.tick_params(axis="x", labelsize=5.5 if others else None, labelbottom=place + columns >= len(sizes))
@@ -87,7 +88,7 @@ def slowdown(tables: Mapping[str, pd.DataFrame], machine_name: str) -> tuple[Fig
             axis.set_ylabel("matmul's time ÷ alone")
         if place + columns >= len(sizes) and held:
             axis.set_xlabel("held for this part of its time", loc="left")
-        axis.grid(axis="y", color=style.LIGHT, linewidth=0.4)
+        axis.grid(axis="y", color=looks.LIGHT, linewidth=0.4)
         axis.set_axisbelow(True)
     what = "SM" if held else "core"
     handles = [

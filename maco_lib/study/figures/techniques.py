@@ -5,6 +5,7 @@ from collections.abc import Mapping
 import pandas as pd
 from matplotlib.figure import Figure
 
+from maco_lib.study import looks
 from maco_lib.study.criteria import TARGETS
 from maco_lib.study.figures import style
 
@@ -26,7 +27,7 @@ def techniques(tables: Mapping[str, pd.DataFrame], machine_name: str) -> tuple[F
     for end, time in (("", ""), ("_lo", "_hi"), ("_hi", "_lo")):
         table[f"fraction{end}"] = table["ideal_us"] / table[f"t_overlap{time}_us"]
     names = [name for name in names if name in set(table["configuration"])]
-    order = style.ordered(table["method"])
+    order = looks.ordered(table["method"])
     least = min(LEAST, table["fraction_lo"].min() - EDGE)
     most = max(1.0, table["fraction"].max())  # a time below the ideal is noise, and shown
     right = most + MARGIN * (most - least)
@@ -35,9 +36,9 @@ def techniques(tables: Mapping[str, pd.DataFrame], machine_name: str) -> tuple[F
     axes = figure.subplots(1, len(names), squeeze=False, sharex=True, sharey=True)[0]
     for axis, name in zip(axes, names, strict=True):
         cell = table[table["configuration"] == name].set_index("method", drop=False)
-        axis.axvline(1, color=style.BLACK, linewidth=0.8)
+        axis.axvline(1, color=looks.BLACK, linewidth=0.8)
         if wanted:
-            axis.axvline(wanted.fraction_of_ideal, color=style.BLACK, linestyle=(0, (4, 2)), linewidth=0.8)
+            axis.axvline(wanted.fraction_of_ideal, color=looks.BLACK, linestyle=(0, (4, 2)), linewidth=0.8)
         best = cell["fraction"].max()
         for place, method in enumerate(order):
             if method in cell.index:
@@ -45,13 +46,13 @@ def techniques(tables: Mapping[str, pd.DataFrame], machine_name: str) -> tuple[F
         axis.set_ylim(len(order) - 0.4, -0.6)
         axis.set_xlim(least, right)
         axis.set_xticks([tick / 100 for tick in range(0, 101, 25 if least > 0.1 else 50) if tick / 100 >= least])
-        axis.grid(axis="x", color=style.LIGHT, linewidth=0.4)
+        axis.grid(axis="x", color=looks.LIGHT, linewidth=0.4)
         axis.set_axisbelow(True)
         size = f"{style.size_label(cell['comm_bytes'].iloc[0])}, n = {cell['matmul_n'].iloc[0]}"
         ideal = cell["ideal_us"].median()
         scale, unit = style.time_unit(ideal)
         axis.set_title(f"{name.replace(', ', ',' + chr(10))}\n{size}\nideal {style.digits(ideal / scale)} {unit}")
-    axes[0].set_yticks(range(len(order)), [style.look(method).label for method in order])
+    axes[0].set_yticks(range(len(order)), [looks.look(method).label for method in order])
     figure.supxlabel("fraction of ideal" + (f" (dashed: {wanted.fraction_of_ideal:g})" if wanted else ""), fontsize=7)
     columns = ["configuration", "comm_bytes", "matmul_n", "method", "backend", "t_overlap_us", "ideal_us",
                "fraction", "fraction_lo", "fraction_hi"]  # fmt: skip
@@ -65,7 +66,7 @@ def draw_fraction(axis, place: int, row: pd.Series, best: bool, right: float) ->
     if pd.isna(row["fraction"]):
         axis.annotate("failed", **at_edge)
         return
-    look = style.look(row["method"])
+    look = looks.look(row["method"])
     axis.plot([row["fraction_lo"], row["fraction_hi"]], [place, place], color=look.colour, linewidth=1.6,
               solid_capstyle="butt")  # fmt: skip
     axis.plot(row["fraction"], place, color=look.colour, marker=look.marker, markersize=4)

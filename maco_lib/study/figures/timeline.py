@@ -6,13 +6,14 @@ import matplotlib
 import pandas as pd
 from matplotlib.figure import Figure
 
+from maco_lib.study import looks
 from maco_lib.study.figures import style
 
 CATEGORIES = {
-    "comm": (style.ORANGE, "all-reduce"),
-    "compute": (style.BLUE, "matmul"),
-    "fused": (style.PURPLE, "matmul and all-reduce in one kernel"),
-    "wait": (style.LIGHT, "waiting for tiles"),
+    "comm": (looks.ORANGE, "all-reduce"),
+    "compute": (looks.BLUE, "matmul"),
+    "fused": (looks.PURPLE, "matmul and all-reduce in one kernel"),
+    "wait": (looks.LIGHT, "waiting for tiles"),
 }
 # Kernels that only wait; a profiler takes them for part of the all-reduce.
 WAITING = "wait_tiles"
@@ -46,7 +47,7 @@ def lanes_of(table: pd.DataFrame, by: str, size: Callable[[pd.Series], str]) -> 
     lanes = {
         name: [
             (method, lane if number == 0 else "", events)
-            for method in style.ordered(rows["method"])
+            for method in looks.ordered(rows["method"])
             for lane, group in rows[rows["method"] == method]
             .sort_values(["category", "start_us"])
             .groupby("lane", sort=False)
@@ -72,15 +73,15 @@ def lanes_of(table: pd.DataFrame, by: str, size: Callable[[pd.Series], str]) -> 
                 mine = rows[rows["method"] == method]
                 stop = (mine["start_us"] + mine["duration_us"]).max() / scale
                 last = place + sum(entry[0] == method for entry in lanes[name]) - 0.5
-                axis.plot([stop, stop], [place - 0.5, last], color=style.BLACK, linewidth=0.8)
+                axis.plot([stop, stop], [place - 0.5, last], color=looks.BLACK, linewidth=0.8)
                 axis.annotate(f"{style.digits(stop)} {unit}", (stop, (place - 0.5 + last) / 2), xytext=(3, 0),
                               textcoords="offset points", va="center", fontsize=6)  # fmt: skip
                 if place:
-                    axis.axhline(place - 0.5, color=style.LIGHT, linewidth=0.6)
+                    axis.axhline(place - 0.5, color=looks.LIGHT, linewidth=0.6)
             previous = method
         axis.set_yticks(
             range(len(lanes[name])),
-            [f"{style.look(method).label}: {lane}" if lane else "" for method, lane, _ in lanes[name]],
+            [f"{looks.look(method).label}: {lane}" if lane else "" for method, lane, _ in lanes[name]],
         )
         axis.set_ylim(len(lanes[name]) - 0.5, -0.5)
         axis.set_xlim(0, 1.1 * end / scale)

@@ -8,6 +8,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
+from maco_lib.study import looks
 from maco_lib.study.figures import style
 from maco_lib.study.sections.when_to_overlap import testable
 
@@ -27,7 +28,7 @@ def verdict_map(tables: Mapping[str, pd.DataFrame], machine_name: str) -> tuple[
     table = table[gridded] if gridded.any() else table
     table = table.reset_index(drop=True)
     table["predicted_speedup"] = table["t_seq_us"] / table["predicted_us"]
-    methods = style.ordered(table["method"])
+    methods = looks.ordered(table["method"])
     lines = -(-len(methods) // COLUMNS)
     columns = -(-len(methods) // lines)
     figure = style.new(style.WIDE_IN if columns > 1 else style.NARROW_IN, 0.45 + 2.1 * lines)
@@ -37,7 +38,7 @@ def verdict_map(tables: Mapping[str, pd.DataFrame], machine_name: str) -> tuple[
     for axis, method in zip(axes, methods, strict=False):
         points = table[table["method"] == method]
         for name, group in points.groupby("measured_verdict"):
-            look = style.look(name)
+            look = looks.look(name)
             axis.plot(group["matmul_n"], group["comm_bytes"], linestyle="", marker=look.marker, color=look.colour)
         found = border(axis, points)
         ns, sizes = sorted(table["matmul_n"].unique()), sorted(table["comm_bytes"].unique())
@@ -48,7 +49,7 @@ def verdict_map(tables: Mapping[str, pd.DataFrame], machine_name: str) -> tuple[
         step = -(-len(sizes) // 8)
         axis.set_yticks(sizes[::step], [style.size_label(size) for size in sizes[::step]])
         axis.margins(0.1)
-        axis.set_title(f"{style.look(method).label}\n{found}" if found else style.look(method).label)
+        axis.set_title(f"{looks.look(method).label}\n{found}" if found else looks.look(method).label)
     for place, axis in enumerate(axes[: len(methods)]):
         if place % columns == 0:
             axis.set_ylabel("all-reduce size")
@@ -56,10 +57,10 @@ def verdict_map(tables: Mapping[str, pd.DataFrame], machine_name: str) -> tuple[
             axis.set_xlabel("matmul n (n × n × n)")
             axis.tick_params(labelbottom=True)
     handles = [
-        Line2D([], [], linestyle="", marker=style.look(name).marker, color=style.look(name).colour, label=name)
+        Line2D([], [], linestyle="", marker=looks.look(name).marker, color=looks.look(name).colour, label=name)
         for name in ("helps", "hurts", "undecided")
     ]
-    handles.append(Line2D([], [], color=style.BLACK, linestyle=(0, (4, 2)), label="predicted border"))
+    handles.append(Line2D([], [], color=looks.BLACK, linestyle=(0, (4, 2)), label="predicted border"))
     figure.legend(handles=handles, loc="outside upper left", ncols=4 if columns > 1 else 2, handlelength=1.6)
     names = ["method", "comm_bytes", "matmul_n", "t_seq_us", "measured_us", "predicted_us", "predicted_speedup",
              "measured_verdict", "verdict", "held_out"]  # fmt: skip
@@ -77,7 +78,7 @@ def border(axis: Axes, points: pd.DataFrame) -> str:
     if speedup.min() < 1 < speedup.max():
         flat = Figure().subplots().contour(np.log2(grid.columns), np.log2(grid.index), np.log(grid), levels=[0.0])
         for line in flat.get_paths()[0].to_polygons(closed_only=False):
-            axis.plot(2 ** line[:, 0], 2 ** line[:, 1], color=style.BLACK, linestyle=(0, (4, 2)), linewidth=1)
+            axis.plot(2 ** line[:, 0], 2 ** line[:, 1], color=looks.BLACK, linestyle=(0, (4, 2)), linewidth=1)
         return ""
     return f"(predicted {'shorter' if speedup.min() >= 1 else 'longer'} everywhere)"
 
@@ -86,16 +87,16 @@ def prediction(tables: Mapping[str, pd.DataFrame], machine_name: str) -> tuple[F
     """Predicted over measured overlapped time; hollow: in the fit, filled: held out; the band is ±10 %."""
     table = style.rows(tables["when_to_overlap"], "row")
     scale, unit = style.time_unit(table["measured_us"].median() * 4)
-    methods = style.ordered(table["method"])
+    methods = looks.ordered(table["method"])
     many = len(methods) > 4
     legend_columns = 2 if many else 1
     figure = style.new(style.WIDE_IN if many else style.NARROW_IN, 2.5 + 0.13 * -(-len(methods) // legend_columns))
     axis = figure.subplots()
-    axis.axhspan(0.9, 1.1, color=style.LIGHT, linewidth=0)
-    axis.axhline(1, color=style.BLACK, linewidth=0.7)
+    axis.axhspan(0.9, 1.1, color=looks.LIGHT, linewidth=0)
+    axis.axhline(1, color=looks.BLACK, linewidth=0.7)
     handles = []
     for method in methods:
-        look = style.look(method)
+        look = looks.look(method)
         for held_out, face in ((False, "white"), (True, look.colour)):
             rows = table[(table["method"] == method) & (table["held_out"] == held_out)]
             middle, low, high = (rows[f"predicted_{end}us"] / rows["measured_us"] for end in ("", "lo_", "hi_"))
@@ -138,12 +139,12 @@ def models(tables: Mapping[str, pd.DataFrame], machine_name: str) -> tuple[Figur
     panels = list(table[["phase", "tp"]].drop_duplicates().sort_values(["phase", "tp"]).itertuples(index=False))
     figure = style.new(style.WIDE_IN, 3.6)
     axes = figure.subplots(2, len(panels), squeeze=False, sharey="row", sharex="col")
-    names = style.ordered(table["model"])
+    names = looks.ordered(table["model"])
     for column, (phase, tp) in enumerate(panels):
         share, gain = axes[:, column]
         cell = table[(table["phase"] == phase) & (table["tp"] == tp)]
         for name in names:
-            look, line = style.look(name), cell[cell["model"] == name]
+            look, line = looks.look(name), cell[cell["model"] == name]
             share.plot(line["tokens"], 100 * line["comm_share"], color=look.colour)
             gain.plot(line["tokens"], line["gain"], color=look.colour)
             gain.fill_between(
@@ -155,7 +156,7 @@ def models(tables: Mapping[str, pd.DataFrame], machine_name: str) -> tuple[Figur
                     chosen = line["extrapolated"] == extrapolated
                     axis.plot(line["tokens"][chosen], values[chosen], linestyle="", marker=look.marker, markersize=3,
                               color=look.colour, markerfacecolor="white" if extrapolated else look.colour)  # fmt: skip
-        gain.axhline(1, color=style.BLACK, linewidth=0.6)
+        gain.axhline(1, color=looks.BLACK, linewidth=0.6)
         tokens = sorted(cell["tokens"].unique())
         gain.set_xscale("log", base=2)
         gain.set_xticks(tokens[:: -(-len(tokens) // 5)], [f"{t}" if t < 1024 else f"{t // 1024}k" for t in
@@ -164,16 +165,16 @@ def models(tables: Mapping[str, pd.DataFrame], machine_name: str) -> tuple[Figur
         share.set_title(f"{phase}, TP {tp}")
         gain.set_xlabel("batch" if phase == "decode" else "tokens")
         for axis in (share, gain):
-            axis.grid(color=style.LIGHT, linewidth=0.4)
+            axis.grid(color=looks.LIGHT, linewidth=0.4)
             axis.set_axisbelow(True)
     axes[0, 0].set_ylabel("communication share\nof a layer (%)")
     axes[0, 0].set_ylim(0, 100)
     axes[1, 0].set_ylabel("gain (×)\nsolid: predicted, dashed: ideal")
     handles = [
-        Line2D([], [], color=style.look(name).colour, marker=style.look(name).marker, label=style.look(name).label)
+        Line2D([], [], color=looks.look(name).colour, marker=looks.look(name).marker, label=looks.look(name).label)
         for name in names
     ]
-    handles.append(Line2D([], [], color=style.GREY, marker="o", markerfacecolor="white", label="extrapolated"))
+    handles.append(Line2D([], [], color=looks.GREY, marker="o", markerfacecolor="white", label="extrapolated"))
     figure.legend(handles=handles, loc="outside upper left", ncols=4)
     columns = ["model", "phase", "tp", "batch", "tokens", "comm_share", "gain", "gain_lo", "gain_hi", "ideal_gain",
                "extrapolated"]  # fmt: skip

@@ -92,7 +92,15 @@ def test_each_part_of_a_techniques_formula_has_its_own_scale_and_the_form_that_f
     assert not fitted.scales and fitted(own[0]) == pytest.approx(alike(SIDES[0]), rel=1e-3)
 
 
-@pytest.mark.parametrize("machine", ["h100-x2", "h100-x4", "h200-x2"])
+def known_to_fail(machine: str, reason: str):
+    """A machine whose table does not keep the bound yet: said here, and told when it does."""
+    return pytest.param(machine, marks=pytest.mark.xfail(strict=True, raises=AssertionError, reason=reason))
+
+
+@pytest.mark.parametrize(
+    "machine",
+    ["h100-x2", "h100-x4", "h200-x2", known_to_fail("h200-x4", "off by 5 % in the median")],
+)  # fmt: skip
 def test_decode_is_foretold_on_gpus_whose_memory_differs(machine):
     rows = pd.read_csv(ROOT / "data" / machine / "linear_all_reduce.csv")
     rows = rows[rows["method"].eq("decode") & rows["correct"]].sort_values("time_us")
@@ -172,7 +180,10 @@ def replayed(machine: str, seed: int) -> list[tuple[str, float]]:
     return found
 
 
-@pytest.mark.parametrize("machine", ["h100-x2", "h100-x4", "h200-x2"])
+@pytest.mark.parametrize(
+    "machine",
+    ["h100-x2", "h100-x4", "h200-x2", known_to_fail("h200-x4", "1 plan of 28 is 4 % slower, at 256 rows")],
+)  # fmt: skip
 def test_no_overlapping_plan_is_taken_untuned_that_is_slower_than_the_sequential_ones(machine):
     taken = [each for seed in range(4) for each in replayed(machine, seed)]
     assert len(taken) > 20 and [each for each in taken if each[1] > 1.02] == []

@@ -256,6 +256,14 @@ def test_promises_are_judged_by_the_worst_point(machine):
     assert broken["any M: fastest sequential arm over planner"] == "**met**"
 
 
+def test_what_is_just_short_is_not_rounded_to_what_was_wanted(machine):
+    (wanted, *_) = linear_promises.criteria(machine)
+    values = {"near": 0.89963, "there": 0.9, "far": 0.853}
+    assert wanted.wanted == "≥ 90%" and list(map(wanted.show, values.values())) == ["89.96%", "90.0%", "85.3%"]
+    shown = dataclasses.replace(wanted, values=values)
+    assert shown.exceptions() == "far: 85.3%; near: 89.96%" and shown.row(3)[2] == "worst 85.3% at far"
+
+
 def test_exceptions_are_named_and_what_is_missing_is_no_success(machine):
     rows = stored.linear_all_reduce()
     slow = (rows["m"] == 8192) & (rows["layer"] == "Qwen3-8B o_proj") & (rows["method"] == "persistent")

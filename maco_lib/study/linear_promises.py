@@ -29,18 +29,28 @@ MOST_EXCEPTIONS = 12
 class Criterion:
     """One promise over many points: `values` by point, `holds` says of a value whether it keeps the promise.
 
-    bounds: by point, what is the most that can be had there. without: peers that it was not compared with.
+    unit: "×", "%" (of a fraction) or "B". bounds: by point, what is the most that can be had there. without: peers that
+    it was not compared with.
     """
 
     label: str
     wanted: str
     values: dict[str, float]
     holds: Callable[[float], bool]
-    show: Callable[[float], str]
+    unit: str
     missing: tuple[str, ...] = ()
     least: bool = True  # the worst value is the least
     bounds: dict[str, str] = field(default_factory=dict)
     without: tuple[str, ...] = ()
+
+    def show(self, value: float) -> str:
+        """With more digits than usual where the value, rounded, would be on the other side of the promise."""
+        if self.unit == "B":
+            return size_label(max(value, 0.0))
+        digits, shift = (1, 2) if self.unit == "%" else (2, 0)
+        while self.holds(round(value, digits + shift)) != self.holds(value):
+            digits += 1
+        return f"{value:.{digits}%}" if self.unit == "%" else f"{value:.{digits}f}{self.unit}"
 
     def row(self, launches: int) -> list[str]:
         if not self.values:
@@ -101,19 +111,18 @@ def criteria(machine: Evidence) -> list[Criterion]:
     many = [cell for cell in found if cell.m >= LINEAR_MANY_ROWS]
     few = [cell for cell in cells(machine, CHAIN) if cell.m <= LINEAR_FEW_ROWS]
     large, small = f"M ≥ {LINEAR_MANY_ROWS}", f"M ≤ {LINEAR_FEW_ROWS}"
-    times, percent = "{:.2f}×".format, "{:.1%}".format
     slower = 1 / (1 + LINEAR_TOLERANCE)
 
     absent = {operation: tuple(absent_peers(machine, operation)) for operation in (MATMUL, CHAIN)}
 
     def compare(label, wanted_text, compared, least, bounds=(), without=()) -> Criterion:
         values, missing = compared
-        return Criterion(label, wanted_text, values, lambda value: value >= least, times, missing, bounds=dict(bounds),
+        return Criterion(label, wanted_text, values, lambda value: value >= least, "×", missing, bounds=dict(bounds),
                          without=without)  # fmt: skip
 
     def reach(label, compared) -> Criterion:
         values, missing = compared
-        return Criterion(label, f"≥ {wanted:.0%}", values, lambda value: value >= wanted, percent, missing)
+        return Criterion(label, f"≥ {wanted:.0%}", values, lambda value: value >= wanted, "%", missing)
 
     return [
         reach(f"{large}: fraction of ideal, fastest of ours", fractions(many, "ours")),
@@ -143,7 +152,7 @@ def errors(machine: Evidence) -> Criterion:
         for _, row in rows.iterrows()
     }
     return Criterion("relative error over that of cuBLAS + NCCL", f"≤ {LINEAR_ERROR}×", values,
-                     lambda value: value <= LINEAR_ERROR, "{:.2f}×".format, least=False)  # fmt: skip
+                     lambda value: value <= LINEAR_ERROR, "×", least=False)  # fmt: skip
 
 
 def endurance(machine: Evidence) -> list[Criterion]:
@@ -161,10 +170,10 @@ def endurance(machine: Evidence) -> list[Criterion]:
     grown = dict(zip(names, rows["grown_bytes"].astype(float), strict=True))
     return [
         Criterion(f"{repeats} repeats, bitwise the same" if names else "repeats, bitwise the same", "all", same,
-                  lambda value: value == 1, "{:.1%}".format, failed),
+                  lambda value: value == 1, "%", failed),
         Criterion(f"{calls} calls of changing shapes: memory grows by" if names else "calls of changing shapes",
-                  f"< {size_label(LINEAR_GROWTH_BYTES)}", grown, lambda value: value < LINEAR_GROWTH_BYTES,
-                  lambda value: size_label(max(value, 0.0)), failed, least=False),
+                  f"< {size_label(LINEAR_GROWTH_BYTES)}", grown, lambda value: value < LINEAR_GROWTH_BYTES, "B",
+                  failed, least=False),
     ]  # fmt: skip
 
 

@@ -122,7 +122,7 @@ def main(measure: Callable[[dict, Context], Result]) -> None:
     """Entry point of an experiment program under torchrun: `python -m maco_lib.experiments.<program> SPECIFICATION`."""
     parser = argparse.ArgumentParser(description=main.__doc__)
     parser.add_argument("specification", type=pathlib.Path)
-    specification = json.loads(parser.parse_args().specification.read_text())
+    specification = json.loads(parser.parse_args().specification.read_text(encoding="utf-8"))
     die_with_parent()
     rank, num_ranks = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     try:

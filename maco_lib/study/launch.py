@@ -72,7 +72,7 @@ def missing(store: Store, name: str, dataset: Dataset, pairs: list[tuple[Point, 
 @contextlib.contextmanager
 def alone(store: Store, name: str) -> Iterator[None]:
     """Only one run at a time may measure into a machine's folder; RuntimeError if another does."""
-    with open(store.journal_folder(name) / "lock", "w") as stream:
+    with open(store.journal_folder(name) / "lock", "w", encoding="utf-8") as stream:
         try:
             fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -159,7 +159,7 @@ def launch(
             process.wait()
     write_json(facts_path, {**facts, "seconds": round(time.monotonic() - begin, 1), "sampled": sampler.summary()})
     if why:
-        tail = "\n".join(log.read_text(errors="replace").splitlines()[-LOG_LINES:])
+        tail = "\n".join(log.read_text(encoding="utf-8", errors="replace").splitlines()[-LOG_LINES:])
         raise LaunchError(f"{program} {why}. Its log is {os.path.relpath(log, store.root)} and ends:\n{tail}")
     for path in (events, log, specification_path):
         path.unlink()

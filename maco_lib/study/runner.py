@@ -182,7 +182,7 @@ def judge(store: Store, folder: str, section: Section, run_id: str, status: int,
     if status != 0:
         lines = [
             line
-            for line in log.read_text(errors="replace").splitlines()
+            for line in log.read_text(encoding="utf-8", errors="replace").splitlines()
             if line.strip() and "[IPKernelApp]" not in line
         ]
         return "\n".join(lines[-30:]) or f"its process ended with status {status}"

@@ -59,5 +59,5 @@ def usable_cores() -> list[int]:
     cores: dict[str, int] = {}
     for cpu in sorted(os.sched_getaffinity(0)):
         siblings = pathlib.Path(f"/sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings_list")
-        cores.setdefault(siblings.read_text() if siblings.exists() else str(cpu), cpu)
+        cores.setdefault(siblings.read_text(encoding="utf-8") if siblings.exists() else str(cpu), cpu)
     return list(cores.values())

@@ -47,7 +47,8 @@ class Dataset:
     `index` names the columns that identify a row; every other column is a value. `group(point)` says which points share
     a process launch, `launches(parameters, point)` how many launches a point gets. `finish` adds the columns that need
     more than one point's rows. `unavailable` says in one sentence why this machine cannot measure the dataset, or
-    returns None.
+    returns None. `longest_step_s(points, machine)` forecasts the longest time between two calls of `Context.step` in a
+    launch over `points`, in seconds; `maco_lib.study.watch.stall_bound` says how long it is then waited for.
     """
 
     name: str
@@ -61,7 +62,7 @@ class Dataset:
     group: Callable[[Point], tuple] = lambda point: ()
     launches: Callable[[Any, Point], int] = lambda parameters, point: parameters.num_launches
     finish: Callable[[pd.DataFrame], pd.DataFrame] = lambda rows: rows
-    point_timeout_s: float = 300.0
+    longest_step_s: Callable[[list[Point], Machine], float] = lambda points, machine: 30.0
     repeated: bool = True
 
     def num_launches(self, parameters: SectionParameters, point: Point) -> int:

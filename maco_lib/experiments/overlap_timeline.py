@@ -113,6 +113,7 @@ def traced(arm: Arm, problem: Problem) -> tuple[str, list[dict[str, Any]]]:
             barrier()
             run()
             synchronize(problem.device)
+        problem.context.step()
     if graph is not None:
         graph.reset()
     with tempfile.TemporaryDirectory() as folder:

@@ -30,12 +30,10 @@ import torch
 import torch.distributed as dist
 
 from maco_lib.clock import ClockReadings, lowest_mhz
+from maco_lib.stats import num_samples
 
 LOG = logging.getLogger(__name__)
 PROTOCOLS = ("device", "published")
-# Where the fewest samples asked for would take longer than so many budgets, fewer are taken, but not below LEAST_SAMPLES.
-PATIENCE = 3.0
-LEAST_SAMPLES = 3
 # A replay takes some µs to start, whatever is in it: it is filled with runs until they take much longer. Not with more
 # than so many, as a run may sum in place.
 MIN_REPLAY_US = 1000.0
@@ -134,7 +132,7 @@ def interleave(
     """Time `arms` interleaved; every rank of `group` (None: this process alone) calls it with the same arguments.
 
     iterations: samples of each arm, rounded up to whole blocks; None: as many as fit into `budget_s` seconds, between
-    `min_iterations` and `max_iterations`; where `min_iterations` would take over PATIENCE times the budget, fewer.
+    `min_iterations` and `max_iterations`; where `min_iterations` would take many times the budget, fewer (`num_samples`).
     Rank 0 decides it and the order of the arms in each block. warmup: runs before, one where it takes longer than
     `budget_s`. captured: a GPU replays CUDA graphs of the arms where it can; False: it never does, the runs are issued
     as eager code does. Returns, on every rank, arm name -> `Timing`. Raises ValueError on an unknown protocol, repeated
@@ -173,12 +171,6 @@ def interleave(
         results[name] = Timing([*values], blocks, *facts)
         sampler.close()
     return results
-
-
-def num_samples(fitting: float, least: int, most: int) -> int:
-    """Samples of each arm where `fitting` rounds over the arms fit into the budget."""
-    patient = max(LEAST_SAMPLES, int(PATIENCE * fitting))
-    return min(most, max(int(fitting), min(least, patient)))
 
 
 def check_request(arms, protocol, iterations, min_iterations, max_iterations, num_blocks, warmup) -> None:

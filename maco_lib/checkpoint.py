@@ -113,9 +113,13 @@ def describe(path: pathlib.Path, weights: Literal["local", "hub", "random"], nam
 def weight_files(path: pathlib.Path) -> list[pathlib.Path]:
     """The safetensors files of a checkpoint folder; raises ValueError naming the folder and what is wrong with it."""
     try:
-        config = json.loads((path / "config.json").read_text())
+        config = json.loads((path / "config.json").read_text(encoding="utf-8"))
         index = path / "model.safetensors.index.json"
-        shards = json.loads(index.read_text())["weight_map"].values() if index.exists() else ["model.safetensors"]
+        shards = (
+            json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()
+            if index.exists()
+            else ["model.safetensors"]
+        )
         files = [path / name for name in sorted(set(shards))]
         for file in files:
             _tensors(file)

@@ -71,7 +71,12 @@ def host_identity(gpu_uuids: list[str], cpu: str) -> str:
     is part of it.
     """
     machine_id = pathlib.Path("/etc/machine-id")
-    parts = [machine_id.read_text().strip() if machine_id.exists() else "", *gpu_uuids, cpu, host_token()]
+    parts = [
+        machine_id.read_text(encoding="utf-8").strip() if machine_id.exists() else "",
+        *gpu_uuids,
+        cpu,
+        host_token(),
+    ]
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
 
 
@@ -83,17 +88,19 @@ def host_token() -> str:
     try:
         if not path.exists():
             path.parent.mkdir(parents=True, exist_ok=True)
-            fresh.write_text(secrets.token_hex(16))
+            fresh.write_text(secrets.token_hex(16), encoding="utf-8")
             try:
                 os.link(fresh, path)  # fails if another process was first, whose token then counts
             except FileExistsError:
-                return path.read_text()
+                return path.read_text(encoding="utf-8")
             finally:
                 fresh.unlink()
-        return path.read_text()
+        return path.read_text(encoding="utf-8")
     except OSError:
         # The folder cannot be written (a read-only home): the host is then told apart until its next boot.
-        return socket.gethostname() + pathlib.Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        return (
+            socket.gethostname() + pathlib.Path("/proc/sys/kernel/random/boot_id").read_text(encoding="utf-8").strip()
+        )
 
 
 def describe_host() -> dict[str, Any]:
@@ -112,7 +119,9 @@ def describe_host() -> dict[str, Any]:
 def cpu_model() -> str:
     """The processor's name as Linux shows it, else the architecture's."""
     path = pathlib.Path("/proc/cpuinfo")
-    match = re.search(r"^(?:model name|Model)\s*:\s*(.+)$", path.read_text() if path.exists() else "", re.MULTILINE)
+    match = re.search(
+        r"^(?:model name|Model)\s*:\s*(.+)$", path.read_text(encoding="utf-8") if path.exists() else "", re.MULTILINE
+    )
     return match.group(1).strip() if match else platform.machine()
 
 
@@ -135,7 +144,7 @@ def ram_bytes() -> int:
 def control_group(name: str) -> str:
     """A setting of this process's control group (version 2) as its container sees it, "" where there is none."""
     path = pathlib.Path("/sys/fs/cgroup") / name
-    return path.read_text().strip() if path.is_file() else ""
+    return path.read_text(encoding="utf-8").strip() if path.is_file() else ""
 
 
 def os_name() -> str:

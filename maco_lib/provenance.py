@@ -114,7 +114,12 @@ def git_state(root: pathlib.Path) -> dict[str, Any]:
 def _git(root: pathlib.Path, *arguments: str) -> str | None:
     try:
         done = subprocess.run(
-            ["git", "-C", str(root), *arguments], capture_output=True, text=True, timeout=30, check=False
+            ["git", "-C", str(root), *arguments],
+            capture_output=True,
+            text=True,
+            encoding="utf-8",
+            timeout=30,
+            check=False,
         )
     except FileNotFoundError:  # git is not installed
         return None

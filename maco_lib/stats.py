@@ -6,7 +6,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 MIN_BLOCKS = 5
-# Where the fewest samples asked for would take longer than so many budgets, fewer are taken, but not below LEAST_SAMPLES.
+# Where the fewest samples asked for take longer than so many budgets, fewer are taken, but not below LEAST_SAMPLES.
 PATIENCE = 3.0
 LEAST_SAMPLES = 3
 STATISTICS = {"median": np.median, "mean": np.mean}

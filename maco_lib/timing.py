@@ -132,7 +132,7 @@ def interleave(
     """Time `arms` interleaved; every rank of `group` (None: this process alone) calls it with the same arguments.
 
     iterations: samples of each arm, rounded up to whole blocks; None: as many as fit into `budget_s` seconds, between
-    `min_iterations` and `max_iterations`; where `min_iterations` would take many times the budget, fewer (`num_samples`).
+    `min_iterations` and `max_iterations`; where `min_iterations` would take many times that, fewer (`num_samples`).
     Rank 0 decides it and the order of the arms in each block. warmup: runs before, one where it takes longer than
     `budget_s`. captured: a GPU replays CUDA graphs of the arms where it can; False: it never does, the runs are issued
     as eager code does. Returns, on every rank, arm name -> `Timing`. Raises ValueError on an unknown protocol, repeated
@@ -188,9 +188,7 @@ def check_request(arms, protocol, iterations, min_iterations, max_iterations, nu
         raise ValueError(f"max_iterations = {max_iterations} is below min_iterations = {min_iterations}")
 
 
-def estimate_us(
-    arm: Arm, warmup: int, budget_s: float, group: dist.ProcessGroup | None, device: torch.device
-) -> float:
+def estimate_us(arm: Arm, warmup: int, budget_s: float, group: dist.ProcessGroup | None, device: torch.device) -> float:
     """Warm the arm up and return about how long a run takes on the slowest rank, in µs; the same on every rank."""
     slowest_us = 0.0
     for _ in range(warmup):

@@ -22,7 +22,7 @@ def installed(name: str) -> str | None:
 
 
 def missing(cuda: bool) -> list[str]:
-    lines = (pathlib.Path(__file__).parent / "base.in").read_text().splitlines()
+    lines = (pathlib.Path(__file__).parent / "base.in").read_text(encoding="utf-8").splitlines()
     lacking = [name for name in lines if name and not name.startswith("#") and installed(name) is None]
     torch = installed("torch")
     oldest, newest = (".".join(map(str, pair)) for pair in TORCH_VERSIONS)

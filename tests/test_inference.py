@@ -137,8 +137,8 @@ def test_steps_multiply_to_the_whole_and_a_failed_arm_has_no_speedup():
 def run_program(arm, points, folder, cache):
     """Run the program for one arm as the launcher does, without a launcher; its journal's rows."""
     specification = {
-        "kind": this_machine().kind, "launch": "test", "repeat": 0, "events": str(folder / f"{arm}.events"),
-        "journal": str(folder / "journal"),
+        "kind": this_machine().kind, "launch": "test", "repeat": 0, "collective_timeout_s": 60.0,
+        "events": str(folder / f"{arm}.events"), "journal": str(folder / "journal"),
         "points": [{"key": INFERENCE.key(point), "point": point, "label": arm} for point in points],
     }  # fmt: skip
     (folder / f"{arm}.json").write_text(json.dumps(specification))

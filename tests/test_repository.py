@@ -93,6 +93,13 @@ def test_primitives_never_import_the_study():
                 assert not any(name.startswith("maco_lib.study") for name in names), f"{path.name} imports {names}"
 
 
+def test_every_text_file_is_utf8_whatever_the_locale():
+    """The rule is ruff's PLW1514, which is still in its preview."""
+    command = [sys.executable, "-m", "ruff", "check", "--preview", "--isolated", "--select", "PLW1514", "maco_lib"]
+    done = subprocess.run(command, cwd=CHECKOUT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
 def test_modules_are_of_one_idea():
     assert {path.name: lines for path in MODULES if (lines := len(path.read_text().splitlines())) > 400} == {}
 

@@ -141,14 +141,29 @@ def test_a_section_that_only_computes_is_computed_where_it_never_ran(tmp_path):
     assert section.parameters(**record["parameters"]) == section.parameters()
 
 
-def test_a_hanging_point_is_stopped(store, monkeypatch):
-    monkeypatch.setattr(launch, "START_TIMEOUT_S", 10.0)
-    hanging = dataclasses.replace(toy.DATASET, point_timeout_s=1.0)
+def test_slow_is_not_stuck_and_what_is_stuck_says_where(store, monkeypatch):
+    monkeypatch.setattr(launch, "stall_bound", lambda longest_step_s: 3.0)
     begin = time.monotonic()
-    with pytest.raises(launch.LaunchError, match="finished no point for 1 s"):
-        launch.measure(store, "here", hanging, toy.ToyParameters(sizes=[1], seconds=60.0), this_machine())
-    assert time.monotonic() - begin < 25
+    with pytest.raises(
+        launch.LaunchError, match="made no progress on any rank for 3 s, after 1 of 2 points"
+    ) as stopped:
+        measure(store, sizes=[1, 2], seconds=5.0, hang_at=2)
+    assert time.monotonic() - begin < 60
+    text = str(stopped.value)
+    for rank in (0, 1):
+        # The first point took longer than the bound, in steps; what the ranks were at is where the second hangs.
+        assert f"rank {rank}: step 5" in text and "size=2" in text
+    assert text.count('File "tests/toy.py"') >= 2 and " in measure" in text
+    assert "torch.distributed" not in text and "Traceback" not in text, "nothing of our own signal"
+    assert len(list(store.journal_folder("here").glob("*.stacks"))) == 2
     assert not toy_processes()
+
+
+def test_the_bound_follows_from_the_longest_step_forecast():
+    assert launch.stall_bound(0.1) == 120.0
+    assert launch.stall_bound(30.0) == 300.0
+    inference = sections.table("inference")[1]
+    assert launch.stall_bound(inference.longest_step_s([], this_machine())) == 900.0
 
 
 def test_more_ranks_than_devices_is_refused(store):

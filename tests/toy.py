@@ -11,16 +11,20 @@ import torch.distributed as dist
 from maco_lib.experiments import worker
 from maco_lib.study.spec import Dataset, Parameters, Section
 
+STEP_S = worker.HEARTBEAT_S = 0.2
+
 
 class ToyParameters(Parameters):
     sizes: list[int] = [1, 2, 3]
     seconds: float = 0.0
     fail_at: int = 0
+    hang_at: int = 0
 
 
 def points(parameters, machine):
+    fails, hangs, seconds = parameters.fail_at, parameters.hang_at, parameters.seconds
     return [
-        {"size": size, "seconds": parameters.seconds, "fails": size == parameters.fail_at} for size in parameters.sizes
+        {"size": size, "seconds": seconds, "fails": size == fails, "hangs": size == hangs} for size in parameters.sizes
     ]
 
 
@@ -45,7 +49,6 @@ DATASET = Dataset(
     index=("size",),
     points=points,
     num_ranks=lambda parameters, machine: parameters.num_ranks or 2,
-    point_timeout_s=5.0,
 )
 SECTION = Section(
     name="toy",
@@ -60,7 +63,11 @@ SECTION = Section(
 def measure(point, context):
     with pathlib.Path(os.environ["TOY_LOG"]).open("a") as log:
         log.write(f"{point['size']}\n")
-    time.sleep(point["seconds"])
+    for _ in range(round(point["seconds"] / STEP_S)):
+        time.sleep(STEP_S)
+        context.step()
+    while point["hangs"]:
+        time.sleep(STEP_S)
     if point["fails"]:
         raise RuntimeError(f"the toy breaks at size {point['size']}")
     total = torch.tensor([float(context.rank + 1)])

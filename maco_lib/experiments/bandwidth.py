@@ -19,6 +19,7 @@ def measure(point: dict[str, Any], context: Context) -> Result:
     arms, errors = [], {}
     asked = point["backends"].split(",") if "backends" in point else decided(comm.available(name, device, group), group)
     for backend in asked:
+        context.step()
         entry = comm.backend(backend)
         error = first_error(entry.unavailable(name, device, group) or "", group)
         try:

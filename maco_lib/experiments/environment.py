@@ -38,6 +38,7 @@ def measure(point: dict, context: Context) -> Result:
     prepare = prepare_matmul if point["quantity"] == "matmul" else prepare_copy
     call, is_correct, work = prepare(point, device)
     call()
+    context.step()
     if not is_correct():
         return failed(unit, f"{point['quantity']} gave a wrong result")
     timing = interleave(

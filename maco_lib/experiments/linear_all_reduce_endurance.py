@@ -55,6 +55,7 @@ def identical(run: Run, num_repeats: int, problem: Problem) -> int:
     for number in range(num_repeats):
         same = [(one == other).all() for one, other in zip(firsts[number % 2], on_the_other(), strict=True)]
         count += torch.stack(same).all()
+        problem.context.step()
     return int(count)
 
 
@@ -70,6 +71,7 @@ def growth(run: Run, operation: str, num_calls: int, problem: Problem) -> int:
         rows = most if number == 0 else shapes.randint(1, most)
         problem.m, problem.x, problem.residual = rows, whole[:rows], residual[:rows]
         run(0)
+        problem.context.step()
     synchronize(problem.device)
     return in_use(problem) - before
 

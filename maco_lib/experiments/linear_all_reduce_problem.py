@@ -128,6 +128,7 @@ class Problem:
         A sum is judged whole, each element; the rows after a norm as such. Collective: one verdict for all ranks.
         """
         error, relative, equal = "", float("nan"), False
+        self.context.step()
         try:
             self.leave_wrong_results(run)
             outputs = tuple(output.clone() for output in run(0))
@@ -163,6 +164,7 @@ class Problem:
         for sign in (-1, 1):
             self.x.neg_()
             again()
+            self.context.step()
             errors.append(self.sum_error(outputs[-1][-1], len(outputs[-1]) == 2, sign * total, bound))
         return next((f"timed: {error}" for error in errors if error), "")
 

@@ -43,6 +43,7 @@ class Problem:
 
     def use(self, backend: str) -> str:
         """Make the all-reduce over `backend` ready; "" or why it cannot be used here. Collective."""
+        self.context.step()
         if backend not in self.operations and backend not in self.unusable:
             why = first_error(self.why_not(backend), self.group)
             if not why:
@@ -150,6 +151,7 @@ class Problem:
 
     def error(self, arm: Arm, backend: str | None, computes: bool) -> str:
         """Run `arm` once on poisoned outputs: "" on every rank, or the first rank's finding on every rank."""
+        self.context.step()
         self.product.fill_(torch.nan)
         try:
             if backend is None:

@@ -26,6 +26,7 @@ def stretch(problem: Problem, plan: Plan, num_samples: int) -> tuple[float, floa
         if restore:
             restore()
         mine.append(sample(problem, plan, barrier))
+        problem.context.step()
     # ranks × samples × sides, the first sample being the warm-up
     every_rank = np.array(gather(mine[1:], problem.group))
     communication, computation = np.median(every_rank.max(axis=0), axis=0)

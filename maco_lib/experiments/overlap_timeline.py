@@ -113,12 +113,13 @@ def traced(arm: Arm, problem: Problem) -> tuple[str, list[dict[str, Any]]]:
             barrier()
             run()
             synchronize(problem.device)
+        problem.context.step()
     if graph is not None:
         graph.reset()
     with tempfile.TemporaryDirectory() as folder:
         path = pathlib.Path(folder, "trace.json")
         profiler.export_chrome_trace(str(path))
-        trace = json.loads(path.read_text())["traceEvents"]
+        trace = json.loads(path.read_text(encoding="utf-8"))["traceEvents"]
     spans = [event for event in trace if event.get("ph") == "X" and event.get("dur", 0) > 0]
     described = [describe(event) for event in spans if (is_device_work(event) if cuda else is_step(event))]
     events = sorted(described, key=lambda event: event["start_us"])[1:]

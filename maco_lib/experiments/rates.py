@@ -7,6 +7,7 @@ The sizes grow until a run is long enough to be timed, so that a slow type costs
 
 import functools
 import json
+import os
 import pathlib
 import statistics
 import sys
@@ -18,7 +19,7 @@ import torch.distributed as dist
 
 from maco_lib.comm import DTYPES
 from maco_lib.experiments.worker import joined
-from maco_lib.study.rates import Rates, started_at
+from maco_lib.study.rates import TIMEOUT_S, Rates, started_at
 from maco_lib.study.supervise import die_with_parent
 from maco_lib.timing import decided, gather, synchronize
 
@@ -55,10 +56,8 @@ def matmul_flops(name: str, group: dist.ProcessGroup | None, device: torch.devic
 
 def main(kind: str, output: str) -> None:
     die_with_parent()
-    import os
-
     num_ranks = int(os.environ["WORLD_SIZE"])
-    with joined(num_ranks, kind) as (device, group):
+    with joined(num_ranks, kind, TIMEOUT_S) as (device, group):
         start_s = max(gather(time.time() - started_at(), group))
         names = [name for name in NAMES[kind] if kind == "cpu" or name != "bf16" or is_native(device)]
         flops = {name: matmul_flops(decided(name, group), group, device) for name in names}

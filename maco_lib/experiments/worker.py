@@ -7,7 +7,9 @@ path of a specification written by `maco_lib.study.launch`; rank 0 appends every
 import argparse
 import contextlib
 import datetime
+import faulthandler
 import json
+import logging
 import os
 import pathlib
 import sys
@@ -23,10 +25,10 @@ import torch.distributed as dist
 
 from maco_lib.study.journal import append_line
 from maco_lib.study.supervise import die_with_parent
-from maco_lib.timing import Timing
+from maco_lib.study.watch import STACKS_SIGNAL, stacks_path
+from maco_lib.timing import Timing, interleave
 
 HEARTBEAT_S = 5.0
-COLLECTIVE_TIMEOUT_S = 120.0
 
 
 @dataclass
@@ -60,7 +62,10 @@ def samples_of(timings: Mapping[str, Timing]) -> list[Samples]:
 
 @dataclass
 class Context:
-    """What a measurement knows of its surroundings. `state` lives as long as the process: engines, buffers, groups."""
+    """What a measurement knows of its surroundings. `state` lives as long as the process: engines, buffers, groups.
+
+    A measurement calls `step()` wherever it got on, several times a minute: the program is stopped when no rank does.
+    """
 
     rank: int
     num_ranks: int
@@ -69,15 +74,22 @@ class Context:
     events: pathlib.Path
     state: dict[str, Any] = field(default_factory=dict)
     doing: str = ""
+    steps: int = 0
+
+    def step(self) -> None:
+        """This rank got on; cheap, the heartbeat tells it."""
+        self.steps += 1
 
     def note(self, doing: str) -> None:
-        """Tell the progress bar what is going on; shown with the heartbeat."""
+        """Tell the progress bar what is going on; shown with the heartbeat. A step, too."""
         self.doing = doing
-        self.report("note", doing=doing)
-
-    def report(self, event: str, **details: Any) -> None:
+        self.step()
         if self.rank == 0:
-            append_line(self.events, {"event": event, "time": time.time(), **details})
+            tell(self.events, "note", self.rank, doing=doing)
+
+
+def tell(events: pathlib.Path, event: str, rank: int, **details: Any) -> None:
+    append_line(events, {"event": event, "rank": rank, "time": time.time(), **details}, durable=False)
 
 
 @contextlib.contextmanager
@@ -86,7 +98,7 @@ def heartbeat(context: Context):
 
     def beat() -> None:
         while not stop.wait(HEARTBEAT_S):
-            context.report("alive", doing=context.doing)
+            tell(context.events, "alive", context.rank, step=context.steps, doing=context.doing)
 
     thread = threading.Thread(target=beat, daemon=True)
     thread.start()
@@ -98,8 +110,29 @@ def heartbeat(context: Context):
 
 
 @contextlib.contextmanager
-def joined(num_ranks: int, kind: str):
-    """This rank's device and process group (None for a single rank); NCCL on GPUs, gloo on CPUs."""
+def stepping(context: Context):
+    """Every run that `timing.interleave` waits for, also within the planner's own measurements, is a step."""
+
+    class Steps(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            context.step()
+
+    logger, handler = logging.getLogger(interleave.__module__), Steps()
+    logger.addHandler(handler)
+    logger.setLevel(logging.DEBUG)
+    logger.propagate = False
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
+
+
+@contextlib.contextmanager
+def joined(num_ranks: int, kind: str, timeout_s: float):
+    """This rank's device and process group (None for a single rank); NCCL on GPUs, gloo on CPUs.
+
+    timeout_s: how long a collective waits for a rank; longer than the launcher waits for one that is stuck.
+    """
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
     if kind == "cuda":
         device = torch.device("cuda", local_rank)
@@ -110,7 +143,7 @@ def joined(num_ranks: int, kind: str):
         yield device, None
         return
     backend = {"cuda": "nccl", "cpu": "gloo"}[kind]
-    timeout = datetime.timedelta(seconds=COLLECTIVE_TIMEOUT_S)
+    timeout = datetime.timedelta(seconds=timeout_s)
     dist.init_process_group(backend, timeout=timeout, device_id=device if kind == "cuda" else None)
     try:
         yield device, dist.group.WORLD
@@ -122,15 +155,20 @@ def main(measure: Callable[[dict, Context], Result]) -> None:
     """Entry point of an experiment program under torchrun: `python -m maco_lib.experiments.<program> SPECIFICATION`."""
     parser = argparse.ArgumentParser(description=main.__doc__)
     parser.add_argument("specification", type=pathlib.Path)
-    specification = json.loads(parser.parse_args().specification.read_text())
+    specification = json.loads(parser.parse_args().specification.read_text(encoding="utf-8"))
     die_with_parent()
     rank, num_ranks = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
-    try:
-        work(measure, specification, rank, num_ranks)
-    except Exception as error:
-        message = f"{type(error).__name__}: {error}"
-        append_line(pathlib.Path(specification["events"]), {"event": "failed", "rank": rank, "error": message})
-        raise
+    events = pathlib.Path(specification["events"])
+    with open(stacks_path(events, rank), "w", encoding="utf-8") as stacks:
+        faulthandler.register(STACKS_SIGNAL, file=stacks)
+        tell(events, "started", rank, pid=os.getpid())
+        try:
+            work(measure, specification, rank, num_ranks)
+        except Exception as error:
+            tell(events, "failed", rank, error=f"{type(error).__name__}: {error}")
+            raise
+        finally:
+            faulthandler.unregister(STACKS_SIGNAL)
     if num_ranks > 1 and specification["kind"] == "cpu":
         leave()
 
@@ -147,12 +185,12 @@ def leave() -> NoReturn:
 
 def work(measure: Callable[[dict, Context], Result], specification: dict[str, Any], rank: int, num_ranks: int) -> None:
     """Measure every point of the specification; rank 0 records them."""
-    with joined(num_ranks, specification["kind"]) as (device, group):
-        context = Context(rank, num_ranks, device, group, pathlib.Path(specification["events"]))
-        with heartbeat(context):
-            context.report("started", num_ranks=num_ranks)
+    events = pathlib.Path(specification["events"])
+    with joined(num_ranks, specification["kind"], specification["collective_timeout_s"]) as (device, group):
+        context = Context(rank, num_ranks, device, group, events)
+        with heartbeat(context), stepping(context):
             for entry in specification["points"]:
-                context.doing = entry["label"]
+                context.note(entry["label"])
                 torch.manual_seed(zlib.crc32(f"{entry['key']}/{specification['launch']}/{rank}".encode()))
                 begin = time.time()
                 result = measure(entry["point"], context)
@@ -168,5 +206,6 @@ def work(measure: Callable[[dict, Context], Result], specification: dict[str, An
                         "samples": [vars(samples) for samples in result.samples],
                     }
                     append_line(pathlib.Path(specification["journal"]), line)
-                context.report("point", label=entry["label"])
-            context.report("finished")
+                context.step()
+                if rank == 0:
+                    tell(events, "point", rank, label=entry["label"])

@@ -73,7 +73,7 @@ class Constants:
             "BF16": int(self.dtype == torch.bfloat16), "WGMMA": wgmma(self.padded_rows, self.dtype),
             "LAUNCH": f"{MAX_CTAS + 1}ull", "HALF": f"{HALF_BYTES}ull",
         }  # fmt: skip
-        return compiled.defines(constants) + "".join(path.read_text() for path in SOURCES)
+        return compiled.defines(constants) + "".join(path.read_text(encoding="utf-8") for path in SOURCES)
 
 
 @functools.cache

@@ -44,7 +44,7 @@ class Constants:
             "PASSES": self.passes, "ONE_SHOT": int(self.one_shot), "NORM": int(self.norm),
             "LAUNCH": f"{MAX_CTAS + 1}ull", "HALF": f"{HALF_BYTES}ull", "BEGIN": f"{LINE_BYTES}ull",
         }  # fmt: skip
-        return compiled.defines(constants) + "".join(path.read_text() for path in SOURCES)
+        return compiled.defines(constants) + "".join(path.read_text(encoding="utf-8") for path in SOURCES)
 
 
 @functools.cache

@@ -83,7 +83,7 @@ class Constants:
             "HAS_RESIDUAL": int(self.has_residual), "TRACE": int(self.trace), "TRACE_TILES": TRACE_TILES,
             "WGMMA_2": "", **instructions,
         }  # fmt: skip
-        return compiled.defines(constants) + "".join(path.read_text() for path in SOURCES)
+        return compiled.defines(constants) + "".join(path.read_text(encoding="utf-8") for path in SOURCES)
 
 
 @functools.cache

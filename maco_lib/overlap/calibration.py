@@ -178,7 +178,7 @@ def made_for(machine: Machine, grid: Grid) -> dict[str, Any]:
 def read(machine: Machine, kind: str, num_ranks: int, grid: Grid) -> dict[str, Any] | None:
     """The stored calibration, None where there is none that holds for this machine as it is."""
     try:
-        content = json.loads(stored_at(machine, kind, num_ranks).read_text())
+        content = json.loads(stored_at(machine, kind, num_ranks).read_text(encoding="utf-8"))
         Calibration.from_json(content)
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None  # missing, cut off, or of an earlier form: measured anew
@@ -189,7 +189,7 @@ def write(path: pathlib.Path, content: dict[str, Any]) -> None:
     """The whole file or none; a folder that cannot be written costs a measurement in every process, no more."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False) as file:
+        with tempfile.NamedTemporaryFile("w", encoding="utf-8", dir=path.parent, delete=False) as file:
             file.write(json.dumps(content, indent=1, sort_keys=True) + "\n")
         os.replace(file.name, path)
     except OSError as error:

@@ -152,7 +152,7 @@ def beside(
 ) -> dict[Plan, tuple[float, float, float]]:
     """Plan -> (t_comm, t_comp, t_overlap) in µs, with an n×n matmul; without plans whose backend takes fewer bytes."""
     a, b = (normal(n * n, device).view(n, n) for _ in range(2))
-    product, source = torch.empty_like(a), normal(num_bytes // DTYPE.itemsize, device)
+    product, source = torch.empty_like(a), normal(num_bytes // a.itemsize, device)
     tensor = tensors(source, group)[WHERE[0]]
 
     def compute() -> None:

@@ -21,7 +21,7 @@ def tidy(path: pathlib.Path) -> None:
     text = nbformat.writes(book)
     for place, name in ((f"{CHECKOUT}/", ""), (sys.prefix, "<python>"), (tempfile.gettempdir(), "<tmp>")):
         text = text.replace(place, name)
-    path.write_text(text if text.endswith("\n") else text + "\n")
+    path.write_text(text if text.endswith("\n") else text + "\n", encoding="utf-8")
 
 
 def main(notebook: str, output: str, parameters: str) -> None:

@@ -4,6 +4,8 @@ import hashlib
 import json
 import os
 import pathlib
+import re
+import sys
 import tempfile
 from typing import Any
 
@@ -17,6 +19,16 @@ class DataError(Exception):
 def study_root() -> pathlib.Path:
     """The folder that holds `data/`, `figures/` and `REPORT.md`: `MACO_ROOT`, or the checkout this package lies in."""
     return pathlib.Path(os.environ.get("MACO_ROOT") or CHECKOUT)
+
+
+def without_places(text: str) -> str:
+    """`text` without where this machine keeps its files: the checkout, the interpreter, temporary files."""
+    places = {f"{CHECKOUT}/": "", sys.prefix: "<python>", tempfile.gettempdir(): "<tmp>"}
+    for place, name in places.items():
+        # As a whole path, not inside a longer word: base64 is full of slashes.
+        end = "" if place.endswith("/") else r"(?![\w+=.-])"
+        text = re.sub(rf"(?<![\w+/=.-]){re.escape(place)}{end}", name, text)
+    return text
 
 
 def write_atomically(path: pathlib.Path, data: bytes) -> None:

@@ -1,28 +1,24 @@
 """Measure what is missing of a dataset: torchrun children, each watched, timed out and killed with all it started."""
 
-import contextlib
-import fcntl
 import os
-import pathlib
 import secrets
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
-from typing import Any
 
 from maco_lib.machine import Machine
 from maco_lib.provenance import provenance
 from maco_lib.sampler import Sampler
 from maco_lib.study import sections
-from maco_lib.study.files import CHECKOUT, write_json
-from maco_lib.study.journal import drop_torn_line, read_lines
+from maco_lib.study.files import CHECKOUT, without_places, write_json
+from maco_lib.study.journal import drop_torn_line
+from maco_lib.study.locks import held
 from maco_lib.study.progress import Progress
+from maco_lib.study.rates import Rates
 from maco_lib.study.spec import Dataset, Point, SectionParameters
 from maco_lib.study.store import Store
+from maco_lib.study.watch import START_S, stacks_path, stall_bound, watch
 
-START_TIMEOUT_S = 180.0
-POLL_S = 0.1
 LOG_LINES = 25
 LABEL_LENGTH = 70
 
@@ -69,19 +65,14 @@ def missing(store: Store, name: str, dataset: Dataset, pairs: list[tuple[Point, 
     return [(point, repeat) for point, repeat in pairs if (dataset.key(point), repeat) not in done]
 
 
-@contextlib.contextmanager
-def alone(store: Store, name: str) -> Iterator[None]:
-    """Only one run at a time may measure into a machine's folder; RuntimeError if another does."""
-    with open(store.journal_folder(name) / "lock", "w") as stream:
-        try:
-            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise RuntimeError(f"another run is measuring into data/{name}; wait for it or stop it") from None
-        yield
-
-
 def measure(
-    store: Store, name: str, dataset: Dataset, parameters: SectionParameters, machine: Machine, force: bool = False
+    store: Store,
+    name: str,
+    dataset: Dataset,
+    parameters: SectionParameters,
+    machine: Machine,
+    rates: Rates,
+    force: bool = False,
 ) -> int:
     """Measure the missing points (all of them with `force`) and store the table; returns how many were measured.
 
@@ -91,7 +82,8 @@ def measure(
     pairs = repeats(dataset, parameters, points)
     if not pairs and not (store.data / name / f"{dataset.name}.csv").exists():
         return 0
-    with alone(store, name):
+    busy = f"another run is measuring into data/{name}; wait for it or stop it"
+    with held(store.journal_folder(name) / "lock", busy):
         journal = store.journal(name, dataset.name)
         drop_torn_line(journal)
         todo = pairs if force else missing(store, name, dataset, pairs)
@@ -100,7 +92,7 @@ def measure(
             launches.setdefault((repeat, *dataset.group(point)), []).append(point)
         with Progress(dataset.name, len(pairs), len(todo)) as progress:
             for (repeat, *_), entries in launches.items():
-                launch(store, name, dataset, entries, repeat, machine, progress)
+                launch(store, name, dataset, entries, repeat, machine, rates, progress)
         keys = [dataset.key(point) for point in points]
         current = store.record(name, sections.table(dataset.name)[0].name).get("tables", {}).get(dataset.name, {})
         if todo or journal.exists() or current.get("keys") != keys:
@@ -109,17 +101,26 @@ def measure(
 
 
 def launch(
-    store: Store, name: str, dataset: Dataset, points: list[Point], repeat: int, machine: Machine, progress: Progress
+    store: Store,
+    name: str,
+    dataset: Dataset,
+    points: list[Point],
+    repeat: int,
+    machine: Machine,
+    rates: Rates,
+    progress: Progress,
 ) -> None:
     """One torchrun of the dataset's program over `points`; raises LaunchError unless every one was measured."""
     folder = store.journal_folder(name)
     identifier = f"{time.strftime('%Y%m%dT%H%M%S', time.gmtime())}-{secrets.token_hex(2)}"
     events, log = folder / f"{identifier}.events", folder / f"{identifier}.log"
     num_ranks = points[0]["num_ranks"]
+    stall_s = stall_bound(dataset.longest_step_s(points, rates))
     specification = {
         "kind": machine.kind,
         "launch": identifier,
         "repeat": repeat,
+        "collective_timeout_s": START_S + 2 * stall_s,
         "events": str(events),
         "journal": str(store.journal(name, dataset.name)),
         "points": [
@@ -143,7 +144,7 @@ def launch(
     write_json(facts_path, facts)  # before the start: a point in the journal always finds its launch
     supervisor = [sys.executable, "-m", "maco_lib.study.supervise", sys.executable, *torchrun, str(specification_path)]
     begin = time.monotonic()
-    with open(log, "wb") as output, Sampler() as sampler:
+    with open(log, "ab") as output, Sampler() as sampler:
         process = subprocess.Popen(
             supervisor,
             stdin=subprocess.PIPE,
@@ -153,16 +154,22 @@ def launch(
             start_new_session=True,
         )
         try:
-            why = watch(process, events, progress, dataset.point_timeout_s, len(points))
+            why = watch(process, events, progress, num_ranks, len(points), stall_s)
+            # Before the program is ended: what torchrun says of our own signal explains nothing.
+            tail = log.read_text(encoding="utf-8", errors="replace").splitlines()[-LOG_LINES:]
         finally:
             process.stdin.close()
             process.wait()
     write_json(facts_path, {**facts, "seconds": round(time.monotonic() - begin, 1), "sampled": sampler.summary()})
-    if why:
-        tail = "\n".join(log.read_text(errors="replace").splitlines()[-LOG_LINES:])
-        raise LaunchError(f"{program} {why}. Its log is {os.path.relpath(log, store.root)} and ends:\n{tail}")
-    for path in (events, log, specification_path):
+    for path in (events, specification_path):
         path.unlink()
+    for path in (stacks_path(events, rank) for rank in range(num_ranks)):
+        if path.exists() and not path.stat().st_size:
+            path.unlink()
+    if why:
+        told = without_places("\n".join(tail))
+        raise LaunchError(f"{program} {why}. Its log is {os.path.relpath(log, store.root)} and ends:\n{told}")
+    log.unlink()
 
 
 def child_environment(machine: Machine, num_ranks: int) -> dict[str, str]:
@@ -170,34 +177,3 @@ def child_environment(machine: Machine, num_ranks: int) -> dict[str, str]:
     path = os.pathsep.join(part for part in (str(CHECKOUT), os.environ.get("PYTHONPATH")) if part)
     threads = max(1, len(os.sched_getaffinity(0)) // num_ranks)
     return {"OMP_NUM_THREADS": str(threads), "PYTHONUNBUFFERED": "1", **os.environ, "PYTHONPATH": path}
-
-
-def watch(
-    process: subprocess.Popen, events: pathlib.Path, progress: Progress, point_timeout_s: float, num_points: int
-) -> str | None:
-    """Follow the events until the program ends; returns what went wrong, or None.
-
-    A point may take `point_timeout_s`, start-up START_TIMEOUT_S more; a program past that is stopped.
-    """
-    seen = finished = 0
-    failures: list[str] = []
-    deadline = time.monotonic() + START_TIMEOUT_S + point_timeout_s
-    while True:
-        ended = process.poll() is not None
-        lines: list[dict[str, Any]] = list(read_lines(events))
-        for event in lines[seen:]:
-            progress.show(event)
-            if event["event"] == "failed":
-                failures.append(f"rank {event['rank']}: {event['error']}")
-            if event["event"] == "point":
-                finished += 1
-                deadline = time.monotonic() + point_timeout_s
-        seen = len(lines)
-        if ended:
-            if process.returncode != 0:
-                cause = f" ({failures[0]})" if failures else ""
-                return f"ended with status {process.returncode} after {finished} of {num_points} points{cause}"
-            return None if finished == num_points else f"ended after {finished} of {num_points} points"
-        if time.monotonic() > deadline:
-            return f"finished no point for {point_timeout_s:.0f} s (after {finished} of {num_points}) and was stopped"
-        time.sleep(POLL_S)

@@ -39,7 +39,7 @@ def build(root: pathlib.Path) -> list[pathlib.Path]:
     with tempfile.TemporaryDirectory() as folder:
         scratch = pathlib.Path(folder)
         style, html = scratch / "style.html", scratch / "REPORT.html"
-        style.write_text(f"<style>{CSS}</style>")
+        style.write_text(f"<style>{CSS}</style>", encoding="utf-8")
         options = ["--standalone", "--embed-resources", "--resource-path", str(root), "--include-in-header", str(style),
                    "--metadata", f"pagetitle={TITLE}"]  # fmt: skip
         pypandoc.convert_file(str(root / "REPORT.md"), "html5", format="gfm", outputfile=str(html), extra_args=options)

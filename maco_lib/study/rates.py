@@ -71,11 +71,11 @@ def measure(machine: Machine, environment: Mapping[str, str], num_ranks: int) ->
     with tempfile.TemporaryDirectory() as folder:
         output = pathlib.Path(folder) / "rates.json"
         torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(num_ranks)]
-        command = [sys.executable, "-m", "maco_lib.study.supervise", *torchrun, "-m", PROGRAM, machine.kind, str(output)]
+        supervisor = [sys.executable, "-m", "maco_lib.study.supervise"]
         log = pathlib.Path(folder) / "log"
         with open(log, "wb") as stream:
             process = subprocess.Popen(
-                command,
+                [*supervisor, *torchrun, "-m", PROGRAM, machine.kind, str(output)],
                 env={**environment, "MACO_STARTED": repr(time.time())},
                 stdin=subprocess.PIPE,  # the supervisor's lifeline
                 stdout=stream,

@@ -98,7 +98,7 @@ def render(
         autoescape=False,
     )
     judged, store = {machine.name: judge(machine, root) for machine in machines}, Store(root)
-    return environment.from_string(TEMPLATE.read_text()).render(
+    return environment.from_string(TEMPLATE.read_text(encoding="utf-8")).render(
         root=root,
         machines=machines,
         problems=list(dict.fromkeys(problems)),

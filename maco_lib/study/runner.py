@@ -17,15 +17,17 @@ from maco_lib.machine import Machine, this_machine
 from maco_lib.study.figures.style import FORMATS
 from maco_lib.study.files import CHECKOUT
 from maco_lib.study.journal import read_lines
-from maco_lib.study.launch import plan
 from maco_lib.study.progress import View
 from maco_lib.study.sections import SECTIONS
 from maco_lib.study.sections import section as find_section
+from maco_lib.study.sizing import Sizes, asked_of, share_s
 from maco_lib.study.spec import PROFILES, Section, SectionParameters
 from maco_lib.study.status import COMPLETE, FAILED, UNAVAILABLE, section_status
 from maco_lib.study.store import DataError, Store, utc_now
 
 POLL_S = 0.2
+# Parameters that were given are obeyed, with a warning where they take so many times the section's share of the time.
+FAR_LONGER = 3.0
 
 
 @dataclass(frozen=True)
@@ -51,8 +53,8 @@ def parse_overrides(assignments: list[str]) -> dict[str, Any]:
     return overrides
 
 
-def prepare(only: list[str], profile: str, overrides: Mapping[str, Any], machine: Machine) -> list[Job]:
-    """What would run, checked before anything does; raises ValueError naming the bad name or value and the valid ones.
+def prepare(only: list[str], profile: str, overrides: Mapping[str, Any], sizes: Sizes) -> list[Job]:
+    """What would run, in types and sizes for this machine, checked before anything does; raises ValueError naming the bad name or value and the valid ones.
 
     An override goes to every chosen section that has a parameter of that name.
     """
@@ -66,10 +68,8 @@ def prepare(only: list[str], profile: str, overrides: Mapping[str, Any], machine
     jobs = []
     for entry in chosen:
         given = {name: value for name, value in overrides.items() if name in entry.parameters.model_fields}
-        parameters = entry.resolve(profile, machine, given)
-        for dataset in entry.datasets:
-            if not dataset.unavailable(parameters, machine):
-                plan(dataset, parameters, machine)
+        parameters = sizes.resolve(entry, profile, given)
+        asked_of(entry, parameters, sizes.machine)  # refuses points that cannot be
         jobs.append(Job(entry, given, parameters))
     return jobs
 
@@ -80,8 +80,10 @@ def run(
     """Run what is not fresh, write the report; returns the exit status, non-zero if a section or the report failed."""
     store, machine = Store(), this_machine()
     folder = store.folder_for(machine, machine_name)
-    jobs = prepare(only, profile, overrides, machine)
+    sizes = Sizes(store, folder, machine)
+    jobs = prepare(only, profile, overrides, sizes)
     print(f"Machine {folder}, profile {profile}: {', '.join(job.section.name for job in jobs)}", flush=True)
+    tell_forecast(sizes, jobs, profile, force)
     failed: list[str] = []
     for job in jobs:
         if force:
@@ -103,6 +105,25 @@ def run(
                 break
     problems = write_report(store)
     return 1 if failed or problems else 0
+
+
+def tell_forecast(sizes: Sizes, jobs: list[Job], profile: str, force: bool) -> None:
+    """What measuring will take, section by section; a warning where parameters that were given ask for far more."""
+    forecasts = {job.section.name: sizes.forecast_s(job.section, job.parameters, force) for job in jobs}
+    told = [f"{name} {seconds / 60:.1f}" for name, seconds in forecasts.items() if seconds]
+    if told:
+        rates = sizes.rates
+        measured = ", ".join(f"{name} {flops / 1e9:.3g}" for name, flops in rates.flops.items())
+        print(f"Sizes for matmuls in {rates.dtype} ({measured} GFLOP/s a rank)")
+        print(f"Forecast in minutes: {', '.join(told)}; {sum(forecasts.values()) / 60:.1f} in all", flush=True)
+    for job in jobs:
+        seconds, share = forecasts[job.section.name], share_s(job.section, profile)
+        if job.given and seconds > FAR_LONGER * share:
+            print(
+                f"warning: {job.section.name} with {', '.join(job.given)} as given is forecast to take "
+                f"{seconds / 60:.0f} minutes, where profile {profile} means {share / 60:.1f}",
+                file=sys.stderr,
+            )
 
 
 def figures_exist(store: Store, folder: str, section: Section, state: str) -> bool:
@@ -182,7 +203,7 @@ def judge(store: Store, folder: str, section: Section, run_id: str, status: int,
     if status != 0:
         lines = [
             line
-            for line in log.read_text(errors="replace").splitlines()
+            for line in log.read_text(encoding="utf-8", errors="replace").splitlines()
             if line.strip() and "[IPKernelApp]" not in line
         ]
         return "\n".join(lines[-30:]) or f"its process ended with status {status}"

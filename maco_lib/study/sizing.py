@@ -107,13 +107,6 @@ def seconds_of(dataset: Dataset, pairs: list[tuple[Point, int]], rates: Rates) -
     return starts + sum(dataset.seconds(point, rates) for point, _ in pairs)
 
 
-def longest_step_s(dataset: Dataset, points: list[Point], rates: Rates) -> float:
-    """The longest that a launch of these points may go without a word: it tells more often, never less."""
-    return max(dataset.start_s(points[0], rates), *(dataset.seconds(point, rates) for point in points))
-
-
 def share_s(section: Section, profile: str) -> float:
     """Seconds of the profile's time that are the section's."""
     return 60 * MINUTES[profile] * section.share
-
-

@@ -56,8 +56,8 @@ class Dataset:
     `index` names the columns that identify a row; every other column is a value. `group(point)` says which points share
     a process launch, `launches(parameters, point)` how many launches a point gets. `finish` adds the columns that need
     more than one point's rows. `seconds(point, rates)` forecasts what measuring the point once takes, `start_s(first
-    point, rates)` what a launch takes before its first point. `unavailable` says in one sentence why this machine cannot measure the dataset, or
-    returns None.
+    point, rates)` what a launch takes before its first point. `unavailable` says in one sentence why this machine can't
+    measure the dataset, or returns None.
     """
 
     name: str
@@ -78,6 +78,10 @@ class Dataset:
     def num_launches(self, parameters: SectionParameters, point: Point) -> int:
         """How many process launches the point gets: what the parameters say, once where repeating means nothing."""
         return self.launches(parameters, point) if self.repeated else 1
+
+    def longest_step_s(self, points: Sequence[Point], rates: Rates) -> float:
+        """Seconds that a launch over `points` may go on without a step, by the forecast: its start or a whole point."""
+        return max(self.start_s(points[0], rates), *(self.seconds(point, rates) for point in points))
 
     def key(self, point: Mapping[str, Any]) -> str:
         return point_key(self.name, self.method_version, point)

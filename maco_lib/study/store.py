@@ -165,7 +165,7 @@ class Store:
 
     def _read_json(self, path: pathlib.Path) -> dict[str, Any]:
         try:
-            return json.loads(path.read_text())
+            return json.loads(path.read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
             raise DataError(f"{self._shown(path)} cannot be read: {error}") from None
 

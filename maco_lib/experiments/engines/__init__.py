@@ -7,6 +7,7 @@ host's clock.
 
 import os
 import pathlib
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -37,9 +38,11 @@ class Engine(Protocol):
     def close(self) -> None: ...
 
 
-def start(arm: str, path: str, dtype: str, device: str, max_tokens: int) -> Engine:
+def start(
+    arm: str, path: str, dtype: str, device: str, max_tokens: int, on_step: Callable[[], object] = lambda: None
+) -> Engine:
     """Load the checkpoint in the folder `path` for one arm. `max_tokens`: the longest prompt and its new tokens
-    together.
+    together. `on_step` is called as far as the start has got on: the library is imported, the model loaded.
 
     Raises ModuleNotFoundError where the arm's library is not installed, ValueError for an unknown arm.
     """
@@ -48,10 +51,11 @@ def start(arm: str, path: str, dtype: str, device: str, max_tokens: int) -> Engi
     if arm.startswith("transformers"):
         from maco_lib.experiments.engines.transformers_engine import TransformersEngine
 
+        on_step()
         return TransformersEngine(path, dtype, device, is_compiled=arm == "transformers_compiled")
     from maco_lib.experiments.engines.vllm_engine import VllmEngine
 
-    return VllmEngine(path, dtype, device, max_tokens, enforce_eager=arm == "vllm_eager")
+    return VllmEngine(path, dtype, device, max_tokens, enforce_eager=arm == "vllm_eager", on_step=on_step)
 
 
 def usable_cores() -> list[int]:
@@ -59,5 +63,5 @@ def usable_cores() -> list[int]:
     cores: dict[str, int] = {}
     for cpu in sorted(os.sched_getaffinity(0)):
         siblings = pathlib.Path(f"/sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings_list")
-        cores.setdefault(siblings.read_text() if siblings.exists() else str(cpu), cpu)
+        cores.setdefault(siblings.read_text(encoding="utf-8") if siblings.exists() else str(cpu), cpu)
     return list(cores.values())

@@ -3,6 +3,7 @@
 import atexit
 import os
 import time
+from collections.abc import Callable
 
 from maco_lib.experiments.engines import Generation, usable_cores
 
@@ -33,11 +34,14 @@ class VllmEngine:
     arm computes on, where its default leaves one of them to its scheduler.
     """
 
-    def __init__(self, path: str, dtype: str, device: str, max_tokens: int, enforce_eager: bool):
+    def __init__(
+        self, path: str, dtype: str, device: str, max_tokens: int, enforce_eager: bool, on_step: Callable[[], object]
+    ):
         prepare_environment(device)
         begin = time.perf_counter()
         import vllm
 
+        on_step()
         self.sampling = vllm.SamplingParams
         self.version = f"vllm {vllm.__version__}"
         self.threads = len(usable_cores())

@@ -16,7 +16,7 @@ MIN_ITERATIONS = 7
 
 class EnvironmentParameters(SectionParameters):
     num_launches: int = Field(1, ge=1, description="separate process launches per point; rows are medians over them")
-    matmul_n: list[int] = Field([256, 512, 1024, 2048], min_length=1, description="n of the n×n matmuls, in bf16, fp32 and dtype")
+    matmul_n: list[int] = Field([256, 512, 1024, 2048], min_length=1, description="n of the n×n matmuls of every type")
     dtype: Literal["bf16", "fp16", "fp32"] = Field("bf16", description="type of the other sections, and of skinny_m")
     skinny_m: list[int] = Field([1, 64], description="m of the (m, n) @ (n, n) matmuls; n is skinny_n")
     skinny_n: int = Field(2048, ge=1, description="n of those; its n×n weights should not fit into a cache")
@@ -40,7 +40,8 @@ def points(parameters: EnvironmentParameters, machine: Machine) -> list[Point]:
                     result.append({"quantity": "matmul", **device, "dtype": dtype, "m": n, "n": n, "k": n, "bytes": 0})
         n = parameters.skinny_n
         for m in parameters.skinny_m:
-            result.append({"quantity": "matmul", **device, "dtype": parameters.dtype, "m": m, "n": n, "k": n, "bytes": 0})
+            skinny = {"dtype": parameters.dtype, "m": m, "n": n, "k": n, "bytes": 0}
+            result.append({"quantity": "matmul", **device, **skinny})
         copy = {**device, "dtype": "", "m": 0, "n": 0, "k": 0, "bytes": parameters.copy_mib * MIB}
         result.append({"quantity": "memory_copy", **copy})
         if cuda:

@@ -1,4 +1,4 @@
-"""What measuring takes, for the sections' forecasts: samples as `timing.interleave` takes them, and what surrounds them."""
+"""What measuring takes, for the sections' forecasts: samples as `timing.interleave` takes them, and what is around."""
 
 from maco_lib.stats import num_samples
 from maco_lib.study.rates import Rates

@@ -262,7 +262,9 @@ SECTION = Section(
                 {"batches": [1], "num_repeats": 3},
                 {**TINY, "batches": [1, 8], "new_tokens": 32},
             ),
-            "cuda": smaller({}, {"batches": [1, 8], "num_repeats": 5, "num_warmups": 1, "num_batched_repeats": 3}, TINY),
+            "cuda": smaller(
+                {}, {"batches": [1, 8], "num_repeats": 5, "num_warmups": 1, "num_batched_repeats": 3}, TINY
+            ),
         },
         "full": {"cpu": [{}], "cuda": [{"batches": [1, 8, 32, 128], "num_batched_repeats": 4}]},
     },

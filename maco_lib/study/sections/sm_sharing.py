@@ -13,7 +13,7 @@ EVERY = [name for names in TECHNIQUES.values() for name in names]
 
 
 def points(parameters: SectionParameters, machine: Machine) -> list[Point]:
-    """Each of the machine's techniques at each n, in the device protocol; a point names its type if not the published."""
+    """Each of the machine's techniques at each n, in the device protocol; a point names a type other than bf16."""
     how = {"budget_s": parameters.budget_s, "min_iterations": parameters.min_iterations}
     if parameters.dtype != PUBLISHED_DTYPE:
         how["dtype"] = parameters.dtype

@@ -13,7 +13,7 @@ from typing import Any
 
 import yaml
 
-from maco_lib.machine import Machine, this_machine
+from maco_lib.machine import this_machine
 from maco_lib.study.figures.style import FORMATS
 from maco_lib.study.files import CHECKOUT
 from maco_lib.study.journal import read_lines
@@ -54,7 +54,7 @@ def parse_overrides(assignments: list[str]) -> dict[str, Any]:
 
 
 def prepare(only: list[str], profile: str, overrides: Mapping[str, Any], sizes: Sizes) -> list[Job]:
-    """What would run, in types and sizes for this machine, checked before anything does; raises ValueError naming the bad name or value and the valid ones.
+    """What would run, with types and sizes for this machine; ValueError naming the bad name or value and the valid ones.
 
     An override goes to every chosen section that has a parameter of that name.
     """

@@ -54,7 +54,7 @@ def parse_overrides(assignments: list[str]) -> dict[str, Any]:
 
 
 def prepare(only: list[str], profile: str, overrides: Mapping[str, Any], sizes: Sizes) -> list[Job]:
-    """What would run, with types and sizes for this machine; ValueError naming the bad name or value and the valid ones.
+    """What would run, with types and sizes for this machine; ValueError naming a bad name or value and the valid ones.
 
     An override goes to every chosen section that has a parameter of that name.
     """

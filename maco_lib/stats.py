@@ -6,7 +6,16 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 MIN_BLOCKS = 5
+# Where the fewest samples asked for take longer than so many budgets, fewer are taken, but not below LEAST_SAMPLES.
+PATIENCE = 3.0
+LEAST_SAMPLES = 3
 STATISTICS = {"median": np.median, "mean": np.mean}
+
+
+def num_samples(fitting: float, least: int, most: int) -> int:
+    """Samples of each arm where `fitting` rounds over all arms fit into the budget, `least` to `most` are asked for."""
+    patient = max(LEAST_SAMPLES, int(PATIENCE * fitting))
+    return min(most, max(int(fitting), min(least, patient)))
 
 
 def samples_array(name: str, samples: ArrayLike) -> np.ndarray:

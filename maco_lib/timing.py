@@ -12,8 +12,12 @@ region. How a sample is taken (`Timing.timing`):
 The first two are issued behind a kernel that keeps the GPU busy until the host has issued the whole block, so no host
 is in the loop, and the SMs' clock is read around each sample, before its barrier and after its end. Caches are as
 `prepare` and the previous sample left them (warm).
+
+Each run that is waited for is told to the logger of this module (DEBUG): whoever watches a measurement can tell a slow
+one from a stuck one.
 """
 
+import logging
 import random
 import time
 from collections.abc import Callable, Sequence
@@ -26,7 +30,9 @@ import torch
 import torch.distributed as dist
 
 from maco_lib.clock import ClockReadings, lowest_mhz
+from maco_lib.stats import num_samples
 
+LOG = logging.getLogger(__name__)
 PROTOCOLS = ("device", "published")
 # A replay takes some µs to start, whatever is in it: it is filled with runs until they take much longer. Not with more
 # than so many, as a run may sum in place.
@@ -126,15 +132,17 @@ def interleave(
     """Time `arms` interleaved; every rank of `group` (None: this process alone) calls it with the same arguments.
 
     iterations: samples of each arm, rounded up to whole blocks; None: as many as fit into `budget_s` seconds, between
-    `min_iterations` and `max_iterations`. Rank 0 decides it and the order of the arms in each block. captured: a GPU
-    replays CUDA graphs of the arms where it can; False: it never does, the runs are issued as eager code does. Returns,
-    on every rank, arm name -> `Timing`. Raises ValueError on an unknown protocol, repeated names or counts below 1.
+    `min_iterations` and `max_iterations`; where `min_iterations` would take many times that, fewer (`num_samples`).
+    Rank 0 decides it and the order of the arms in each block. warmup: runs before, one where it takes longer than
+    `budget_s`. captured: a GPU replays CUDA graphs of the arms where it can; False: it never does, the runs are issued
+    as eager code does. Returns, on every rank, arm name -> `Timing`. Raises ValueError on an unknown protocol, repeated
+    names or counts below 1.
     """
     check_request(arms, protocol, iterations, min_iterations, max_iterations, num_blocks, warmup)
     on_device = protocol == "device" and device.type == "cuda"
     # The study repeated one arm alone; right after another one a run takes up to a sixth longer by the host's clock.
     num_discarded = int(protocol == "published")
-    estimates_us = {arm.name: estimate_us(arm, warmup, group, device) for arm in arms}
+    estimates_us = {arm.name: estimate_us(arm, warmup, budget_s, group, device) for arm in arms}
     samplers = {}
     for arm in arms:
         if on_device:
@@ -143,7 +151,7 @@ def interleave(
             samplers[arm.name] = HostSampler(arm, estimates_us[arm.name], group, device, num_discarded)
     if iterations is None:
         round_us = sum(sampler.repeats * sampler.about_us for sampler in samplers.values())
-        iterations = decided(min(max_iterations, max(min_iterations, int(budget_s * 1e6 / round_us))), group)
+        iterations = decided(num_samples(budget_s * 1e6 / round_us, min_iterations, max_iterations), group)
     num_blocks = min(num_blocks, iterations)
     per_block = -(-iterations // num_blocks)
     shuffler = random.Random(decided(random.getrandbits(32), group))
@@ -180,9 +188,12 @@ def check_request(arms, protocol, iterations, min_iterations, max_iterations, nu
         raise ValueError(f"max_iterations = {max_iterations} is below min_iterations = {min_iterations}")
 
 
-def estimate_us(arm: Arm, warmup: int, group: dist.ProcessGroup | None, device: torch.device) -> float:
+def estimate_us(arm: Arm, warmup: int, budget_s: float, group: dist.ProcessGroup | None, device: torch.device) -> float:
     """Warm the arm up and return about how long a run takes on the slowest rank, in µs; the same on every rank."""
+    slowest_us = 0.0
     for _ in range(warmup):
+        if slowest_us > budget_s * 1e6:
+            break
         if arm.prepare:
             arm.prepare()
         synchronize(device)
@@ -190,7 +201,9 @@ def estimate_us(arm: Arm, warmup: int, group: dist.ProcessGroup | None, device: 
         arm.run()
         synchronize(device)
         elapsed_us = (time.perf_counter() - begin) * 1e6
-    return max(gather(elapsed_us, group))
+        LOG.debug("%s: warmed up in %.0f us", arm.name, elapsed_us)
+        slowest_us = max(gather(elapsed_us, group))
+    return slowest_us
 
 
 class Barrier:
@@ -230,6 +243,7 @@ class HostSampler:
             self.arm.run()
             synchronize(self.device)
             values.append((time.perf_counter() - begin) * 1e6)
+            LOG.debug("%s: %.0f us", self.arm.name, values[-1])
         return values[self.num_discarded :]
 
     def close(self) -> None:
@@ -315,6 +329,7 @@ class DeviceSampler:
         self.issue_us = (time.perf_counter() - issued) * 1e6 / count
         self.num_late += sum(begin.query() for begin in begins)
         torch.cuda.synchronize(self.device)
+        LOG.debug("%s: %d samples", self.arm.name, count)
         self.clocks += readings.mhz()
         return [begin.elapsed_time(end) * 1e3 / self.repeats for begin, end in zip(begins, ends, strict=True)]
 

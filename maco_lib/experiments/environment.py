@@ -9,16 +9,16 @@ from collections.abc import Callable
 
 import torch
 
+from maco_lib.comm import DTYPES
 from maco_lib.experiments.worker import Context, Result, Samples, main
 from maco_lib.machine import this_machine
 from maco_lib.stats import median_interval
+from maco_lib.study.sections.environment import MIN_ITERATIONS
 from maco_lib.timing import Arm, interleave
 
-DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 # Greatest error allowed in an element of a matmul of standard normal operands, in units of its deviation √k: bf16
-# rounds the result to 8 bits, of elements up to about 6 deviations; fp32 only accumulates its rounding.
-TOLERANCES = {"bf16": 6 * 2**-8, "fp32": 1e-3}
-MIN_ITERATIONS = 7
+# rounds the result to 8 bits, fp16 to 11, of elements up to about 6 deviations; fp32 only accumulates its rounding.
+TOLERANCES = {"bf16": 6 * 2**-8, "fp16": 6 * 2**-11, "fp32": 1e-3}
 NOT_TIMED = ("time_us", "iterations")
 
 

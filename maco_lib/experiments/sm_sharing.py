@@ -17,6 +17,7 @@ from maco_lib.experiments import worker
 from maco_lib.experiments.worker import Context, Result, samples_of
 from maco_lib.overlap import streams
 from maco_lib.overlap.sm_limit import leaving
+from maco_lib.study.rates import PUBLISHED_DTYPE
 from maco_lib.timing import Arm, interleave
 
 NUM_SMS = (4, 8, 12, 16, 32)
@@ -30,7 +31,8 @@ TOLERANCE = 1e-2
 def measure(point: dict[str, Any], context: Context) -> Result:
     """A row per way of taking SMs from an n×n matmul by the point's `technique`, and one of the matmul alone."""
     device, technique = context.device, point["technique"]
-    a, b = (torch.randn(point["matmul_n"], point["matmul_n"], device=device).to(DTYPES["bf16"]) for _ in range(2))
+    dtype = DTYPES[point.get("dtype", PUBLISHED_DTYPE)]
+    a, b = (torch.randn(point["matmul_n"], point["matmul_n"], device=device).to(dtype) for _ in range(2))
     product = torch.empty_like(a)
     matmul = functools.partial(torch.mm, a, b, out=product)
     expected = a[:1].double() @ b.double()

@@ -9,6 +9,7 @@ import contextlib
 import datetime
 import faulthandler
 import json
+import logging
 import os
 import pathlib
 import sys
@@ -25,7 +26,7 @@ import torch.distributed as dist
 from maco_lib.study.journal import append_line
 from maco_lib.study.supervise import die_with_parent
 from maco_lib.study.watch import STACKS_SIGNAL, stacks_path
-from maco_lib.timing import Timing
+from maco_lib.timing import Timing, interleave
 
 HEARTBEAT_S = 5.0
 
@@ -109,6 +110,24 @@ def heartbeat(context: Context):
 
 
 @contextlib.contextmanager
+def stepping(context: Context):
+    """Every run that `timing.interleave` waits for, also within the planner's own measurements, is a step."""
+
+    class Steps(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            context.step()
+
+    logger, handler = logging.getLogger(interleave.__module__), Steps()
+    logger.addHandler(handler)
+    logger.setLevel(logging.DEBUG)
+    logger.propagate = False
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
+
+
+@contextlib.contextmanager
 def joined(num_ranks: int, kind: str, timeout_s: float):
     """This rank's device and process group (None for a single rank); NCCL on GPUs, gloo on CPUs.
 
@@ -169,7 +188,7 @@ def work(measure: Callable[[dict, Context], Result], specification: dict[str, An
     events = pathlib.Path(specification["events"])
     with joined(num_ranks, specification["kind"], specification["collective_timeout_s"]) as (device, group):
         context = Context(rank, num_ranks, device, group, events)
-        with heartbeat(context):
+        with heartbeat(context), stepping(context):
             for entry in specification["points"]:
                 context.note(entry["label"])
                 torch.manual_seed(zlib.crc32(f"{entry['key']}/{specification['launch']}/{rank}".encode()))

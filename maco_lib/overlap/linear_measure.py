@@ -19,12 +19,11 @@ from maco_lib.overlap.linear_plan import LinearPlan, candidates
 from maco_lib.overlap.linear_techniques.chunked import cut
 from maco_lib.overlap.linear_techniques.problem import EVERYTHING, Problem
 from maco_lib.overlap.linear_techniques.signalled import bands
-from maco_lib.overlap.measure import Grid, median_us
+from maco_lib.overlap.measure import Grid, median_us, working_dtype
 from maco_lib.overlap.plan import DEFAULT_BACKEND
 from maco_lib.timing import MAX_REPEATS, Arm, first_error, interleave
 
-# The type that is measured, and those that take as long.
-DTYPE = {"cuda": torch.bfloat16, "cpu": torch.float32}
+# Types that take as long as the one that is measured.
 ALIKE = {"cuda": (torch.bfloat16, torch.float16), "cpu": (torch.float32,)}
 COLD_BYTES = 2**26  # on CPUs
 COLUMNS = 4096
@@ -78,7 +77,7 @@ class Shape:
 
 def measure_linear(device: torch.device, group: dist.ProcessGroup, backends: Sequence[str], grid: Grid) -> LinearCosts:
     """What the plans over these backends cost on this machine. Collective."""
-    dtype, kind = DTYPE[device.type], device.type
+    dtype, kind = working_dtype(device), device.type
     curves = {name: {} for name in backends}
     for num_bytes in sorted(grid.sizes):
         arms = [arm for name in backends for arm in summing(name, num_bytes, dtype, device, group)]

@@ -17,9 +17,15 @@ from maco_lib.stats import median_interval
 from maco_lib.timing import Arm, Timing, decided, first_error, gather, interleave
 
 KIB, MIB = 2**10, 2**20
-DTYPE = torch.bfloat16
 # Where the tensor is: in symmetric memory, or anywhere else.
 WHERE = ("in place", "staged")
+
+
+def working_dtype(device: torch.device) -> torch.dtype:
+    """The type that is measured: one that the device multiplies at full speed, which for bf16 not every one does."""
+    if device.type == "cpu":
+        return torch.float32
+    return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
 
 
 @dataclass(frozen=True)
@@ -72,7 +78,7 @@ def measure(
     usable = [name for name in names if name not in unusable]
     times: dict[str, dict[str, dict[int, float]]] = {where: {name: {} for name in usable} for where in WHERE}
     for num_bytes in sorted(grid.sizes):
-        source = normal(num_bytes // DTYPE.itemsize, device)
+        source = normal(num_bytes // working_dtype(device).itemsize, device)
         arms = []
         for (where, tensor), name in itertools.product(tensors(source, group).items(), usable):
             arms += alone(f"{name}, {where}", name, tensor, source, group)
@@ -99,7 +105,7 @@ def median_us(timing: Timing) -> float:
 
 
 def normal(numel: int, device: torch.device) -> torch.Tensor:
-    return torch.randn(numel, device=device).to(DTYPE)
+    return torch.randn(numel, device=device).to(working_dtype(device))
 
 
 def tensors(source: torch.Tensor, group: dist.ProcessGroup) -> dict[str, torch.Tensor]:
@@ -108,7 +114,7 @@ def tensors(source: torch.Tensor, group: dist.ProcessGroup) -> dict[str, torch.T
     if symmetric.unreachable(device, group):
         return dict.fromkeys(WHERE, users)
     region = symmetric.memory(group, device).staging(symmetric.whole(source.nbytes))
-    return dict(zip(WHERE, (region.base[: source.nbytes].view(DTYPE), users), strict=True))
+    return dict(zip(WHERE, (region.base[: source.nbytes].view(source.dtype), users), strict=True))
 
 
 def summing(name: str, tensor: torch.Tensor, group: dist.ProcessGroup) -> comm.Operation:
@@ -121,8 +127,9 @@ def summing(name: str, tensor: torch.Tensor, group: dist.ProcessGroup) -> comm.O
 def fault(name: str, num_bytes: int, device: torch.device, group: dist.ProcessGroup) -> str:
     """Why the backend's sums cannot be trusted here, "" if they are right on every rank."""
     seed = decided(random.getrandbits(32), group)
-    numel = num_bytes // DTYPE.itemsize
-    reference = comm.Reference("all_reduce", numel, DTYPE, device, group.rank(), group.size(), seed)
+    dtype = working_dtype(device)
+    numel = num_bytes // dtype.itemsize
+    reference = comm.Reference("all_reduce", numel, dtype, device, group.rank(), group.size(), seed)
     try:
         places = tensors(reference.source, group).values()
         found = [comm.check(summing(name, tensor, group), reference) for tensor in places]
@@ -145,7 +152,7 @@ def beside(
 ) -> dict[Plan, tuple[float, float, float]]:
     """Plan -> (t_comm, t_comp, t_overlap) in µs, with an n×n matmul; without plans whose backend takes fewer bytes."""
     a, b = (normal(n * n, device).view(n, n) for _ in range(2))
-    product, source = torch.empty_like(a), normal(num_bytes // DTYPE.itemsize, device)
+    product, source = torch.empty_like(a), normal(num_bytes // a.itemsize, device)
     tensor = tensors(source, group)[WHERE[0]]
 
     def compute() -> None:

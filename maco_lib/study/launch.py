@@ -14,6 +14,7 @@ from maco_lib.study.files import CHECKOUT, without_places, write_json
 from maco_lib.study.journal import drop_torn_line
 from maco_lib.study.locks import held
 from maco_lib.study.progress import Progress
+from maco_lib.study.rates import Rates
 from maco_lib.study.spec import Dataset, Point, SectionParameters
 from maco_lib.study.store import Store
 from maco_lib.study.watch import START_S, stacks_path, stall_bound, watch
@@ -65,7 +66,13 @@ def missing(store: Store, name: str, dataset: Dataset, pairs: list[tuple[Point, 
 
 
 def measure(
-    store: Store, name: str, dataset: Dataset, parameters: SectionParameters, machine: Machine, force: bool = False
+    store: Store,
+    name: str,
+    dataset: Dataset,
+    parameters: SectionParameters,
+    machine: Machine,
+    rates: Rates,
+    force: bool = False,
 ) -> int:
     """Measure the missing points (all of them with `force`) and store the table; returns how many were measured.
 
@@ -85,7 +92,7 @@ def measure(
             launches.setdefault((repeat, *dataset.group(point)), []).append(point)
         with Progress(dataset.name, len(pairs), len(todo)) as progress:
             for (repeat, *_), entries in launches.items():
-                launch(store, name, dataset, entries, repeat, machine, progress)
+                launch(store, name, dataset, entries, repeat, machine, rates, progress)
         keys = [dataset.key(point) for point in points]
         current = store.record(name, sections.table(dataset.name)[0].name).get("tables", {}).get(dataset.name, {})
         if todo or journal.exists() or current.get("keys") != keys:
@@ -94,14 +101,21 @@ def measure(
 
 
 def launch(
-    store: Store, name: str, dataset: Dataset, points: list[Point], repeat: int, machine: Machine, progress: Progress
+    store: Store,
+    name: str,
+    dataset: Dataset,
+    points: list[Point],
+    repeat: int,
+    machine: Machine,
+    rates: Rates,
+    progress: Progress,
 ) -> None:
     """One torchrun of the dataset's program over `points`; raises LaunchError unless every one was measured."""
     folder = store.journal_folder(name)
     identifier = f"{time.strftime('%Y%m%dT%H%M%S', time.gmtime())}-{secrets.token_hex(2)}"
     events, log = folder / f"{identifier}.events", folder / f"{identifier}.log"
     num_ranks = points[0]["num_ranks"]
-    stall_s = stall_bound(dataset.longest_step_s(points, machine))
+    stall_s = stall_bound(dataset.longest_step_s(points, rates))
     specification = {
         "kind": machine.kind,
         "launch": identifier,

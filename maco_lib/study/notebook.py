@@ -23,6 +23,7 @@ from maco_lib.study import derive, figures, launch
 from maco_lib.study.figures.style import FORMATS, RC
 from maco_lib.study.sections import section as find_section
 from maco_lib.study.sections import table as find_table
+from maco_lib.study.sizing import Sizes
 from maco_lib.study.spec import Derived, Section, SectionParameters
 from maco_lib.study.status import COMPLETE, RUNNING, UNAVAILABLE, recorded_parameters, stale_tables
 from maco_lib.study.store import DataError, Store, utc_now
@@ -51,10 +52,11 @@ def begin(section: str, profile: str = "standard", machine: str = "auto", **para
         record = store.record(machine, section)
         if record:  # the parameters that it was measured with: those given here change nothing
             profile, shown, parameters = record["profile"], recorded_parameters(entry, record), {}
-        run = Run(store, entry, here, machine, profile, shown, view_only=True)
+        run = Run(store, entry, here, machine, profile, shown)
     else:
         folder = store.folder_for(here, machine)
-        run = Run(store, entry, here, folder, profile, entry.resolve(profile, here, parameters))
+        sizes = Sizes(store, folder, here)
+        run = Run(store, entry, here, folder, profile, sizes.resolve(entry, profile, parameters), sizes)
     run.show_parameters(parameters)
     return run
 
@@ -70,12 +72,18 @@ class Run:
         folder: str,
         profile: str,
         parameters: SectionParameters,
-        view_only: bool = False,
+        sizes: Sizes | None = None,
     ):
         self.store, self.section, self.machine, self.folder = store, section, machine, folder
-        self.profile, self.parameters, self.view_only = profile, parameters, view_only
+        self.profile, self.parameters, self.sizes = profile, parameters, sizes
+        self.forecast_s: float | None = None
         self.reasons: dict[str, str] = {}
         self.begun = time.monotonic()
+
+    @property
+    def view_only(self) -> bool:
+        """Whether stored results of another machine are shown: nothing can be measured for it here."""
+        return self.sizes is None
 
     def show_parameters(self, given: dict[str, Any]) -> None:
         """The parameters in force, and where each came from."""
@@ -111,8 +119,10 @@ class Run:
     def fill(self) -> None:
         """What `measure` does, once nobody else is at it."""
         self.store.claim(self.machine, self.folder)
-        self.write_record(RUNNING)
         force = os.environ.get("MACO_FORCE") == "1"
+        self.forecast_s = self.sizes.forecast_s(self.section, self.parameters, force)
+        self.write_record(RUNNING)
+        print(f"Forecast: {self.forecast_s / 60:.1f} minutes of measuring.")
         for dataset in self.section.datasets:
             reason = dataset.unavailable(self.parameters, self.machine)
             if reason:
@@ -120,7 +130,9 @@ class Run:
                 print(f"{dataset.name}: cannot be measured here: {reason}")
                 continue
             begin = time.monotonic()
-            count = launch.measure(self.store, self.folder, dataset, self.parameters, self.machine, force)
+            count = launch.measure(
+                self.store, self.folder, dataset, self.parameters, self.machine, self.sizes.rates, force
+            )
             print(
                 f"{dataset.name}: {count} points measured in {time.monotonic() - begin:.0f} s"
                 if count
@@ -208,6 +220,7 @@ class Run:
         record.update(
             profile=self.profile,
             parameters=self.parameters.model_dump(),
+            **({} if self.forecast_s is None else {"forecast_s": round(self.forecast_s, 1)}),
             verdict={
                 "state": state,
                 "error": error,

@@ -1,5 +1,6 @@
 """Run the study: every section's notebook in a supervised child, judged by its own verdict, then the report."""
 
+import contextlib
 import json
 import os
 import pathlib
@@ -12,22 +13,24 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from maco_lib.machine import Machine, this_machine
+from maco_lib.machine import this_machine
 from maco_lib.study.figures.style import FORMATS
 from maco_lib.study.files import CHECKOUT, NOTEBOOK_FAILED
 from maco_lib.study.journal import Tail
-from maco_lib.study.launch import plan
 from maco_lib.study.overrides import parse_overrides
 from maco_lib.study.progress import View
 from maco_lib.study.sections import SECTIONS
 from maco_lib.study.sections import section as find_section
 from maco_lib.study.sections import table as find_table
+from maco_lib.study.sizing import Sizes, asked_of, share_s
 from maco_lib.study.spec import PROFILES, Section, SectionParameters
 from maco_lib.study.status import COMPLETE, FAILED, UNAVAILABLE, section_status
 from maco_lib.study.store import DataError, Store, utc_now
 
 POLL_S = 0.2
 DEFAULT_PROFILE = "standard"
+# Parameters that were given are obeyed, with a warning where they take so many times the section's share of the time.
+FAR_LONGER = 3.0
 
 
 @dataclass(frozen=True)
@@ -39,8 +42,8 @@ class Job:
     parameters: SectionParameters
 
 
-def prepare(only: list[str], profile: str, overrides: Mapping[str, Any], machine: Machine) -> list[Job]:
-    """What would run, checked before anything does; raises ValueError naming the bad name or value and the valid ones.
+def prepare(only: list[str], profile: str, overrides: Mapping[str, Any], sizes: Sizes) -> list[Job]:
+    """What would run, with types and sizes for this machine; ValueError naming a bad name or value and the valid ones.
 
     An override goes to every chosen section that has a parameter of that name.
     """
@@ -54,10 +57,8 @@ def prepare(only: list[str], profile: str, overrides: Mapping[str, Any], machine
     jobs = []
     for entry in chosen:
         given = {name: value for name, value in overrides.items() if name in entry.parameters.model_fields}
-        parameters = entry.resolve(profile, machine, given)
-        for dataset in entry.datasets:
-            if not dataset.unavailable(parameters, machine):
-                plan(dataset, parameters, machine)
+        parameters = sizes.resolve(entry, profile, given)
+        asked_of(entry, parameters, sizes.machine)  # refuses points that cannot be
         jobs.append(Job(entry, given, parameters))
     return jobs
 
@@ -69,10 +70,12 @@ def run(only: list[str], profile: str, assignments: list[str], machine_name: str
     """
     store, machine = Store(), this_machine()
     folder = store.folder_for(machine, machine_name)
-    jobs = prepare(only, profile, parse_overrides(assignments), machine)
+    sizes = Sizes(store, folder, machine)
+    jobs = prepare(only, profile, parse_overrides(assignments), sizes)
     failed: dict[str, str] = {}
     with store.at_work(folder) as tell:
         print(f"Machine {folder}, profile {profile}: {', '.join(job.section.name for job in jobs)}", flush=True)
+        tell_forecast(sizes, jobs, profile, force)
         for job in jobs:
             name = job.section.name
             if force:
@@ -121,6 +124,29 @@ def command_for(jobs: list[Job], profile: str, assignments: list[str], machine_n
         if any(assignment.partition("=")[0] in job.given for job in jobs):
             words += ["-p", assignment]
     return shlex.join(words)
+
+
+def tell_forecast(sizes: Sizes, jobs: list[Job], profile: str, force: bool) -> None:
+    """What measuring will take, section by section; a warning where parameters that were given ask for far more."""
+    forecasts = dict.fromkeys((job.section.name for job in jobs), 0.0)
+    for job in jobs:
+        # What a damaged table costs is its own section's affair, at its turn.
+        with contextlib.suppress(DataError):
+            forecasts[job.section.name] = sizes.forecast_s(job.section, job.parameters, force)
+    told = [f"{name} {seconds / 60:.1f}" for name, seconds in forecasts.items() if seconds]
+    if told:
+        rates = sizes.rates
+        measured = ", ".join(f"{name} {flops / 1e9:.3g}" for name, flops in rates.flops.items())
+        print(f"Sizes for matmuls in {rates.dtype} ({measured} GFLOP/s a rank)")
+        print(f"Forecast in minutes: {', '.join(told)}; {sum(forecasts.values()) / 60:.1f} in all", flush=True)
+    for job in jobs:
+        seconds, share = forecasts[job.section.name], share_s(job.section, profile)
+        if job.given and seconds > FAR_LONGER * share:
+            print(
+                f"warning: {job.section.name} with {', '.join(job.given)} as given is forecast to take "
+                f"{seconds / 60:.0f} minutes, where profile {profile} means {share / 60:.1f}",
+                file=sys.stderr,
+            )
 
 
 def figures_exist(store: Store, folder: str, section: Section, state: str) -> bool:

@@ -15,6 +15,7 @@ import pandera.pandas as pa
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from maco_lib.machine import Machine
+from maco_lib.study.rates import Rates
 
 PROFILES = ("smoke", "standard", "full")
 Profile = Literal["smoke", "standard", "full"]
@@ -40,15 +41,23 @@ def point_key(dataset: str, method_version: int, point: Mapping[str, Any]) -> st
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
+def smaller(largest: Mapping[str, Any], *steps: Mapping[str, Any]) -> tuple[dict[str, Any], ...]:
+    """Choices of a profile: the largest, then each as the one before it with the values of its step."""
+    choices = [dict(largest)]
+    for step in steps:
+        choices.append({**choices[-1], **step})
+    return tuple(choices)
+
+
 @dataclass(frozen=True)
 class Dataset:
     """A table filled by the module `program`, which torchrun starts on `num_ranks` ranks, one or more rows a point.
 
     `index` names the columns that identify a row; every other column is a value. `group(point)` says which points share
     a process launch, `launches(parameters, point)` how many launches a point gets. `finish` adds the columns that need
-    more than one point's rows. `unavailable` says in one sentence why this machine cannot measure the dataset, or
-    returns None. `longest_step_s(points, machine)` forecasts the longest time between two calls of `Context.step` in a
-    launch over `points`, in seconds; `maco_lib.study.watch.stall_bound` says how long it is then waited for.
+    more than one point's rows. `seconds(point, rates)` forecasts what measuring the point once takes, `start_s(first
+    point, rates)` what a launch takes before its first point. `unavailable` says in one sentence why this machine can't
+    measure the dataset, or returns None.
     """
 
     name: str
@@ -58,16 +67,21 @@ class Dataset:
     index: tuple[str, ...]
     points: Callable[[Any, Machine], list[Point]]
     num_ranks: Callable[[Any, Machine], int]
+    seconds: Callable[[Point, Rates], float]
+    start_s: Callable[[Point, Rates], float] = lambda point, rates: rates.start_s
     unavailable: Callable[[Any, Machine], str | None] = lambda parameters, machine: None
     group: Callable[[Point], tuple] = lambda point: ()
     launches: Callable[[Any, Point], int] = lambda parameters, point: parameters.num_launches
     finish: Callable[[pd.DataFrame], pd.DataFrame] = lambda rows: rows
-    longest_step_s: Callable[[list[Point], Machine], float] = lambda points, machine: 30.0
     repeated: bool = True
 
     def num_launches(self, parameters: SectionParameters, point: Point) -> int:
         """How many process launches the point gets: what the parameters say, once where repeating means nothing."""
         return self.launches(parameters, point) if self.repeated else 1
+
+    def longest_step_s(self, points: Sequence[Point], rates: Rates) -> float:
+        """Seconds that a launch over `points` may go on without a step, by the forecast: its start or a whole point."""
+        return max(self.start_s(points[0], rates), *(self.seconds(point, rates) for point in points))
 
     def key(self, point: Mapping[str, Any]) -> str:
         return point_key(self.name, self.method_version, point)
@@ -87,13 +101,20 @@ class Derived:
 
 @dataclass(frozen=True)
 class Section:
-    """One notebook of the study. `profiles[profile][machine.kind]` overrides the parameters' defaults."""
+    """One notebook of the study.
+
+    `profiles[profile][machine.kind]`: values that override the parameters' defaults, the largest choice first; of a
+    profile with limited time the first is taken whose forecast fits into the section's `share` of it (`sizing`).
+    `dtypes`: what the parameter `dtype`, if it has one, calls the types of `Rates`, where not as they do.
+    """
 
     name: str
     title: str
     notebook: str
     parameters: type[SectionParameters]
-    profiles: Mapping[str, Mapping[str, Mapping[str, Any]]]
+    profiles: Mapping[str, Mapping[str, Sequence[Mapping[str, Any]]]]
+    share: float
+    dtypes: Mapping[str, str] = field(default_factory=dict)
     datasets: tuple[Dataset, ...] = ()
     derived: tuple[Derived, ...] = ()
     figures: tuple[str, ...] = ()
@@ -103,10 +124,17 @@ class Section:
     def tables(self) -> tuple[str, ...]:
         return tuple(table.name for table in (*self.datasets, *self.derived))
 
-    def resolve(self, profile: str, machine: Machine, overrides: Mapping[str, Any] | None = None) -> SectionParameters:
+    def resolve(
+        self,
+        profile: str,
+        machine: Machine,
+        overrides: Mapping[str, Any] | None = None,
+        sized: Mapping[str, Any] | None = None,
+    ) -> SectionParameters:
         """The parameters in force: the class's defaults, then the profile's for this kind of machine, then `overrides`.
 
-        An override of None means "as the profile says". Raises ValueError naming an unknown profile or parameter, or
+        sized: the profile's values as they were chosen for this machine; None: its largest choice. An override of None
+        means "as the profile says". Raises ValueError naming an unknown profile or parameter, or
         the value of the wrong type, with the valid ones.
         """
         if profile not in PROFILES:
@@ -116,7 +144,7 @@ class Section:
         if unknown:
             valid = ", ".join(self.parameters.model_fields)
             raise ValueError(f"section {self.name!r} has no parameter {unknown[0]!r}; its parameters are {valid}")
-        values = {**self.profiles[profile][machine.kind], **given}
+        values = {**(self.profiles[profile][machine.kind][0] if sized is None else sized), **given}
         try:
             return self.parameters(**values)
         except ValidationError as error:

@@ -12,8 +12,10 @@ from scipy.optimize import nnls
 
 from maco_lib.experiments.overlap_methods import IDEAL_BACKENDS
 from maco_lib.machine import Machine
+from maco_lib.study.rates import Rates
+from maco_lib.study.sections.forecast import is_cpu, sampled_s
 from maco_lib.study.sections.memory import BYTES_PER_ELEMENT, require, resolve_ranks, too_few_ranks
-from maco_lib.study.spec import Dataset, Derived, Parameters, Point, Section
+from maco_lib.study.spec import Dataset, Derived, Parameters, Point, Section, smaller
 
 KIB, MIB, GIB = 2**10, 2**20, 2**30
 PUBLISHED_BYTES = (8 * MIB, 32 * MIB, 64 * MIB)
@@ -29,7 +31,7 @@ class BandwidthParameters(Parameters):
     all_reduces: list[str] = Field([], description="backends of the all-reduce; []: those that work here")
     min_bytes: int = Field(8 * KIB, ge=1, description="smallest size; the sizes are its doublings")
     max_bytes: int = Field(16 * MIB, ge=1, description="largest size; the published 8, 32, 64 MiB all-reduces run too")
-    dtype: Literal["bf16", "fp32"] = Field("bf16", description="type of the tensors; published: bf16")
+    dtype: Literal["bf16", "fp16", "fp32"] = Field("bf16", description="type of the tensors; published: bf16")
     budget_s: float = Field(0.2, gt=0, description="seconds of samples per size, all backends together")
     min_iterations: int = Field(7, ge=2, description="samples of each backend, at least")
 
@@ -59,6 +61,14 @@ def points(parameters: BandwidthParameters, machine: Machine) -> list[Point]:
                 point["backends"] = ",".join(parameters.all_reduces)
             asked.append(point)
     return asked
+
+
+def seconds(point: Point, rates: Rates) -> float:
+    """Of one point: its backends on a GPU are a dozen, by the stored launches 0.4 s in all besides the samples."""
+    once = rates.all_reduce_s(point["bytes"])
+    if is_cpu(rates):
+        return 0.1 + sampled_s(once, point["budget_s"], point["min_iterations"], num_before=4)
+    return 0.4 + sampled_s(12 * once, point["budget_s"], point["min_iterations"])
 
 
 TIME = pa.Column(float, pa.Check.gt(0), nullable=True)
@@ -141,6 +151,7 @@ BANDWIDTH = Dataset(
     points=points,
     num_ranks=lambda parameters, machine: resolve_ranks(parameters.num_ranks, machine),
     unavailable=too_few_ranks,
+    seconds=seconds,
 )
 FIT = Derived(
     name="bandwidth_fit",
@@ -159,15 +170,19 @@ SECTION = Section(
     parameters=BandwidthParameters,
     profiles={
         "smoke": {
-            "cpu": {"max_bytes": 128 * KIB, "budget_s": 0.02, "collectives": ["all_reduce", "all_gather"]},
-            "cuda": {"max_bytes": 8 * MIB, "budget_s": 0.05, **EVERY},
+            "cpu": [{"max_bytes": 128 * KIB, "budget_s": 0.02, "collectives": ["all_reduce", "all_gather"]}],
+            "cuda": [{"max_bytes": 8 * MIB, "budget_s": 0.05, **EVERY}],
         },
-        "standard": {"cpu": {"budget_s": 0.4}, "cuda": {"max_bytes": 256 * MIB, "budget_s": 0.1, **EVERY}},
+        "standard": {
+            "cpu": smaller({"budget_s": 0.4}, {"budget_s": 0.1, "min_iterations": 5}, {"max_bytes": 2 * MIB}),
+            "cuda": smaller({"max_bytes": 256 * MIB, "budget_s": 0.1, **EVERY}, {"max_bytes": 64 * MIB}),
+        },
         "full": {
-            "cpu": {"max_bytes": 64 * MIB, "budget_s": 1.0, "num_launches": 3},
-            "cuda": {"max_bytes": GIB, "budget_s": 0.1, "num_launches": 3, **EVERY},
+            "cpu": [{"max_bytes": 64 * MIB, "budget_s": 1.0, "num_launches": 3}],
+            "cuda": [{"max_bytes": GIB, "budget_s": 0.1, "num_launches": 3, **EVERY}],
         },
     },
+    share=0.06,
     datasets=(BANDWIDTH,),
     derived=(FIT,),
     figures=("bandwidth_busbw", "bandwidth_published"),

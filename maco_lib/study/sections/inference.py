@@ -12,7 +12,9 @@ from pydantic import Field, PositiveInt, field_validator
 from maco_lib.checkpoint import check_model, weight_bytes
 from maco_lib.experiments.engines import ARMS, BASELINE
 from maco_lib.machine import Machine
-from maco_lib.study.spec import Dataset, Derived, Point, Section, SectionParameters
+from maco_lib.study.rates import Rates
+from maco_lib.study.sections.forecast import is_cpu
+from maco_lib.study.spec import Dataset, Derived, Point, Section, SectionParameters, smaller
 
 WINNER = "vllm"
 # Two ways from the published baseline to the published winner: what compilation and graphs give and what the engine and
@@ -27,6 +29,15 @@ STEPS = {
     (BASELINE, "vllm_eager"): "vLLM's engine, PagedAttention and kernels",
     ("vllm_eager", WINNER): "torch.compile (on GPUs CUDA graphs)",
 }
+
+
+# The starts of the engines, compilation included, by the time in which the ranks of another section start: both are
+# imports and Python, whose speed is the machine's. By the stored launches.
+STARTS = {"transformers_eager": 1.5, "transformers_compiled": 9.0, "vllm_eager": 8.0, "vllm": 22.0}
+DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
+BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
+# Of a model that nothing is known of, for forecasts.
+UNKNOWN_WEIGHT_BYTES = 2e9
 
 
 class InferenceParameters(SectionParameters):
@@ -55,7 +66,7 @@ def points(parameters: InferenceParameters, machine: Machine) -> list[Point]:
     """Arm by arm, because each is a process of its own; raises ValueError when the weights alone exceed the memory."""
     weights = weight_bytes(parameters.model)
     # On a CPU the float32 reference lies in the same memory.
-    needed = (weights or 0) * {"bfloat16": 2, "float16": 2, "float32": 4}[parameters.dtype] // 2
+    needed = (weights or 0) * BYTES[parameters.dtype] // 2
     needed += 2 * (weights or 0) if machine.kind == "cpu" else 0
     if needed > machine.memory_bytes:
         raise ValueError(f"model = {parameters.model!r} needs {needed / 1e9:.0f} GB for its weights alone, "
@@ -69,6 +80,22 @@ def points(parameters: InferenceParameters, machine: Machine) -> list[Point]:
         for arm in parameters.arms
         for batch in sorted(parameters.batches)
     ]  # fmt: skip
+
+
+def seconds(point: Point, rates: Rates) -> float:
+    """Of one batch of one arm: a step reads all weights and multiplies with each; engines reach some half of either."""
+    parameters_ = (weight_bytes(point["model"]) or UNKNOWN_WEIGHT_BYTES) / 2
+    devices = rates.num_ranks if is_cpu(rates) else 1  # on a CPU one engine has the cores of all ranks
+    read_s = 1.5 * parameters_ * BYTES[point["dtype"]] / (devices * rates.copy_bytes_per_s)
+    multiplied_s = 2.5 * rates.matmul_s(point["batch"], parameters_, 1, rates.named(point["dtype"], DTYPES)) / devices
+    tokens = point["new_tokens"] + point["prompt_tokens"] // 8
+    generations = point["num_warmups"] + point["num_repeats"]
+    checked = rates.matmul_s(4 * (point["prompt_tokens"] + point["new_tokens"]), parameters_, 1, "fp32") / devices
+    return 2.0 + generations * tokens * (0.003 + read_s + multiplied_s) + checked
+
+
+def start_s(point: Point, rates: Rates) -> float:
+    return (1 + STARTS[point["arm"]]) * rates.start_s
 
 
 def unavailable(parameters: InferenceParameters, machine: Machine) -> str | None:
@@ -204,9 +231,8 @@ INFERENCE = Dataset(
     unavailable=unavailable,
     group=lambda point: (point["arm"],),
     finish=compare,
-    # The first point of an arm holds a download, the engine's start and a compilation.
-    # An engine's start, which compiles, is one step.
-    longest_step_s=lambda points, machine: 90.0,
+    seconds=seconds,
+    start_s=start_s,
 )
 ATTRIBUTION = Derived(
     name="inference_attribution",
@@ -227,10 +253,23 @@ SECTION = Section(
     notebook="02_inference.ipynb",
     parameters=InferenceParameters,
     profiles={
-        "smoke": {"cpu": TINY, "cuda": TINY},
-        "standard": {"cpu": {"num_warmups": 1, "num_repeats": 6, "num_batched_repeats": 2}, "cuda": {}},
-        "full": {"cpu": {}, "cuda": {"batches": [1, 8, 32, 128], "num_batched_repeats": 4}},
+        "smoke": {"cpu": [TINY], "cuda": [TINY]},
+        "standard": {
+            "cpu": smaller(
+                {"num_warmups": 1, "num_repeats": 6, "num_batched_repeats": 2},
+                {"batches": [1, 8], "num_repeats": 5},
+                {"batches": [1, 4], "num_repeats": 4, "new_tokens": 16},
+                {"batches": [1], "num_repeats": 3},
+                {**TINY, "batches": [1, 8], "new_tokens": 32},
+            ),
+            "cuda": smaller(
+                {}, {"batches": [1, 8], "num_repeats": 5, "num_warmups": 1, "num_batched_repeats": 3}, TINY
+            ),
+        },
+        "full": {"cpu": [{}], "cuda": [{"batches": [1, 8, 32, 128], "num_batched_repeats": 4}]},
     },
+    share=0.49,
+    dtypes=DTYPES,
     datasets=(INFERENCE,),
     derived=(ATTRIBUTION,),
     figures=("inference_latency", "inference_attribution", "inference_batch"),

@@ -21,10 +21,10 @@ from maco_lib.experiments.linear_all_reduce_methods import (
     TIMELINE_METHODS,
 )
 from maco_lib.machine import Machine
-from maco_lib.study.sections.memory import require, resolve_ranks, too_few_ranks
-from maco_lib.study.spec import Dataset, Parameters, Point, Section
-
-ITEMSIZE = 2
+from maco_lib.study.rates import Rates
+from maco_lib.study.sections.forecast import TUNE_ARMS, TUNE_RUNS, is_cpu, sampled_s
+from maco_lib.study.sections.memory import BYTES_PER_ELEMENT, require, resolve_ranks, too_few_ranks
+from maco_lib.study.spec import Dataset, Parameters, Point, Section, smaller
 
 
 class LinearParameters(Parameters):
@@ -32,7 +32,7 @@ class LinearParameters(Parameters):
     layers: list[str] = Field(list(LAYERS), description="which of the models' row-parallel layers")
     rows: list[int] = Field([1], description="rows M of the input: tokens in a batch or a prompt")
     shrink: int = Field(1, ge=1, description="divide the layers' N and K by this")
-    dtype: Literal["bf16", "fp16"] = Field("bf16", description="type of all tensors")
+    dtype: Literal["bf16", "fp16", "fp32"] = Field("bf16", description="type of all tensors")
     budget_s: float = Field(0.3, gt=0, description="seconds of samples per point, all methods together")
     min_iterations: int = Field(10, ge=2, description="samples of each method, at least")
     methods: list[str] = Field([], description=f"matmul + all-reduce above {FEW_ROWS} rows")
@@ -61,7 +61,8 @@ def shape(parameters: LinearParameters, machine: Machine, layer: str, rows: int)
     if rows < 1:
         raise ValueError(f"rows = {rows} is below 1")
     # Results and buffers of all methods, references in wider types, the weights and one of them in float64.
-    needed = rows * n * (16 * ITEMSIZE + 24) + k // ranks * (rows * ITEMSIZE + n * (ITEMSIZE + 8)) + 2**28
+    itemsize = BYTES_PER_ELEMENT[parameters.dtype]
+    needed = rows * n * (16 * itemsize + 24) + k // ranks * (rows * itemsize + n * (itemsize + 8)) + 2**28
     require(f"{layer} with {rows} rows", needed, machine, ranks)
     return {"layer": layer, "m": rows, "n": n, "k": k, "dtype": parameters.dtype}
 
@@ -117,6 +118,31 @@ def endurance_points(parameters: LinearParameters, machine: Machine) -> list[Poi
         rows = min(parameters.endurance_rows, most)
         asked.append({**shape(parameters, machine, layer, rows), "method": name, **counts})
     return asked
+
+
+def once_s(point: Point, rates: Rates) -> float:
+    """The matmul and the all-reduce, once."""
+    m, n = point["m"], point["n"]
+    share = point["k"] // rates.num_ranks
+    return rates.matmul_s(m, n, share, point["dtype"]) + rates.all_reduce_s(m * n * BYTES_PER_ELEMENT[point["dtype"]])
+
+
+def seconds(point: Point, rates: Rates) -> float:
+    """Of one point; on a GPU by the stored launches, where 2 s go to checks, tuning and captures whatever the size."""
+    methods = [name for key in ("methods", "chain_methods") for name in point[key].split(",") if name]
+    once = once_s(point, rates)
+    sampled = sampled_s((len(methods) + 3) * once, point["budget_s"], point["min_iterations"])
+    return sampled + 0.3 + TUNE_ARMS * TUNE_RUNS * once if is_cpu(rates) else sampled + 2.0
+
+
+def timeline_seconds(point: Point, rates: Rates) -> float:
+    return (1.5 if is_cpu(rates) else 5.0) + 5 * len(point["methods"].split(",")) * once_s(point, rates)
+
+
+def endurance_seconds(point: Point, rates: Rates) -> float:
+    """Of a method's repeats and calls, the latter of half as many rows in the mean; a call costs the host some time."""
+    call_s = 2e-3 if is_cpu(rates) else 3e-4
+    return (point["num_repeats"] + 0.5 * point["num_calls"]) * (once_s(point, rates) + call_s)
 
 
 TIME = pa.Column(float, pa.Check.gt(0), nullable=True)
@@ -228,6 +254,7 @@ LINEAR = Dataset(
     num_ranks=num_ranks,
     unavailable=too_few_ranks,
     finish=judge_launches,
+    seconds=seconds,
 )
 TIMELINE = Dataset(
     name="linear_timeline",
@@ -239,6 +266,7 @@ TIMELINE = Dataset(
     points=timeline_points,
     num_ranks=num_ranks,
     unavailable=too_few_ranks,
+    seconds=timeline_seconds,
 )
 ENDURANCE = Dataset(
     name="linear_endurance",
@@ -250,6 +278,7 @@ ENDURANCE = Dataset(
     points=endurance_points,
     num_ranks=num_ranks,
     unavailable=too_few_ranks,
+    seconds=endurance_seconds,
 )
 EVERY = {
     kind: {
@@ -269,39 +298,49 @@ SECTION = Section(
     parameters=LinearParameters,
     profiles={
         "smoke": {
-            "cpu": {
+            "cpu": [{
                 **EVERY["cpu"], "layers": ["Qwen3-8B o_proj"], "rows": [1, 512], "shrink": 16, "budget_s": 0.05,
                 "min_iterations": 5, "timeline_layers": ["Qwen3-8B o_proj"], "timeline_rows": 512,
                 "endurance_rows": 300, "num_repeats": 20, "num_calls": 100,
-            },
-            "cuda": {
+            }],
+            "cuda": [{
                 **EVERY["cuda"], "layers": ["Qwen3-8B o_proj"], "rows": [16, 4096], "budget_s": 0.1,
                 "timeline_layers": ["Qwen3-8B o_proj"], "num_repeats": 100, "num_calls": 1000,
-            },
+            }],
         },
         "standard": {
-            "cpu": {
-                **EVERY["cpu"], "layers": ONE_OF_EACH_N, "rows": [1, 64, 256, 512, 1024], "shrink": 8,
-                "budget_s": 0.6, "min_iterations": 5, "timeline_layers": ["Qwen3-32B down_proj"],
-                "timeline_rows": 1024, "endurance_rows": 300, "num_calls": 1000,
-            },
-            "cuda": {
-                **EVERY["cuda"], "layers": ONE_OF_EACH_N, "rows": [1, 16, 128, 256, 1024, 2048, 4096, 8192],
-                "timeline_layers": ["Qwen3-32B down_proj"],
-            },
+            "cpu": smaller(
+                {
+                    **EVERY["cpu"], "layers": ONE_OF_EACH_N, "rows": [1, 64, 256, 512, 1024], "shrink": 8,
+                    "budget_s": 0.6, "min_iterations": 5, "timeline_layers": ["Qwen3-32B down_proj"],
+                    "timeline_rows": 1024, "endurance_rows": 300, "num_calls": 1000,
+                },
+                {"endurance_rows": 64, "num_repeats": 200, "budget_s": 0.3},
+                {"shrink": 16, "num_calls": 400},
+                {"rows": [1, 64, 256, 512], "timeline_rows": 512, "num_repeats": 50, "num_calls": 100},
+            ),
+            "cuda": smaller(
+                {
+                    **EVERY["cuda"], "layers": ONE_OF_EACH_N, "rows": [1, 16, 128, 256, 1024, 2048, 4096, 8192],
+                    "timeline_layers": ["Qwen3-32B down_proj"],
+                },
+                {"rows": [1, 16, 128, 256, 2048, 8192]},
+                {"shrink": 4, "rows": [1, 16, 256, 2048], "num_repeats": 100, "num_calls": 1000},
+            ),
         },
         "full": {
-            "cpu": {
+            "cpu": [{
                 **EVERY["cpu"], "rows": [1, 16, 64, 256, 512, 1024, 2048], "shrink": 4, "budget_s": 2.0,
                 "num_launches": 3, "timeline_layers": ["Qwen3-32B down_proj"], "timeline_rows": 1024,
-            },
-            "cuda": {
+            }],
+            "cuda": [{
                 **EVERY["cuda"], "rows": [1, 16, 64, 256, 512, 1024, 2048, 4096, 8192, 16384],
                 "num_launches": 3, "timeline_layers": ["Qwen3-8B o_proj", "Qwen3-32B down_proj"],
                 "endurance_layers": ["Qwen3-8B o_proj", "Qwen3-32B down_proj"],
-            },
+            }],
         },
     },
+    share=0.13,
     datasets=(LINEAR, TIMELINE, ENDURANCE),
     figures=("linear_fraction", "linear_speedup", "linear_chain", "linear_timeline"),
 )  # fmt: skip

@@ -2,7 +2,7 @@
 
 from maco_lib.machine import Machine
 
-BYTES_PER_ELEMENT = {"bf16": 2, "fp32": 4}
+BYTES_PER_ELEMENT = {"bf16": 2, "fp16": 2, "fp32": 4}
 FILL = 0.8
 GIB = 2**30
 

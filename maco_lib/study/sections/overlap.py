@@ -18,11 +18,13 @@ from maco_lib.experiments.overlap_methods import (
     SWEEP_METHODS,
 )
 from maco_lib.machine import Machine
+from maco_lib.study.rates import Rates
+from maco_lib.study.sections.forecast import TUNE_ARMS, TUNE_RUNS, calibration_s, is_cpu, sampled_s
 from maco_lib.study.sections.memory import resolve_ranks, too_few_ranks
 from maco_lib.study.sections.overlap_eager import OVERLAP_EAGER
 from maco_lib.study.sections.overlap_shared import COMMON, RATIO, TIME, check_methods, check_sizes, sizes
 from maco_lib.study.sections.sm_sharing import SM_SHARING
-from maco_lib.study.spec import Dataset, Parameters, Point, Section
+from maco_lib.study.spec import Dataset, Parameters, Point, Section, smaller
 
 KIB, MIB = 2**10, 2**20
 SMALLEST = next(iter(PUBLISHED))
@@ -37,7 +39,7 @@ class OverlapParameters(Parameters):
     configurations: list[str] = Field(list(PUBLISHED), description="which of the published configurations, as printed")
     protocols: list[Literal["device", "published"]] = Field(["device", "published"], description="how they are timed")
     shrink: int = Field(1, ge=1, description="divide the published matmul n by this and the bytes by its square")
-    dtype: Literal["bf16", "fp32"] = Field("bf16", description="type of all tensors; published: bf16")
+    dtype: Literal["bf16", "fp16", "fp32"] = Field("bf16", description="type of all tensors; published: bf16")
     budget_s: float = Field(1.0, gt=0, description="seconds of samples per configuration in the device protocol")
     min_iterations: int = Field(10, ge=2, description="samples of each arm, at least, in the device protocol")
     published_iterations: int = Field(50, ge=2, description="samples of each arm in the published protocol")
@@ -92,6 +94,38 @@ def timeline_points(parameters: OverlapParameters, machine: Machine) -> list[Poi
         cell = {"configuration": name, "comm_bytes": comm_bytes, "matmul_n": matmul_n}
         asked.append({**cell, "methods": methods, "dtype": parameters.dtype})
     return asked
+
+
+def sides_s(point: Point, rates: Rates) -> float:
+    """One after the other, once."""
+    n = point["matmul_n"]
+    return rates.matmul_s(n, n, n, point["dtype"]) + rates.all_reduce_s(point["comm_bytes"])
+
+
+def made_s(point: Point, rates: Rates) -> float:
+    """Operands and references: random numbers, and some rows in float64, which has half the rate of fp32."""
+    n, fp64_flops = point["matmul_n"], rates.flops["fp32"] / 2
+    return 0.2 + (4 * n * n + 4 * point["comm_bytes"]) * 1e-8 + 2 * min(n, 128) * n * n / fp64_flops
+
+
+def seconds(point: Point, rates: Rates) -> float:
+    """Of one point; on a GPU by the stored launches, where 1.5 s go to checks and captures whatever the size."""
+    once, methods = sides_s(point, rates), point["methods"].split(",")
+    if "iterations" in point:
+        return made_s(point, rates) + (1.5 * point["iterations"] + 2) * (len(methods) + 1) * once
+    if not is_cpu(rates):
+        return 1.5 + sampled_s((len(methods) + 6) * once, point["budget_s"], point["min_iterations"])
+    sampled = sampled_s((len(methods) + 1) * once, point["budget_s"], point["min_iterations"])
+    stretched = 4 * (len(methods) - 1) * once
+    return made_s(point, rates) + sampled + stretched + ("auto" in methods) * TUNE_ARMS * TUNE_RUNS * once
+
+
+def timeline_seconds(point: Point, rates: Rates) -> float:
+    return made_s(point, rates) + len(point["methods"].split(",")) * (1.0 + 5 * sides_s(point, rates))
+
+
+def start_s(point: Point, rates: Rates) -> float:
+    return rates.start_s + ("auto" in point["methods"]) * calibration_s(rates)
 
 
 TIMES = ("t_comm", "t_comp", "t_seq", "t_overlap")
@@ -188,6 +222,8 @@ OVERLAP = Dataset(
     unavailable=too_few_ranks,
     launches=launches,
     finish=judge_launches,
+    seconds=seconds,
+    start_s=start_s,
 )
 TIMELINE = Dataset(
     name="overlap_timeline",
@@ -199,6 +235,7 @@ TIMELINE = Dataset(
     points=timeline_points,
     num_ranks=num_ranks,
     unavailable=too_few_ranks,
+    seconds=timeline_seconds,
 )
 EVERY = {
     kind: {
@@ -215,51 +252,68 @@ SECTION = Section(
     parameters=OverlapParameters,
     profiles={
         "smoke": {
-            "cpu": {
+            "cpu": [{
                 **EVERY["cpu"],
                 "shrink": 16, "budget_s": 0.05, "min_iterations": 5, "published_iterations": 5,
                 "sweep_comm_bytes": [64 * KIB, MIB], "sweep_matmul_n": [64, 256], "sweep_budget_s": 0.03,
                 "sm_sharing_n": [256], "eager_configurations": [SMALLEST],
-            },
-            "cuda": {
-                **EVERY["cuda"],
-                "budget_s": 0.2, "published_iterations": 10, "sweep_budget_s": 0.05,
-                "sweep_comm_bytes": [MIB, 16 * MIB], "sweep_matmul_n": [1024, 4096],
-                "sm_sharing_n": [4096], "eager_configurations": ["Large compute, large comm"],
-            },
+            }],
+            "cuda": smaller(
+                {
+                    **EVERY["cuda"],
+                    "budget_s": 0.2, "published_iterations": 10, "sweep_budget_s": 0.05,
+                    "sweep_comm_bytes": [MIB, 16 * MIB], "sweep_matmul_n": [1024, 4096],
+                    "sm_sharing_n": [4096], "eager_configurations": ["Large compute, large comm"],
+                },
+                {"shrink": 4, "sweep_matmul_n": [512, 1024], "sm_sharing_n": [1024]},
+            ),
         },
         "standard": {
-            "cpu": {
-                **EVERY["cpu"],
-                "budget_s": 2.5, "min_iterations": 5, "published_iterations": 4, "sweep_budget_s": 0.4,
-                "sweep_comm_bytes": [64 * KIB, 256 * KIB, MIB, 4 * MIB, 16 * MIB],
-                "sweep_matmul_n": [256, 512, 1024, 1536],
-                "sm_sharing_n": [1024], "eager_configurations": [SMALLEST],
-            },
-            "cuda": {
-                **EVERY["cuda"],
-                "sweep_comm_bytes": [256 * KIB, MIB, 4 * MIB, 16 * MIB, 64 * MIB],
-                "sweep_matmul_n": [1024, 2048, 4096, 8192], "timeline_configurations": list(PUBLISHED),
-                "sm_sharing_n": [2048, 4096, 8192], "eager_configurations": list(PUBLISHED),
-            },
+            "cpu": smaller(
+                {
+                    **EVERY["cpu"],
+                    "budget_s": 2.5, "min_iterations": 5, "published_iterations": 4, "sweep_budget_s": 0.4,
+                    "sweep_comm_bytes": [64 * KIB, 256 * KIB, MIB, 4 * MIB, 16 * MIB],
+                    "sweep_matmul_n": [256, 512, 1024, 1536],
+                    "sm_sharing_n": [1024], "eager_configurations": [SMALLEST],
+                },
+                {"shrink": 2, "sweep_matmul_n": [128, 256, 512, 1024]},
+                {"budget_s": 1.0, "sweep_budget_s": 0.2, "sweep_matmul_n": [128, 256, 512]},
+                {"shrink": 4, "sm_sharing_n": [512]},
+                {"shrink": 8, "sweep_comm_bytes": [64 * KIB, 256 * KIB, MIB], "sweep_matmul_n": [64, 128, 256]},
+            ),
+            "cuda": smaller(
+                {
+                    **EVERY["cuda"],
+                    "sweep_comm_bytes": [256 * KIB, MIB, 4 * MIB, 16 * MIB, 64 * MIB],
+                    "sweep_matmul_n": [1024, 2048, 4096, 8192], "timeline_configurations": list(PUBLISHED),
+                    "sm_sharing_n": [2048, 4096, 8192], "eager_configurations": list(PUBLISHED),
+                },
+                {"sweep_comm_bytes": [256 * KIB, MIB, 4 * MIB, 16 * MIB], "sweep_matmul_n": [1024, 2048, 4096]},
+                {
+                    "shrink": 4, "sweep_matmul_n": [512, 1024, 2048], "sm_sharing_n": [1024, 2048],
+                    "eager_configurations": [SMALLEST],
+                },
+            ),
         },
         "full": {
-            "cpu": {
+            "cpu": [{
                 **EVERY["cpu"],
                 "budget_s": 20.0, "num_launches": 3, "sweep_budget_s": 1.0,
                 "sweep_comm_bytes": [64 * KIB, 256 * KIB, MIB, 4 * MIB, 8 * MIB, 16 * MIB],
                 "sweep_matmul_n": [256, 512, 768, 1024, 1536, 2048], "timeline_configurations": list(PUBLISHED),
                 "sm_sharing_n": [1024], "eager_configurations": [SMALLEST],
-            },
-            "cuda": {
+            }],
+            "cuda": [{
                 **EVERY["cuda"],
                 "num_launches": 3, "sweep_budget_s": 0.1,
                 "sweep_comm_bytes": [256 * KIB, MIB, 4 * MIB, 8 * MIB, 16 * MIB, 32 * MIB, 64 * MIB, 128 * MIB],
                 "sweep_matmul_n": [1024, 2048, 3072, 4096, 6144, 8192], "timeline_configurations": list(PUBLISHED),
                 "sm_sharing_n": [1024, 2048, 4096, 8192], "eager_configurations": list(PUBLISHED),
-            },
+            }],
         },
     },
+    share=0.27,
     datasets=(OVERLAP, TIMELINE, SM_SHARING, OVERLAP_EAGER),
     figures=(
         "overlap_published", "overlap_techniques", "overlap_synchronisation", "overlap_heatmap", "overlap_sm_sharing",

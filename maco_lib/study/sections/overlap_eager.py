@@ -4,6 +4,8 @@ import pandera.pandas as pa
 
 from maco_lib.experiments.overlap_methods import EAGER_METHODS, LAUNCHED
 from maco_lib.machine import Machine
+from maco_lib.study.rates import Rates
+from maco_lib.study.sections.forecast import TUNE_ARMS, TUNE_RUNS, is_cpu, sampled_s
 from maco_lib.study.sections.memory import resolve_ranks, too_few_ranks
 from maco_lib.study.sections.overlap_shared import COMMON, RATIO, TIME, check_methods, check_sizes, sizes
 from maco_lib.study.spec import Dataset, Parameters, Point
@@ -20,6 +22,14 @@ def points(parameters: Parameters, machine: Machine) -> list[Point]:
         cell = {"configuration": name, "comm_bytes": comm_bytes, "matmul_n": matmul_n, "dtype": parameters.dtype}
         asked.append({**cell, "launched": ",".join(modes), "methods": methods, **how})
     return asked
+
+
+def seconds(point: Point, rates: Rates) -> float:
+    """Of one point; on a GPU by the stored launches, each way of launching being set up by itself."""
+    n, methods, modes = point["matmul_n"], point["methods"].split(","), point["launched"].split(",")
+    once = rates.matmul_s(n, n, n, point["dtype"]) + rates.all_reduce_s(point["comm_bytes"])
+    sampled = sampled_s(2 * len(methods) * once, point["budget_s"], point["min_iterations"])
+    return len(modes) * (sampled + (0.5 if is_cpu(rates) else 1.5)) + TUNE_ARMS * TUNE_RUNS * once
 
 
 OVERLAP_EAGER = Dataset(
@@ -53,4 +63,5 @@ OVERLAP_EAGER = Dataset(
     points=points,
     num_ranks=lambda parameters, machine: resolve_ranks(parameters.num_ranks, machine),
     unavailable=too_few_ranks,
+    seconds=seconds,
 )

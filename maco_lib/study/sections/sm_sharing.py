@@ -3,6 +3,8 @@
 import pandera.pandas as pa
 
 from maco_lib.machine import Machine
+from maco_lib.study.rates import PUBLISHED_DTYPE, Rates
+from maco_lib.study.sections.forecast import is_cpu, sampled_s
 from maco_lib.study.sections.memory import too_few_ranks
 from maco_lib.study.spec import Dataset, Point, SectionParameters
 
@@ -11,10 +13,20 @@ EVERY = [name for names in TECHNIQUES.values() for name in names]
 
 
 def points(parameters: SectionParameters, machine: Machine) -> list[Point]:
-    """Each of the machine's techniques at each n, in the device protocol."""
+    """Each of the machine's techniques at each n, in the device protocol; a point names a type other than bf16."""
     how = {"budget_s": parameters.budget_s, "min_iterations": parameters.min_iterations}
+    if parameters.dtype != PUBLISHED_DTYPE:
+        how["dtype"] = parameters.dtype
     techniques = TECHNIQUES[machine.kind]
     return [{"matmul_n": n, "technique": technique, **how} for technique in techniques for n in parameters.sm_sharing_n]
+
+
+def seconds(point: Point, rates: Rates) -> float:
+    """Of one technique; on a GPU by the stored launches, which hold SMs in 26 ways."""
+    n, dtype = point["matmul_n"], point.get("dtype", PUBLISHED_DTYPE)
+    num_ways = 2 if is_cpu(rates) else 26
+    once = rates.matmul_s(n, n, n, dtype)
+    return 0.5 + 0.05 * num_ways + sampled_s(num_ways * once, point["budget_s"], point["min_iterations"])
 
 
 TIME = pa.Column(float, pa.Check.gt(0), nullable=True)
@@ -44,6 +56,7 @@ SM_SHARING = Dataset(
     ),
     index=("matmul_n", "asked", "technique", "num_sms", "hold_part"),
     points=points,
+    seconds=seconds,
     num_ranks=lambda parameters, machine: 1,
     # One device is enough to measure it, but not for the section that it explains.
     unavailable=too_few_ranks,

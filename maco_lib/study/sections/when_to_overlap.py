@@ -23,7 +23,7 @@ NUM_PARAMETERS = model.MIN_TRAINING_POINTS
 
 class WhenParameters(SectionParameters):
     method: str = Field("two_stream", description="technique whose stretch predicts the gain of the models' layers")
-    dtype: str = Field("bf16", pattern="^(bf16|fp32)$", description="type of the models' weights and activations")
+    dtype: str = Field("bf16", pattern="^(bf16|fp16|fp32)$", description="type of the models' weights and activations")
     tp: list[int] = Field([2, 4], min_length=1, description="tensor-parallel sizes of the models' table")
     decode_batches: list[int] = Field([2**i for i in range(9)], description="sequences decoded together, a token each")
     prefill_tokens: list[int] = Field([2**i * 1024 for i in range(5)], description="tokens of a prefill")
@@ -243,12 +243,13 @@ SECTION = Section(
     parameters=WhenParameters,
     profiles={
         "smoke": {
-            "cpu": {"decode_batches": [1, 16], "prefill_tokens": [1024]},
-            "cuda": {"decode_batches": [1, 16], "prefill_tokens": [1024]},
+            "cpu": [{"decode_batches": [1, 16], "prefill_tokens": [1024]}],
+            "cuda": [{"decode_batches": [1, 16], "prefill_tokens": [1024]}],
         },
-        "standard": {"cpu": {}, "cuda": {}},
-        "full": {"cpu": {}, "cuda": {}},
+        "standard": {"cpu": [{}], "cuda": [{}]},
+        "full": {"cpu": [{}], "cuda": [{}]},
     },
+    share=0.01,
     derived=(WHEN_TO_OVERLAP, MODEL_SHARES),
     figures=("when_map", "when_prediction", "when_models"),
     needs=("environment", "overlap", "bandwidth"),

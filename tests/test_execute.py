@@ -55,7 +55,7 @@ def test_a_notebook_runs_in_this_interpreter_and_in_utf8(tmp_path):
     nbformat.write(nbformat.v4.new_notebook(cells=[cell], metadata=metadata), book)
     environment = {
         **os.environ, "JUPYTER_PATH": str(tmp_path), "PYTHONPATH": str(CHECKOUT), "LC_ALL": "C", "PYTHONUTF8": "0",
-        "PYTHONCOERCECLOCALE": "0",
+        "PYTHONCOERCECLOCALE": "0", "HOME": "/nonexistent",
     }  # fmt: skip
     command = [sys.executable, "-m", "maco_lib.study.execute", str(book), str(output)]
     command.append(json.dumps({"executable": sys.executable}))

@@ -42,7 +42,10 @@ def tidy(path: pathlib.Path) -> None:
 
 @contextlib.contextmanager
 def own_kernel() -> Iterator[None]:
-    """Within, the kernel called python3 is this very interpreter, whatever else is installed under that name."""
+    """Within, the kernel called python3 is this very interpreter, whatever else is installed under that name.
+
+    Jupyter's own files lie in a folder that goes away: neither a home nor what somebody's settings say is needed.
+    """
     with tempfile.TemporaryDirectory(prefix="maco-kernel-") as folder:
         specification = {
             "argv": [sys.executable, "-m", "ipykernel_launcher", "-f", "{connection_file}"],
@@ -52,14 +55,16 @@ def own_kernel() -> Iterator[None]:
         path = pathlib.Path(folder, "kernels", KERNEL, "kernel.json")
         path.parent.mkdir(parents=True)
         path.write_text(json.dumps(specification), encoding="utf-8")
-        before = os.environ.get("JUPYTER_PATH")
-        os.environ["JUPYTER_PATH"] = os.pathsep.join(filter(None, [folder, before]))
+        own = dict.fromkeys(("JUPYTER_PATH", "JUPYTER_DATA_DIR", "JUPYTER_CONFIG_DIR", "IPYTHONDIR"), folder)
+        before = {name: os.environ.get(name) for name in own}
+        os.environ.update(own)
         try:
             yield
         finally:
-            os.environ.pop("JUPYTER_PATH")
-            if before is not None:
-                os.environ["JUPYTER_PATH"] = before
+            for name, value in before.items():
+                os.environ.pop(name)
+                if value is not None:
+                    os.environ[name] = value
 
 
 def main(notebook: str, output: str, parameters: str) -> None:

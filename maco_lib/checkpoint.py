@@ -188,8 +188,8 @@ def _snapshot(repository: str, local_files_only: bool) -> pathlib.Path | None:
             )
         )
         weight_files(path)
-    except (OSError, HFValidationError, ValueError, _http_error()):
-        return None
+    except (OSError, ImportError, HFValidationError, ValueError, _http_error()):
+        return None  # ImportError: what a SOCKS proxy needs is not installed
     return path
 
 

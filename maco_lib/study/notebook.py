@@ -76,7 +76,7 @@ class Run:
     ):
         self.store, self.section, self.machine, self.folder = store, section, machine, folder
         self.profile, self.parameters, self.sizes = profile, parameters, sizes
-        self.forecast_s: float | None = None
+        self.forecast_s = 0.0
         self.reasons: dict[str, str] = {}
         self.begun = time.monotonic()
 
@@ -122,7 +122,8 @@ class Run:
         force = os.environ.get("MACO_FORCE") == "1"
         self.forecast_s = self.sizes.forecast_s(self.section, self.parameters, force)
         self.write_record(RUNNING)
-        print(f"Forecast: {self.forecast_s / 60:.1f} minutes of measuring.")
+        if self.forecast_s:
+            print(f"Forecast: {self.forecast_s / 60:.1f} minutes of measuring.")
         for dataset in self.section.datasets:
             reason = dataset.unavailable(self.parameters, self.machine)
             if reason:
@@ -220,7 +221,6 @@ class Run:
         record.update(
             profile=self.profile,
             parameters=self.parameters.model_dump(),
-            **({} if self.forecast_s is None else {"forecast_s": round(self.forecast_s, 1)}),
             verdict={
                 "state": state,
                 "error": error,
@@ -229,6 +229,9 @@ class Run:
                 "run": os.environ.get("MACO_RUN_ID", "by hand"),
             },
         )
+        if self.forecast_s:  # of the last run that measured anything
+            took_s = round(time.monotonic() - self.begun, 1)
+            record["forecast"] = {"forecast_s": round(self.forecast_s, 1), "took_s": took_s}
         self.store.write_record(self.folder, self.section.name, record)
 
 

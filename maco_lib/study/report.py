@@ -221,11 +221,12 @@ def measured(store: Store, machines: list[Evidence]) -> str:
             hosts = len(machine.hosts(name))
             rows.append([machine.name, name, state.state, state.profile, machine.measured(name)[1], str(hosts),
                          launches_of(launches), ", ".join(map(str, ranks)), runs_in_a_replay(store, machine, name),
-                         ", ".join(commits)])  # fmt: skip
+                         sizes_of(machine.records[name]), samples_of_an_arm(store, machine, name),
+                         forecast_of(machine.records[name]), ", ".join(commits)])  # fmt: skip
     return report_tables.table(
         rows,
         ["machine", "section", "state", "profile", "measured until (UTC)", "hosts", "launches", "ranks",
-         "runs in a replay", "commit"],
+         "runs in a replay", "type, sizes", "samples of an arm", "minutes forecast, taken", "commit"],
     )  # fmt: skip
 
 
@@ -247,6 +248,36 @@ def replays(store: Store, machines: list[Evidence], section: str) -> str:
         if told
         else ""
     )
+
+
+def sizes_of(record: dict[str, Any]) -> str:
+    """The type that a section was measured in, and by what its sizes were divided."""
+    parameters = record.get("parameters", {})
+    shrink = parameters.get("shrink", 1)
+    told = [parameters.get("dtype", ""), f"sizes / {shrink}" if shrink > 1 else "", parameters.get("model", "")]
+    return ", ".join(filter(None, told)) or report_tables.ABSENT
+
+
+def samples_of_an_arm(store: Store, machine: Evidence, section_name: str) -> str:
+    """The least, the median and the most samples of an arm in one launch, over the reported points."""
+    counts, tables = [], machine.records[section_name].get("tables", {})
+    for dataset in SECTIONS[section_name].datasets:
+        if dataset.name not in tables:
+            continue
+        try:
+            samples = store.samples(machine.name, dataset.name)
+        except DataError:
+            continue  # without raw samples there is nothing to count
+        asked = samples[samples["point_key"].isin(tables[dataset.name]["keys"]) & (samples["rank"] == 0)]
+        arms = [name for name in asked if name in ("point_key", "launch", "quantity") or name.startswith("label_")]
+        counts += asked.groupby(arms, dropna=False).size().tolist()
+    return f"{min(counts)}, {statistics.median(counts):.0f}, {max(counts)}" if counts else report_tables.ABSENT
+
+
+def forecast_of(record: dict[str, Any]) -> str:
+    """Minutes that the last measurement was forecast to take and took; tables of earlier versions have none."""
+    forecast = record.get("forecast")
+    return f"{forecast['forecast_s'] / 60:.1f}, {forecast['took_s'] / 60:.1f}" if forecast else report_tables.ABSENT
 
 
 def runs_in_a_replay(store: Store, machine: Evidence, section_name: str) -> str:

@@ -18,7 +18,7 @@ COPIES = {
     "host_to_device": "host to device",
     "device_to_host": "device to host",
 }
-DTYPES = {"bf16": (looks.BLUE, "o"), "fp32": (looks.ORANGE, "s")}
+DTYPES = {"bf16": (looks.BLUE, "o"), "fp16": (looks.GREEN, "^"), "fp32": (looks.ORANGE, "s")}
 
 
 def bandwidth_limits(environment: pd.DataFrame) -> dict[str, float]:

@@ -17,11 +17,12 @@ import pytest
 from maco_lib.__main__ import main
 from maco_lib.machine import this_machine
 from maco_lib.study import notebook, rates, runner
+from maco_lib.study.files import NOTEBOOK_FAILED
 from maco_lib.study.overrides import parse_overrides
-from maco_lib.study.rates import Rates
 from maco_lib.study.sections import SECTIONS
 from maco_lib.study.status import section_status
 from maco_lib.study.store import Store
+from tests import toy
 
 CHECKOUT = pathlib.Path(__file__).resolve().parents[1]
 
@@ -156,8 +157,7 @@ def test_what_is_no_finite_number_is_refused(text):
 @pytest.fixture
 def known_rates(monkeypatch):
     """What this machine does is known already: nothing is measured for it."""
-    known = Rates(2, {"bf16": 4e10, "fp32": 1e11}, {1 << 16: 100.0, 1 << 22: 5000.0}, 1e10, 5.0)
-    monkeypatch.setattr(rates, "measure", lambda machine, environment, num_ranks: known)
+    monkeypatch.setattr(rates, "measure", lambda machine, environment, num_ranks: toy.RATES)
 
 
 @pytest.fixture
@@ -204,6 +204,30 @@ def test_a_section_is_tried_where_the_tables_of_a_failed_one_are_stored(sections
         (store.journal_folder(folder).parent / f"{table}.csv").write_text("earlier\n")
     assert runner.run(["overlap", "when_to_overlap"], "smoke", [], "auto", False) == 1
     assert tried == ["overlap", "when_to_overlap"]
+
+
+def test_report_only_draws_what_is_asked_with_options_in_any_order(stored, monkeypatch):
+    from maco_lib.study import figures, publish, report
+
+    drawn, built = [], []
+    monkeypatch.setattr(figures, "write", lambda store, folder, name: drawn.append((folder, name)))
+    monkeypatch.setattr(report, "build", lambda root, redraw=True: built.append(redraw) or [])
+    monkeypatch.setattr(publish, "build", lambda root: [])
+    assert main(["run", "--only", "overlap", "--report-only", "--machine", "h200-x2"]) == 0
+    assert drawn == [("h200-x2", name) for name in SECTIONS["overlap"].figures] and built == [False]
+    assert main(["run", "--report-only"]) == 0 and built == [False, True]
+    drawn.clear()
+    assert main(["run", "--report-only", "--only", "inference"]) == 0
+    assert {folder for folder, _ in drawn} == {"cpu-2", "h200-x2"}, "where section 2 was measured"
+
+
+def test_what_a_notebook_raised_is_its_sections_error_whole(tmp_path):
+    log = tmp_path / "log"
+    error = "LaunchError: no progress\n" + "\n".join(f"rank {rank}: here" for rank in range(40))
+    log.write_text(f"[IPKernelApp] WARNING | chatter\n{NOTEBOOK_FAILED}\n{error}\n")
+    assert runner.judge(Store(tmp_path), "here", SECTIONS["overlap"], "run", 1, log) == error
+    log.write_text("[IPKernelApp] WARNING | chatter\nModuleNotFoundError: papermill\n")
+    assert runner.judge(Store(tmp_path), "here", SECTIONS["overlap"], "run", 1, log) == "ModuleNotFoundError: papermill"
 
 
 def test_a_run_tells_that_it_is_at_work_only_while_it_lives(tmp_path):

@@ -38,7 +38,7 @@ def measure(store, force=False, **parameters):
     log = pathlib.Path(os.environ["TOY_LOG"])
     log.write_text("")
     try:
-        launch.measure(store, "here", toy.DATASET, toy.ToyParameters(**parameters), this_machine(), force)
+        launch.measure(store, "here", toy.DATASET, toy.ToyParameters(**parameters), this_machine(), toy.RATES, force)
     finally:
         asked = [int(line) for line in log.read_text().split()]
         measure.asked = {size: asked.count(size) // 2 for size in set(asked)}
@@ -97,9 +97,9 @@ def test_many_launches_narrow_the_interval_to_how_far_they_differ():
 
 def test_a_point_may_get_more_launches_than_the_others(store):
     dataset = dataclasses.replace(toy.DATASET, launches=lambda parameters, point: 3 if point["size"] == 2 else 1)
-    assert launch.measure(store, "here", dataset, toy.ToyParameters(), this_machine()) == 5
+    assert launch.measure(store, "here", dataset, toy.ToyParameters(), this_machine(), toy.RATES) == 5
     assert store.read("here", "toy")["num_launches"].tolist() == [1, 3, 1]
-    assert launch.measure(store, "here", dataset, toy.ToyParameters(), this_machine()) == 0
+    assert launch.measure(store, "here", dataset, toy.ToyParameters(), this_machine(), toy.RATES) == 0
 
 
 def test_a_failure_keeps_finished_points_and_stored_data(store):
@@ -161,9 +161,10 @@ def test_slow_is_not_stuck_and_what_is_stuck_says_where(store, monkeypatch):
 
 def test_the_bound_follows_from_the_longest_step_forecast():
     assert launch.stall_bound(0.1) == 120.0
-    assert launch.stall_bound(30.0) == 300.0
-    inference = sections.table("inference")[1]
-    assert launch.stall_bound(inference.longest_step_s([], this_machine())) == 900.0
+    points = toy.points(toy.ToyParameters(seconds=30.0), this_machine())
+    assert launch.stall_bound(toy.DATASET.longest_step_s(points, toy.RATES)) == 300.0
+    quick = toy.points(toy.ToyParameters(seconds=0.0), this_machine())
+    assert toy.DATASET.longest_step_s(quick, toy.RATES) == toy.RATES.start_s
 
 
 def test_more_ranks_than_devices_is_refused(store):
@@ -221,7 +222,7 @@ from maco_lib.study.store import Store
 from tests import toy
 sections.SECTIONS["toy"] = toy.SECTION
 store = Store(pathlib.Path(os.environ["MACO_ROOT"]))
-launch.measure(store, "here", toy.DATASET, toy.ToyParameters(sizes=[1, 2, 3], seconds=2.0), this_machine())
+launch.measure(store, "here", toy.DATASET, toy.ToyParameters(sizes=[1, 2, 3], seconds=2.0), this_machine(), toy.RATES)
 """
 
 

@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 
 from maco_lib.experiments import worker
+from maco_lib.study.rates import Rates
 from maco_lib.study.spec import Dataset, Parameters, Section
 
 STEP_S = worker.HEARTBEAT_S = 0.2
@@ -49,13 +50,17 @@ DATASET = Dataset(
     index=("size",),
     points=points,
     num_ranks=lambda parameters, machine: parameters.num_ranks or 2,
+    seconds=lambda point, rates: point["seconds"],
 )
+# What a machine does, where it does not matter.
+RATES = Rates(2, {"bf16": 4e10, "fp32": 1e11}, {1 << 16: 100.0, 1 << 22: 5000.0}, 1e10, start_s=12.0)
 SECTION = Section(
     name="toy",
     title="Toy",
     notebook="toy.ipynb",
     parameters=ToyParameters,
-    profiles={profile: {"cpu": {}, "cuda": {}} for profile in ("smoke", "standard", "full")},
+    profiles={profile: {"cpu": [{}], "cuda": [{}]} for profile in ("smoke", "standard", "full")},
+    share=0.1,
     datasets=(DATASET,),
 )
 

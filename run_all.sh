@@ -5,10 +5,11 @@
 #   ./run_all.sh --profile smoke            the quickest pass (smoke, standard or full; standard is the default)
 #   ./run_all.sh --only overlap,bandwidth   some sections
 #   ./run_all.sh --force                    measure again what is stored already
-#   ./run_all.sh --keep-going               go on with the other sections when one fails
 #   ./run_all.sh --only overlap -p num_ranks=2   set a parameter of a section
 #   ./run_all.sh --machine NAME             go on in data/NAME instead of this host's own folder
 #   ./run_all.sh --report-only              figures and report from the stored data; measures nothing, needs no GPU
+#
+# A section that fails costs only itself: the others go on, and the last lines say what failed and how to go on.
 #
 # The environment: MACO_PYTHON if set, else the active one if it has what MACO needs, else .venv, made on the first start.
 set -euo pipefail
@@ -20,8 +21,4 @@ if [[ ${1:-} == --help || ${1:-} == -h ]]; then
     exit
 fi
 prepare_environment
-if [[ ${1:-} == --report-only ]]; then
-    shift
-    exec "$PYTHON" -m maco_lib report "$@"
-fi
 exec "$PYTHON" -m maco_lib run "$@"

@@ -1,6 +1,8 @@
 """The command line: `python -m maco_lib run | status | report | rederive | doctor | advise`."""
 
 import argparse
+import os
+import signal
 import sys
 
 from maco_lib.study import advise, doctor
@@ -8,11 +10,16 @@ from maco_lib.study.files import DataError
 
 
 def add_run_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--profile", default="standard", help="smoke, standard or full (default: %(default)s)")
+    parser.add_argument("--profile", help="smoke, standard or full (default: standard)")
     parser.add_argument("--only", default="", help="sections to run, separated by commas (default: all)")
     parser.add_argument("--machine", default="auto", help="folder in data/ to measure in (default: this host's own)")
     parser.add_argument("--force", action="store_true", help="measure again what is already stored")
-    parser.add_argument("--keep-going", action="store_true", help="go on with other sections when one fails")
+    parser.add_argument("--keep-going", action="store_true", help="the default: a section that fails costs only itself")
+    parser.add_argument(
+        "--report-only",
+        action="store_true",
+        help="measure nothing: figures and report from the stored data, with --only and --machine those figures alone",
+    )
     parser.add_argument(
         "-p",
         dest="overrides",
@@ -24,23 +31,43 @@ def add_run_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run_main(options: argparse.Namespace) -> int:
-    from maco_lib.study.runner import parse_overrides, run
+    from maco_lib.study.runner import DEFAULT_PROFILE, run
 
     only = [name for name in options.only.split(",") if name]
-    return run(
-        only, options.profile, parse_overrides(options.overrides), options.machine, options.force, options.keep_going
-    )
+    if options.report_only:
+        return report_only_main(options, only)
+    return run(only, options.profile or DEFAULT_PROFILE, options.overrides, options.machine, options.force)
+
+
+def report_only_main(options: argparse.Namespace, only: list[str]) -> int:
+    from maco_lib.study.runner import report_only
+    from maco_lib.study.store import Store
+
+    given = {"--profile": options.profile, "--force": options.force, "-p": options.overrides}
+    if idle := [name for name, value in given.items() if value]:
+        raise ValueError(f"--report-only measures nothing, so {idle[0]} means nothing; it takes --only and --machine")
+    return tell(report_only(Store(), only, options.machine))
+
+
+def tell(problems: list[str]) -> int:
+    """Print what the report lacks; returns the exit status."""
+    for problem in problems:
+        print(f"report: {problem}", file=sys.stderr)
+    return 1 if problems else 0
 
 
 def status_main(options: argparse.Namespace) -> int:
-    """One line for each section of this host's folder; status 1 if one is failed or interrupted."""
+    """One line for each section of this host's folder, or a stored one; status 1 if one is failed or interrupted."""
     from maco_lib.machine import this_machine
     from maco_lib.study.sections import SECTIONS
     from maco_lib.study.status import section_status
     from maco_lib.study.store import Store
 
     store, machine = Store(), this_machine()
-    folder = store.folder_for(machine, options.machine)
+    if options.machine in store.machines():
+        folder, machine = options.machine, store.measured_machine(options.machine)
+    else:
+        folder = store.folder_for(machine, options.machine)
     states = []
     print(f"data/{folder}")
     for section in SECTIONS.values():
@@ -57,9 +84,7 @@ def report_main(options: argparse.Namespace) -> int:
     store = Store()
     problems = report.build(store.root)
     publish.build(store.root)
-    for problem in problems:
-        print(f"report: {problem}", file=sys.stderr)
-    return 1 if problems else 0
+    return tell(problems)
 
 
 def rederive_main(options: argparse.Namespace) -> int:
@@ -73,6 +98,19 @@ def rederive_main(options: argparse.Namespace) -> int:
     for folder in [options.machine] if options.machine else machines:
         print(f"data/{folder}: {', '.join(rederive(store, folder))}")
     return 0
+
+
+def hint(extra: list[str]) -> str:
+    """What is probably meant by arguments that `run` does not know."""
+    from maco_lib.study.sections import SECTIONS
+    from maco_lib.study.spec import PROFILES
+
+    names = [name for word in extra for name in word.split(",") if name]
+    if all(name in SECTIONS for name in names):
+        return f"; did you mean --only {','.join(names)}?"
+    if len(names) == 1 and names[0] in PROFILES:
+        return f"; did you mean --profile {names[0]}?"
+    return f"; sections are named by --only: {', '.join(SECTIONS)}"
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -96,9 +134,25 @@ def main(arguments: list[str] | None = None) -> int:
         command = commands.add_parser(name, help=text)
         module.add_arguments(command)
         command.set_defaults(main=module.main)
-    options = parser.parse_args(arguments)
+    options, extra = parser.parse_known_args(arguments)
+    if extra:
+        parser.error(f"unknown argument {' '.join(extra)}" + (hint(extra) if options.command == "run" else ""))
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="replace")  # a terminal without some letters gets question marks
     try:
-        return options.main(options)
+        status = options.main(options)
+        sys.stdout.flush()
+        return status
+    except BrokenPipeError:
+        # Who read our output has enough (`| head`); Python would complain once more at its end.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 128 + signal.SIGPIPE
+    except OSError as error:
+        if error.filename is None:
+            raise
+        print(f"error: {error.filename}: {error.strerror}", file=sys.stderr)
+        return 2
     except (ValueError, DataError, RuntimeError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -74,7 +74,10 @@ def resolve(model: str, cache_dir: pathlib.Path | None = None) -> Checkpoint:
     name = model.removeprefix(f"{HUB_OWNER}/")
     repository = model if "/" in model else f"{HUB_OWNER}/{model}"
     on_hub = name != TINY.name
-    made = (cache_dir or default_cache()) / "checkpoints" / f"{name}-random-{RECIPE}"
+    cache = cache_dir or default_cache()
+    if cache is None:
+        raise ValueError(f"there is no folder to keep {name} in: no home, and MACO_CACHE is not set")
+    made = cache / "checkpoints" / f"{name}-random-{RECIPE}"
     if on_hub and (path := _snapshot(repository, local_files_only=True)):
         return describe(path, "hub", repository)
     if name in KNOWN_MODELS and made.exists():
@@ -100,8 +103,12 @@ def weight_bytes(model: str) -> int | None:
     return 2 * (dimensions.layers * per_layer + embeddings)
 
 
-def default_cache() -> pathlib.Path:
-    return pathlib.Path(os.environ.get("MACO_CACHE") or pathlib.Path.home() / ".cache" / "maco")
+def default_cache() -> pathlib.Path | None:
+    """$MACO_CACHE, else ~/.cache/maco; None for a user without a home."""
+    try:
+        return pathlib.Path(os.environ.get("MACO_CACHE") or pathlib.Path.home() / ".cache" / "maco")
+    except RuntimeError:
+        return None
 
 
 def describe(path: pathlib.Path, weights: Literal["local", "hub", "random"], name: str) -> Checkpoint:
@@ -181,8 +188,8 @@ def _snapshot(repository: str, local_files_only: bool) -> pathlib.Path | None:
             )
         )
         weight_files(path)
-    except (OSError, HFValidationError, ValueError, _http_error()):
-        return None
+    except (OSError, ImportError, HFValidationError, ValueError, _http_error()):
+        return None  # ImportError: what a SOCKS proxy needs is not installed
     return path
 
 

@@ -14,7 +14,7 @@ from typing import Any, Literal
 
 import psutil
 
-from maco_lib import nvml
+from maco_lib import cgroup, nvml
 
 BRANDS = {"nvidia", "tesla", "geforce", "quadro"}
 VARIANTS = {"ti", "super", "ada", "blackwell"}
@@ -82,10 +82,10 @@ def host_identity(gpu_uuids: list[str], cpu: str) -> str:
 
 def host_token() -> str:
     """The random token of this host, made on first use in $XDG_STATE_HOME/maco/host-id."""
-    state = os.environ.get("XDG_STATE_HOME") or pathlib.Path("~/.local/state").expanduser()
-    path = pathlib.Path(state) / "maco" / "host-id"
-    fresh = path.with_name(f"host-id.{os.getpid()}.{secrets.token_hex(4)}")
     try:
+        state = os.environ.get("XDG_STATE_HOME") or pathlib.Path("~/.local/state").expanduser()
+        path = pathlib.Path(state) / "maco" / "host-id"
+        fresh = path.with_name(f"host-id.{os.getpid()}.{secrets.token_hex(4)}")
         if not path.exists():
             path.parent.mkdir(parents=True, exist_ok=True)
             fresh.write_text(secrets.token_hex(16), encoding="utf-8")
@@ -96,11 +96,10 @@ def host_token() -> str:
             finally:
                 fresh.unlink()
         return path.read_text(encoding="utf-8")
-    except OSError:
-        # The folder cannot be written (a read-only home): the host is then told apart until its next boot.
-        return (
-            socket.gethostname() + pathlib.Path("/proc/sys/kernel/random/boot_id").read_text(encoding="utf-8").strip()
-        )
+    except (OSError, RuntimeError):
+        # There is no home (RuntimeError), or none to write in: the host is then told apart until its next boot.
+        boot = pathlib.Path("/proc/sys/kernel/random/boot_id").read_text(encoding="utf-8").strip()
+        return socket.gethostname() + boot
 
 
 def describe_host() -> dict[str, Any]:
@@ -125,26 +124,16 @@ def cpu_model() -> str:
     return match.group(1).strip() if match else platform.machine()
 
 
-def num_cores() -> int:
-    """CPU cores this process may use: its affinity, and the CPU quota of its control group."""
-    cores = len(os.sched_getaffinity(0))
-    quota = control_group("cpu.max").split()
-    if len(quota) == 2 and quota[0] != "max":
-        cores = min(cores, max(1, math.ceil(int(quota[0]) / int(quota[1]))))
-    return cores
+def num_cores(proc: pathlib.Path = cgroup.PROC) -> int:
+    """CPU cores this process may use: its affinity, and the CPU quota of its control groups. What everything asks."""
+    cores, limit = len(os.sched_getaffinity(0)), cgroup.cpu_limit(proc)
+    return cores if limit is None else min(cores, max(1, math.ceil(limit)))
 
 
-def ram_bytes() -> int:
-    """RAM this process may use: the host's, or the limit of its control group."""
-    total = psutil.virtual_memory().total
-    limit = control_group("memory.max")
-    return min(total, int(limit)) if limit.isdecimal() else total
-
-
-def control_group(name: str) -> str:
-    """A setting of this process's control group (version 2) as its container sees it, "" where there is none."""
-    path = pathlib.Path("/sys/fs/cgroup") / name
-    return path.read_text(encoding="utf-8").strip() if path.is_file() else ""
+def ram_bytes(proc: pathlib.Path = cgroup.PROC) -> int:
+    """RAM this process may use: the host's, or the limit of its control groups. What everything asks."""
+    total, limit = psutil.virtual_memory().total, cgroup.memory_limit(proc)
+    return total if limit is None else min(total, limit)
 
 
 def os_name() -> str:

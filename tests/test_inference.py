@@ -85,6 +85,17 @@ def test_unknown_model_is_rejected_with_the_known_ones(monkeypatch, model):
     assert model.startswith(".") or all(name in str(failure.value) for name in KNOWN_MODELS)
 
 
+@pytest.mark.parametrize("proxy", ["socks5://127.0.0.1:9", "http://127.0.0.1:9", "socks9://x", "http://[bad"])
+def test_a_hub_behind_a_proxy_that_does_not_work_is_no_hub(tmp_path, proxy):
+    """Whatever the HTTP client says of the proxy: then random weights are made, as without a network."""
+    variables = ("http_proxy", "https_proxy", "no_proxy", "all_proxy", "HF_HUB_OFFLINE")
+    environment = {name: value for name, value in os.environ.items() if name.lower() not in map(str.lower, variables)}
+    environment |= {"ALL_PROXY": proxy, "HF_HOME": str(tmp_path), "PYTHONPATH": str(CHECKOUT)}
+    program = "from maco_lib import checkpoint; print(checkpoint._snapshot('Qwen/Qwen3-0.6B', local_files_only=False))"
+    done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, timeout=60)
+    assert done.stdout == "None\n", done.stderr
+
+
 def test_model_larger_than_the_memory_is_rejected():
     parameters = SECTION.resolve("standard", CPU, {"model": "Qwen3-32B"})
     with pytest.raises(ValueError, match="Qwen3-32B"):

@@ -11,7 +11,8 @@ import types
 import pynvml
 import pytest
 
-from maco_lib import machine, nvml, provenance, sampler
+from maco_lib import checkpoint, machine, nvml, provenance, sampler
+from maco_lib.overlap import calibration
 from maco_lib.study.sections.environment import SECTION, points
 
 UUIDS = ["GPU-aaa1", "GPU-aab2", "GPU-ccc3"]
@@ -137,6 +138,38 @@ def test_identity_needs_no_writable_home(tmp_path, monkeypatch):
     (tmp_path / "file").write_text("not a folder")
     monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "file"))
     assert machine.host_identity([], "some CPU") == machine.host_identity([], "some CPU")
+
+
+@pytest.mark.parametrize("command", ["doctor", "status"])
+def test_a_user_without_a_home_or_an_account_needs_none(tmp_path, command):
+    """HOME is unset; as root also a user id that has no account."""
+    names = ("HOME", "XDG_STATE_HOME", "XDG_CACHE_HOME", "MACO_CACHE")
+    environment = {name: value for name, value in os.environ.items() if name not in names}
+    environment |= {"PYTHONPATH": str(pathlib.Path(machine.__file__).parents[1]), "MACO_ROOT": str(tmp_path)}
+    # A user id without an account has no home in the passwd file either: that is what is asked for here.
+    program = (
+        "import pwd, runpy, sys\n"
+        "def nobody(uid): raise KeyError(uid)\n"
+        "pwd.getpwuid = nobody\n"
+        f"sys.argv = ['maco_lib', {command!r}]\n"
+        "runpy.run_module('maco_lib', run_name='__main__', alter_sys=True)"
+    )
+    done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True)
+    assert done.returncode in (0, 1) and done.stderr == "" and done.stdout, done.stderr
+
+
+def test_without_a_home_nothing_is_kept(monkeypatch):
+    def homeless():
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.delenv("MACO_CACHE", raising=False)
+    monkeypatch.setattr(pathlib.Path, "home", homeless)
+    here = machine.this_machine()
+    assert calibration.stored_at(here, "cpu", 2) is None
+    calibration.write(calibration.stored_at(here, "cpu", 2), {})
+    assert calibration.read(here, "cpu", 2, None) is None
+    with pytest.raises(ValueError, match="no home, and MACO_CACHE is not set"):
+        checkpoint.resolve("Qwen3-tiny")
 
 
 def test_fewer_cores_make_another_machine():

@@ -1,8 +1,11 @@
 """Every notebook in the smoke profile through the real runner, and what the command line refuses before it runs."""
 
 import dataclasses
+import errno
+import fcntl
 import os
 import pathlib
+import shlex
 import shutil
 import subprocess
 import sys
@@ -11,9 +14,13 @@ import time
 import nbformat
 import pytest
 
+from maco_lib.__main__ import main
 from maco_lib.machine import this_machine
-from maco_lib.study import notebook
+from maco_lib.study import notebook, rates, runner
+from maco_lib.study.overrides import parse_overrides
+from maco_lib.study.rates import Rates
 from maco_lib.study.sections import SECTIONS
+from maco_lib.study.status import section_status
 from maco_lib.study.store import Store
 
 CHECKOUT = pathlib.Path(__file__).resolve().parents[1]
@@ -110,6 +117,10 @@ def test_a_hand_edited_table_is_named_and_the_rest_goes_on(study, tmp_path):
         (["--profile", "huge"], "unknown profile 'huge'; the profiles are smoke, standard, full"),
         (["--only", "overlapp"], "unknown section 'overlapp'; the sections are environment, overlap"),
         (["--machine", "h999-x3"], "machine 'h999-x3' is not one this host"),
+        (["bandwidth"], "unknown argument bandwidth; did you mean --only bandwidth?"),
+        (["--only", "overlap", "smoke"], "unknown argument smoke; did you mean --profile smoke?"),
+        (["--report-only", "--force"], "--report-only measures nothing, so --force means nothing"),
+        (["-p", "budget_s=.inf"], "-p budget_s: '.inf' is not a finite number"),
         (["-p", "colour=red"], "no chosen section has a parameter 'colour'; valid: "),
         (["-p", "min_iterations=many"], "min_iterations = 'many'"),
         (["-p", "num_ranks=4096", "--only", "overlap"], "num_ranks = 4096, but this machine has"),
@@ -124,6 +135,126 @@ def test_bad_input_is_refused_before_anything_runs(tmp_path, arguments, says):
     assert says in done.stderr
     assert "Traceback" not in done.stderr
     assert not (tmp_path / "data").exists()
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [("1e-2", 0.01), ("010", 10), ("-3", -3), (".5", 0.5), ("[1, 2e3]", [1, 2000.0]), ("no", "no"), ("true", True),
+     ("12:30", "12:30"), ("bf16", "bf16"), ("", None), ("1_000", "1_000"), ("0x10", "0x10")],
+)  # fmt: skip
+def test_values_of_the_command_line_are_what_they_look_like(text, value):
+    (read,) = parse_overrides([f"name={text}"]).values()
+    assert read == value and type(read) is type(value)
+
+
+@pytest.mark.parametrize("text", [".inf", "-.inf", ".nan", "1e999", "[1, .inf]"])
+def test_what_is_no_finite_number_is_refused(text):
+    with pytest.raises(ValueError, match=r"-p budget_s: .* is not a finite number"):
+        parse_overrides([f"budget_s={text}"])
+
+
+@pytest.fixture
+def known_rates(monkeypatch):
+    """What this machine does is known already: nothing is measured for it."""
+    known = Rates(2, {"bf16": 4e10, "fp32": 1e11}, {1 << 16: 100.0, 1 << 22: 5000.0}, 1e10, 5.0)
+    monkeypatch.setattr(rates, "measure", lambda machine, environment, num_ranks: known)
+
+
+@pytest.fixture
+def sections_run(tmp_path, monkeypatch, known_rates):
+    """A study root on which sections only seem to run; by name what each gives instead of None, and those tried."""
+    gives, tried = {}, []
+
+    def run_section(store, folder, job, profile, force):
+        assert store.running(folder) == job.section.name
+        assert section_status(store, folder, job.section, this_machine()).state == "running"
+        tried.append(job.section.name)
+        return gives.get(job.section.name)
+
+    monkeypatch.setenv("MACO_ROOT", str(tmp_path))
+    monkeypatch.setattr(runner, "run_section", run_section)
+    monkeypatch.setattr(runner, "write_report", lambda store: [])
+    return gives, tried
+
+
+def test_a_failed_section_costs_only_itself(sections_run, capsys, monkeypatch):
+    gives, tried = sections_run
+    gives["overlap"] = "LaunchError: it broke\nfurther down"
+    asked = ["budget_s=1e-2", "batches=[1]"]
+    assert runner.run([], "smoke", asked, "auto", False) == 1
+    assert tried == ["environment", "overlap", "inference", "bandwidth", "linear_all_reduce"]
+    *_, failed, first, second, last = capsys.readouterr().err.splitlines()
+    assert failed == "Failed: overlap, when_to_overlap; what was measured is kept."
+    assert first == "  overlap: LaunchError: it broke"
+    assert second == "  when_to_overlap: not run: it needs overlap of section overlap, which failed"
+    assert last == "To go on: ./run_all.sh --only overlap,when_to_overlap --profile smoke -p budget_s=1e-2"
+    gives.clear()
+    monkeypatch.setattr(runner, "lacking", lambda *_: None)
+    words = shlex.split(last.removeprefix("To go on: ./run_all.sh "))
+    assert main(["run", *words]) == 0, "the command is one that runs"
+    assert tried[-2:] == ["overlap", "when_to_overlap"]
+
+
+def test_a_section_is_tried_where_the_tables_of_a_failed_one_are_stored(sections_run):
+    gives, tried = sections_run
+    gives["overlap"] = "LaunchError: it broke"
+    store = Store()
+    folder = store.folder_for(this_machine())
+    for table in SECTIONS["overlap"].tables:
+        (store.journal_folder(folder).parent / f"{table}.csv").write_text("earlier\n")
+    assert runner.run(["overlap", "when_to_overlap"], "smoke", [], "auto", False) == 1
+    assert tried == ["overlap", "when_to_overlap"]
+
+
+def test_a_run_tells_that_it_is_at_work_only_while_it_lives(tmp_path):
+    store, section = Store(tmp_path), SECTIONS["bandwidth"]
+    here = this_machine()
+    store.write_record("here", section.name, {"parameters": {}, "verdict": {"state": "running"}})
+    program = f"""
+import pathlib, sys
+from maco_lib.study.store import Store
+with Store(pathlib.Path({str(tmp_path)!r})).at_work("here") as tell:
+    tell("bandwidth")
+    print("at work", flush=True)
+    sys.stdin.read()
+"""
+    environment = {**os.environ, "PYTHONPATH": str(CHECKOUT)}
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+    with subprocess.Popen([sys.executable, "-c", program], env=environment, **pipes) as process:
+        assert process.stdout.readline() == b"at work\n"
+        assert section_status(store, "here", section, here).state == "running"
+        assert section_status(store, "here", SECTIONS["overlap"], here).state == "missing"
+        with pytest.raises(RuntimeError, match="another run is at work in data/here"), store.at_work("here"):
+            pass
+        process.kill()
+    assert section_status(store, "here", section, here).state == "interrupted"
+
+
+def test_a_folder_that_cannot_be_worked_in_is_named(tmp_path, monkeypatch, capsys, known_rates):
+    monkeypatch.setenv("MACO_ROOT", str(tmp_path))
+    (tmp_path / "data").write_text("not a folder")
+    assert main(["run", "--profile", "smoke"]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"error: {tmp_path}/data")
+    (tmp_path / "data").unlink()
+
+    def no_locks(stream, operation):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "flock", no_locks)
+    assert main(["run", "--profile", "smoke"]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "run.lock cannot be written and locked: No locks available" in line
+
+
+def test_output_is_told_as_far_as_the_terminal_has_letters_and_a_reader_listens():
+    command = [sys.executable, "-m", "maco_lib", "advise", "--model", "Qwen3-8B", "--tokens", "512", "--tp", "2"]
+    environment = {**os.environ, "MACO_ROOT": str(CHECKOUT), "PYTHONPATH": str(CHECKOUT), "PYTHONIOENCODING": "ascii"}
+    done = subprocess.run(command, cwd=CHECKOUT, env=environment, capture_output=True, timeout=120)
+    assert done.returncode == 0 and done.stderr == b"" and done.stdout.isascii() and done.stdout
+    piped = shlex.join(command) + " | head -c 1"
+    done = subprocess.run(["bash", "-c", piped], cwd=CHECKOUT, env=environment, capture_output=True, timeout=120)
+    assert done.stderr == b"" and len(done.stdout) == 1
 
 
 @pytest.fixture

@@ -148,11 +148,11 @@ def test_slow_is_not_stuck_and_what_is_stuck_says_where(store, monkeypatch):
         launch.LaunchError, match="made no progress on any rank for 3 s, after 1 of 2 points"
     ) as stopped:
         measure(store, sizes=[1, 2], seconds=5.0, hang_at=2)
-    assert time.monotonic() - begin < 60
+    assert time.monotonic() - begin < 120
     text = str(stopped.value)
     for rank in (0, 1):
         # The first point took longer than the bound, in steps; what the ranks were at is where the second hangs.
-        assert f"rank {rank}: step 5" in text and "size=2" in text
+        assert f"rank {rank}: step 53," in text and "size=2" in text
     assert text.count('File "tests/toy.py"') >= 2 and " in measure" in text
     assert "torch.distributed" not in text and "Traceback" not in text, "nothing of our own signal"
     assert len(list(store.journal_folder("here").glob("*.stacks"))) == 2

@@ -5,7 +5,6 @@ On a CPU, where gloo's threads take cores, the same with fewer threads.
 
 import functools
 import math
-import os
 from collections.abc import Callable
 from typing import Any
 
@@ -15,6 +14,7 @@ from maco_lib import stats
 from maco_lib.comm import DTYPES
 from maco_lib.experiments import worker
 from maco_lib.experiments.worker import Context, Result, samples_of
+from maco_lib.machine import num_cores
 from maco_lib.overlap import streams
 from maco_lib.overlap.sm_limit import leaving
 from maco_lib.study.rates import PUBLISHED_DTYPE
@@ -50,7 +50,7 @@ def measure(point: dict[str, Any], context: Context) -> Result:
             arms += [Arm(str(way), held(matmul, way[1], way[2] * alone, device)) for way in ways[1:]]
             arms.append(Arm("head start", head_start))
         elif technique == "threads":
-            cores = len(os.sched_getaffinity(0))
+            cores = num_cores()
             ways += [(technique, taken, 1.0) for taken in (1, *NUM_SMS) if taken < cores]
             arms = [Arm(str(way), matmul, functools.partial(torch.set_num_threads, cores - way[1])) for way in ways]
         else:

@@ -153,9 +153,10 @@ def stored_or_measured(device: torch.device, group: dist.ProcessGroup, force: bo
     return Calibration.from_json(content)
 
 
-def stored_at(machine: Machine, kind: str, num_ranks: int) -> pathlib.Path:
-    name = f"{machine.name}-{machine.identity}-{kind}-{num_ranks}-ranks.json"
-    return default_cache() / "calibration" / name
+def stored_at(machine: Machine, kind: str, num_ranks: int) -> pathlib.Path | None:
+    """Where a calibration is kept; None for a user without a home, whose every process measures."""
+    name, cache = f"{machine.name}-{machine.identity}-{kind}-{num_ranks}-ranks.json", default_cache()
+    return cache and cache / "calibration" / name
 
 
 def made_for(machine: Machine, grid: Grid) -> dict[str, Any]:
@@ -177,16 +178,21 @@ def made_for(machine: Machine, grid: Grid) -> dict[str, Any]:
 
 def read(machine: Machine, kind: str, num_ranks: int, grid: Grid) -> dict[str, Any] | None:
     """The stored calibration, None where there is none that holds for this machine as it is."""
+    path = stored_at(machine, kind, num_ranks)
+    if path is None:
+        return None
     try:
-        content = json.loads(stored_at(machine, kind, num_ranks).read_text(encoding="utf-8"))
+        content = json.loads(path.read_text(encoding="utf-8"))
         Calibration.from_json(content)
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None  # missing, cut off, or of an earlier form: measured anew
     return content if content["provenance"].get("made_for") == made_for(machine, grid) else None
 
 
-def write(path: pathlib.Path, content: dict[str, Any]) -> None:
+def write(path: pathlib.Path | None, content: dict[str, Any]) -> None:
     """The whole file or none; a folder that cannot be written costs a measurement in every process, no more."""
+    if path is None:
+        return
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.NamedTemporaryFile("w", encoding="utf-8", dir=path.parent, delete=False) as file:

@@ -158,26 +158,39 @@ def check_shared_memory() -> Check:
 def check_ram() -> Check:
     try:
         import psutil
+
+        from maco_lib.machine import ram_bytes
     except ImportError:
         return Check("RAM", None, "unknown: psutil is not installed", INSTALL)
-    free = psutil.virtual_memory().available / GB
+    free = min(psutil.virtual_memory().available, ram_bytes()) / GB
     return Check("RAM", True if free > 8 else None, f"{free:.0f} GB available", "inference on the CPU needs about 8 GB")
 
 
 def check_kernel() -> Check:
+    """What JupyterLab calls python3, which should be this interpreter; runs take it whatever that says."""
     try:
-        from jupyter_client.kernelspec import KernelSpecManager
+        from jupyter_client.kernelspec import KernelSpecManager, NoSuchKernel
     except ImportError:
         return Check("Jupyter kernel", False, "jupyter_client is not installed", INSTALL)
-    folder = KernelSpecManager().find_kernel_specs().get("python3")
     remedy = "python -m ipykernel install --sys-prefix"
-    return Check("Jupyter kernel", folder is not None, folder or "no kernel called python3", remedy)
+    try:
+        program = KernelSpecManager().get_kernel_spec("python3").argv[0]
+    except NoSuchKernel:
+        return Check("Jupyter kernel", None, "no kernel called python3: JupyterLab opens none of the notebooks", remedy)
+    except RuntimeError as error:
+        return Check("Jupyter kernel", None, f"JupyterLab cannot start: {error}", "set HOME")
+    ours = program in ("python", "python3") or os.path.dirname(program) == os.path.dirname(sys.executable)
+    other = "" if ours else ": JupyterLab opens notebooks in another environment than run_all.sh measures in"
+    return Check("Jupyter kernel", ours or None, f"{program}{other}", "remove that kernel, or " + remedy)
 
 
 def check_checkpoint() -> Check:
     """Section 2's checkpoint; it is fetched or made when it is missing, so that is no fault."""
     from maco_lib.checkpoint import default_cache
 
-    found = sorted(path.name for path in (default_cache() / "checkpoints").glob("*"))
+    cache = default_cache()
+    if cache is None:
+        return Check("checkpoint", None, "no home to keep one in", "section 2 needs a folder: set MACO_CACHE")
+    found = sorted(path.name for path in (cache / "checkpoints").glob("*"))
     later = "none made yet: taken from the hub when it can be reached, else made with random weights on first use"
     return Check("checkpoint", True, ", ".join(found) or later)

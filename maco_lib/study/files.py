@@ -10,6 +10,8 @@ import tempfile
 from typing import Any
 
 CHECKOUT = pathlib.Path(__file__).resolve().parents[2]
+# What `execute` prints before a notebook's error, for the runner to find.
+NOTEBOOK_FAILED = "The notebook failed:"
 
 
 class DataError(Exception):

@@ -6,7 +6,7 @@ import subprocess
 import sys
 import time
 
-from maco_lib.machine import Machine
+from maco_lib.machine import Machine, num_cores
 from maco_lib.provenance import provenance
 from maco_lib.sampler import Sampler
 from maco_lib.study import sections
@@ -175,5 +175,6 @@ def launch(
 def child_environment(machine: Machine, num_ranks: int) -> dict[str, str]:
     """The environment of the ranks: this package importable, and the cores shared out fairly among the ranks."""
     path = os.pathsep.join(part for part in (str(CHECKOUT), os.environ.get("PYTHONPATH")) if part)
-    threads = max(1, len(os.sched_getaffinity(0)) // num_ranks)
-    return {"OMP_NUM_THREADS": str(threads), "PYTHONUNBUFFERED": "1", **os.environ, "PYTHONPATH": path}
+    threads = max(1, num_cores() // num_ranks)
+    given = {"PYTHONPATH": path, "PYTHONUTF8": "1"}
+    return {"OMP_NUM_THREADS": str(threads), "PYTHONUNBUFFERED": "1", **os.environ, **given}

@@ -3,43 +3,47 @@
 import contextlib
 import fcntl
 import pathlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 from maco_lib.study.files import DataError
 
 
 @contextlib.contextmanager
-def held(path: pathlib.Path, refusal: str) -> Iterator[None]:
-    """Hold the lock `path` to the end of the block; RuntimeError with `refusal` if another process holds it.
+def held(path: pathlib.Path, refusal: str) -> Iterator[Callable[[str], None]]:
+    """Hold the lock `path` to the end of the block, which may `tell` what it does; see `holder`.
 
-    Raises DataError, naming the path, where the file cannot be written or its file system has no locks.
+    Raises RuntimeError with `refusal` if another process holds it, DataError, naming the path, where the file cannot be
+    written or its file system has no locks.
     """
-    try:
-        stream = open(path, "a", encoding="utf-8")  # noqa: SIM115 - closed below, whatever the lock says
-    except OSError as error:
-        raise DataError(f"{path} cannot be written: {error.strerror}") from None
-    with stream:
+    with contextlib.ExitStack() as stack:
         try:
+            stream = stack.enter_context(open(path, "a", encoding="utf-8"))
             fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise RuntimeError(refusal) from None
         except OSError as error:
             raise DataError(
-                f"{path} cannot be locked ({error.strerror}): its file system has no flock; "
-                "set MACO_ROOT to a folder on another one"
+                f"{path} cannot be written and locked: {error.strerror}; MACO_ROOT may name a folder elsewhere"
             ) from None
-        yield
+
+        def tell(doing: str) -> None:
+            stream.truncate(0)
+            stream.write(doing)
+            stream.flush()
+
+        tell("")
+        yield tell
 
 
-def is_held(path: pathlib.Path) -> bool:
-    """Whether a process holds the lock `path`; needs no right to write."""
+def holder(path: pathlib.Path) -> str | None:
+    """What the process that holds the lock `path` told last; None where none does. Needs no right to write."""
     if not path.exists():
-        return False
+        return None
     with open(path, encoding="utf-8") as stream:
         try:
             fcntl.flock(stream, fcntl.LOCK_SH | fcntl.LOCK_NB)
         except BlockingIOError:
-            return True
+            return stream.read()
         except OSError:
-            return False  # where nothing can be locked, nobody holds it
-    return False
+            return None  # where nothing can be locked, nobody holds it
+    return None

@@ -10,6 +10,7 @@ The same calls serve JupyterLab and the runner. Where there is nothing to measur
 machine are shown instead, and say so.
 """
 
+import contextlib
 import os
 import time
 from typing import Any
@@ -108,6 +109,15 @@ class Run:
         if self.view_only:
             print(f"Nothing is measured: these are the stored results of {self.folder}.")
             return
+        # Under the runner the lock is the runner's.
+        by_hand = not os.environ.get("MACO_RUN_ID")
+        with self.store.at_work(self.folder) if by_hand else contextlib.nullcontext() as tell:
+            if by_hand:
+                tell(self.section.name)
+            self.fill()
+
+    def fill(self) -> None:
+        """What `measure` does, once nobody else is at it."""
         self.store.claim(self.machine, self.folder)
         force = os.environ.get("MACO_FORCE") == "1"
         self.forecast_s = self.sizes.forecast_s(self.section, self.parameters, force)

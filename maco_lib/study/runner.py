@@ -1,9 +1,11 @@
 """Run the study: every section's notebook in a supervised child, judged by its own verdict, then the report."""
 
+import contextlib
 import json
 import os
 import pathlib
 import secrets
+import shlex
 import subprocess
 import sys
 import time
@@ -11,21 +13,22 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import yaml
-
 from maco_lib.machine import this_machine
 from maco_lib.study.figures.style import FORMATS
-from maco_lib.study.files import CHECKOUT
-from maco_lib.study.journal import read_lines
+from maco_lib.study.files import CHECKOUT, NOTEBOOK_FAILED
+from maco_lib.study.journal import Tail
+from maco_lib.study.overrides import parse_overrides
 from maco_lib.study.progress import View
 from maco_lib.study.sections import SECTIONS
 from maco_lib.study.sections import section as find_section
+from maco_lib.study.sections import table as find_table
 from maco_lib.study.sizing import Sizes, asked_of, share_s
 from maco_lib.study.spec import PROFILES, Section, SectionParameters
 from maco_lib.study.status import COMPLETE, FAILED, UNAVAILABLE, section_status
 from maco_lib.study.store import DataError, Store, utc_now
 
 POLL_S = 0.2
+DEFAULT_PROFILE = "standard"
 # Parameters that were given are obeyed, with a warning where they take so many times the section's share of the time.
 FAR_LONGER = 3.0
 
@@ -37,20 +40,6 @@ class Job:
     section: Section
     given: Mapping[str, Any]
     parameters: SectionParameters
-
-
-def parse_overrides(assignments: list[str]) -> dict[str, Any]:
-    """`name=value` pairs; a value is read as YAML, so `[1, 8]` is a list and `true` a truth value."""
-    overrides = {}
-    for assignment in assignments:
-        name, equals, text = assignment.partition("=")
-        if not equals or not name:
-            raise ValueError(f"-p takes name=value, not {assignment!r}")
-        try:
-            overrides[name] = yaml.safe_load(text)
-        except yaml.YAMLError:
-            raise ValueError(f"-p {name}: {text!r} is not a value") from None
-    return overrides
 
 
 def prepare(only: list[str], profile: str, overrides: Mapping[str, Any], sizes: Sizes) -> list[Job]:
@@ -74,42 +63,76 @@ def prepare(only: list[str], profile: str, overrides: Mapping[str, Any], sizes: 
     return jobs
 
 
-def run(
-    only: list[str], profile: str, overrides: Mapping[str, Any], machine_name: str, force: bool, keep_going: bool
-) -> int:
-    """Run what is not fresh, write the report; returns the exit status, non-zero if a section or the report failed."""
+def run(only: list[str], profile: str, assignments: list[str], machine_name: str, force: bool) -> int:
+    """Run what is not fresh, write the report; returns the exit status, non-zero if a section or the report failed.
+
+    A section that fails costs only itself: the others go on, those that need it where its tables are there.
+    """
     store, machine = Store(), this_machine()
     folder = store.folder_for(machine, machine_name)
     sizes = Sizes(store, folder, machine)
-    jobs = prepare(only, profile, overrides, sizes)
-    print(f"Machine {folder}, profile {profile}: {', '.join(job.section.name for job in jobs)}", flush=True)
-    tell_forecast(sizes, jobs, profile, force)
-    failed: list[str] = []
-    for job in jobs:
-        if force:
-            store.forget_damaged(folder, job.section.name)
-        broken = [name for name in job.section.needs if name in failed]
-        status = section_status(store, folder, job.section, machine, job.parameters)
-        if broken:
-            error = f"not run: it needs section {broken[0]}, which failed"
-        elif status.settled and not force and figures_exist(store, folder, job.section, status.state):
-            print(f"{job.section.name}: {status.state}, nothing to measure {status.detail}".rstrip(), flush=True)
-            continue
-        else:
-            error = run_section(store, folder, job, profile, force)
-        if error:
-            failed.append(job.section.name)
-            record_failure(store, folder, job, profile, error)
-            print(f"{job.section.name}: FAILED: {error}", file=sys.stderr, flush=True)
-            if not keep_going:
-                break
-    problems = write_report(store)
+    jobs = prepare(only, profile, parse_overrides(assignments), sizes)
+    failed: dict[str, str] = {}
+    with store.at_work(folder) as tell:
+        print(f"Machine {folder}, profile {profile}: {', '.join(job.section.name for job in jobs)}", flush=True)
+        tell_forecast(sizes, jobs, profile, force)
+        for job in jobs:
+            name = job.section.name
+            if force:
+                store.forget_damaged(folder, name)
+            status = section_status(store, folder, job.section, machine, job.parameters)
+            error = lacking(store, folder, job.section, failed)
+            if not error and status.settled and not force and figures_exist(store, folder, job.section, status.state):
+                print(f"{name}: {status.state}, nothing to measure {status.detail}".rstrip(), flush=True)
+                continue
+            if not error:
+                tell(name)
+                error = run_section(store, folder, job, profile, force)
+                tell("")
+            if error:
+                failed[name] = error
+                record_failure(store, folder, job, profile, error)
+                print(f"{name}: FAILED: {error}", file=sys.stderr, flush=True)
+        problems = write_report(store)
+    if failed:
+        chosen = [job for job in jobs if job.section.name in failed]
+        print(f"Failed: {', '.join(failed)}; what was measured is kept.", file=sys.stderr)
+        for name, error in failed.items():
+            print(f"  {name}: {error.splitlines()[0]}", file=sys.stderr)
+        print(f"To go on: {command_for(chosen, profile, assignments, machine_name, force)}", file=sys.stderr)
+    elif problems:
+        print("Every section is done, the report is not whole; again: ./run_all.sh --report-only", file=sys.stderr)
     return 1 if failed or problems else 0
+
+
+def lacking(store: Store, folder: str, section: Section, failed: Mapping[str, str]) -> str | None:
+    """Why a section cannot be tried: a table that it computes from is not there, the section that fills it failed."""
+    for table in (table for derived in section.derived for table in derived.inputs):
+        owner = find_table(table)[0].name
+        if owner in failed and owner != section.name and not (store.data / folder / f"{table}.csv").exists():
+            return f"not run: it needs {table} of section {owner}, which failed"
+    return None
+
+
+def command_for(jobs: list[Job], profile: str, assignments: list[str], machine_name: str, force: bool) -> str:
+    """The command that runs these sections as they were asked for."""
+    words = ["./run_all.sh", "--only", ",".join(job.section.name for job in jobs)]
+    words += ["--profile", profile] if profile != DEFAULT_PROFILE else []
+    words += ["--machine", machine_name] if machine_name != "auto" else []
+    words += ["--force"] if force else []
+    for assignment in assignments:
+        if any(assignment.partition("=")[0] in job.given for job in jobs):
+            words += ["-p", assignment]
+    return shlex.join(words)
 
 
 def tell_forecast(sizes: Sizes, jobs: list[Job], profile: str, force: bool) -> None:
     """What measuring will take, section by section; a warning where parameters that were given ask for far more."""
-    forecasts = {job.section.name: sizes.forecast_s(job.section, job.parameters, force) for job in jobs}
+    forecasts = dict.fromkeys((job.section.name for job in jobs), 0.0)
+    for job in jobs:
+        # What a damaged table costs is its own section's affair, at its turn.
+        with contextlib.suppress(DataError):
+            forecasts[job.section.name] = sizes.forecast_s(job.section, job.parameters, force)
     told = [f"{name} {seconds / 60:.1f}" for name, seconds in forecasts.items() if seconds]
     if told:
         rates = sizes.rates
@@ -168,13 +191,11 @@ def run_section(store: Store, folder: str, job: Job, profile: str, force: bool) 
             start_new_session=True,
         )
         try:
-            view, seen, ended = View(), 0, False
+            view, tail, ended = View(), Tail(events), False
             while not ended:
                 ended = process.poll() is not None
-                lines = list(read_lines(events))
-                for event in lines[seen:]:
+                for event in tail.new():
                     view.show(event)
-                seen = len(lines)
                 time.sleep(POLL_S)
         finally:
             process.stdin.close()
@@ -195,17 +216,18 @@ def run_section(store: Store, folder: str, job: Job, profile: str, force: bool) 
 def child_environment_for_kernel(store: Store) -> dict[str, str]:
     """The notebook's kernel sees this package and this study root; threads are the launcher's business."""
     path = os.pathsep.join(part for part in (str(CHECKOUT), os.environ.get("PYTHONPATH")) if part)
-    return {**os.environ, "PYTHONPATH": path, "MACO_ROOT": str(store.root), "PYDEVD_DISABLE_FILE_VALIDATION": "1"}
+    given = {"PYTHONPATH": path, "PYTHONUTF8": "1", "MACO_ROOT": str(store.root)}
+    return {**os.environ, **given, "PYDEVD_DISABLE_FILE_VALIDATION": "1"}
 
 
 def judge(store: Store, folder: str, section: Section, run_id: str, status: int, log: pathlib.Path) -> str | None:
     """Our own verdict: the last cell of this very run wrote its completion record, and the process ended well."""
     if status != 0:
-        lines = [
-            line
-            for line in log.read_text(encoding="utf-8", errors="replace").splitlines()
-            if line.strip() and "[IPKernelApp]" not in line
-        ]
+        text = log.read_text(encoding="utf-8", errors="replace")
+        _, failed, error = text.rpartition(f"{NOTEBOOK_FAILED}\n")
+        if failed:
+            return error.strip()
+        lines = [line for line in text.splitlines() if line.strip() and "[IPKernelApp]" not in line]
         return "\n".join(lines[-30:]) or f"its process ended with status {status}"
     verdict = store.record(folder, section.name).get("verdict", {})
     if verdict.get("run") != run_id or verdict.get("state") not in (COMPLETE, UNAVAILABLE):
@@ -233,8 +255,40 @@ def write_report(store: Store) -> list[str]:
     """REPORT.md, HTML and PDF; prints and returns what could not be written."""
     from maco_lib.study import publish, report
 
-    problems = report.build(store.root, redraw=False)
-    publish.build(store.root)
+    try:
+        problems = report.build(store.root, redraw=False)
+        publish.build(store.root)
+    except (DataError, ValueError, RuntimeError) as error:
+        problems = [f"{type(error).__name__}: {error}"]
     for problem in problems:
         print(f"report: {problem}", file=sys.stderr)
     return problems
+
+
+def report_only(store: Store, only: list[str], machine_name: str) -> list[str]:
+    """Draw the figures of the sections `only` (none: of all) on one stored machine ("auto": on all), then the report.
+
+    Returns what could not be drawn or written; raises ValueError naming an unknown section or machine.
+    """
+    from maco_lib.study import figures, publish, report
+
+    stored = store.machines()
+    if machine_name != "auto" and machine_name not in stored:
+        raise ValueError(f"unknown machine {machine_name!r}; data/ holds {', '.join(stored)}; auto: every one")
+    chosen = [find_section(name) for name in only or SECTIONS]
+    if not only and machine_name == "auto":
+        problems = report.build(store.root)
+    else:
+        problems = []
+        for folder in stored if machine_name == "auto" else [machine_name]:
+            for entry in chosen:
+                if store.record(folder, entry.name).get("verdict", {}).get("state") != COMPLETE:
+                    continue
+                for name in entry.figures:
+                    try:
+                        figures.write(store, folder, name)
+                    except DataError as error:
+                        problems.append(str(error))
+        problems += report.build(store.root, redraw=False)
+    publish.build(store.root)
+    return list(dict.fromkeys(problems))

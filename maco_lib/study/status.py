@@ -1,4 +1,5 @@
-"""How a section stands on a machine: fresh, code moved since, stale, failed, interrupted, unavailable or missing."""
+"""How a section stands on a machine: running, fresh, code moved since, stale, failed, interrupted, unavailable or
+missing."""
 
 import hashlib
 from dataclasses import dataclass
@@ -50,6 +51,8 @@ def section_status(
     store: Store, name: str, section: Section, machine: Machine, parameters: SectionParameters | None = None
 ) -> Status:
     """How `section` stands in data/<name>/ for `parameters` (default: those it was last run with)."""
+    if store.running(name) == section.name:
+        return Status(RUNNING, "a run is at it")
     try:
         record = store.record(name, section.name)
     except DataError as error:

@@ -5,20 +5,21 @@ For each table `data/<machine>/` holds `<table>.csv` (the reported rows, one per
 section `<section>.json` (parameters, verdict, provenance of every launch, checksums of the files).
 """
 
+import contextlib
 import datetime
 import hashlib
 import io
 import json
 import os
 import pathlib
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import pandas as pd
 
 from maco_lib.machine import Machine
 from maco_lib.provenance import source_digest
-from maco_lib.study import sections
+from maco_lib.study import locks, sections
 from maco_lib.study.files import CHECKOUT, DataError, sha256, study_root, write_atomically, write_json
 from maco_lib.study.journal import read_lines
 from maco_lib.study.rows import aggregate, as_csv, journal_frames, replacing
@@ -75,9 +76,11 @@ class Store:
             return automatic
         valid = sorted({*same_hardware, *([automatic] if automatic else [])})
         if wanted not in valid:
+            others = [name for name in taken if name not in valid]
             raise ValueError(
                 f"machine {wanted!r} is not one this host ({machine.name}) can measure in; "
                 f"valid: auto, {', '.join(valid)}"
+                + (f"; stored, to look at in notebooks and with status: {', '.join(others)}" if others else "")
             )
         return wanted
 
@@ -175,9 +178,24 @@ class Store:
     # -- the journal of a running measurement ------------------------------------------------------------------------
 
     def journal_folder(self, name: str) -> pathlib.Path:
+        """Made on first use; raises DataError, naming it, where it cannot be."""
         folder = self.data / name / ".journal"
-        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise DataError(
+                f"{folder} cannot be made: {error.strerror}; MACO_ROOT may name a folder elsewhere"
+            ) from None
         return folder
+
+    def at_work(self, name: str) -> contextlib.AbstractContextManager[Callable[[str], None]]:
+        """Only one run at a time works on a machine's folder; it tells which section it is at. See `locks.held`."""
+        busy = f"another run is at work in data/{name}; wait for it or stop it"
+        return locks.held(self.journal_folder(name) / "run.lock", busy)
+
+    def running(self, name: str) -> str | None:
+        """The section that a living run is at, "" between two of them, None where no run is at work."""
+        return locks.holder(self.data / name / ".journal" / "run.lock")
 
     def journal(self, name: str, table: str) -> pathlib.Path:
         return self.journal_folder(name) / f"{table}.jsonl"

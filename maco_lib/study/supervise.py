@@ -13,6 +13,7 @@ import select
 import signal
 import subprocess
 import sys
+import threading
 
 import psutil
 
@@ -66,9 +67,11 @@ def supervise(command: list[str]) -> int:
     signal.signal(signal.SIGINT, stop)
     try:
         child = subprocess.Popen(command, stdin=subprocess.DEVNULL, preexec_fn=die_with_parent)
-        ended = os.pidfd_open(child.pid)
+        ended, tell = os.pipe()
+        # A thread waits for the child: not every kernel and sandbox has pidfd_open.
+        threading.Thread(target=lambda: (child.wait(), os.close(tell)), daemon=True).start()
         ready, _, _ = select.select([sys.stdin.fileno(), ended], [], [])
-        return child.wait() if ended in ready else 130
+        return child.returncode if ended in ready else 130
     except Stopped:
         return 130
     finally:

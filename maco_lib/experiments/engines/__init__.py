@@ -11,6 +11,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
+from maco_lib.machine import num_cores
+
 ARMS = ("transformers_eager", "transformers_compiled", "vllm_eager", "vllm")
 BASELINE = "transformers_eager"
 
@@ -59,9 +61,10 @@ def start(
 
 
 def usable_cores() -> list[int]:
-    """The first logical CPU of every physical core this process may run on: all arms compute on these."""
+    """The first logical CPU of every physical core this process may run on, as many as it has time for: all arms
+    compute on these."""
     cores: dict[str, int] = {}
     for cpu in sorted(os.sched_getaffinity(0)):
         siblings = pathlib.Path(f"/sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings_list")
         cores.setdefault(siblings.read_text(encoding="utf-8") if siblings.exists() else str(cpu), cpu)
-    return list(cores.values())
+    return list(cores.values())[: num_cores()]

@@ -1,0 +1,64 @@
+"""Notebooks executed headless: by this very interpreter, in UTF-8, and tidied without harm to their images."""
+
+import base64
+import json
+import os
+import pathlib
+import subprocess
+import sys
+import tempfile
+
+import nbformat
+
+from maco_lib.study import execute
+from maco_lib.study.files import CHECKOUT, without_places
+
+
+def test_only_text_is_tidied(tmp_path):
+    temporary = tempfile.gettempdir()
+    # A picture whose letters in base64 happen to be a path.
+    picture = base64.b64encode(base64.b64decode("iVBO" + temporary * 4 + "AAA=")).decode()
+    assert temporary in picture
+    text = f"{temporary}/x and {sys.prefix}/lib and {CHECKOUT}/maco_lib/a.py"
+    html = f'<img src="data:image/png;base64,{picture}"> {temporary}'
+    data = {"text/plain": text, "text/html": html, "image/png": picture}
+    error = nbformat.v4.new_output("error", ename="Error", evalue=text, traceback=[text])
+    printed = nbformat.v4.new_output("stream", text=text)
+    shown = nbformat.v4.new_output("display_data", data=data)
+    cell = nbformat.v4.new_code_cell(f"open('{temporary}/x')", outputs=[error, printed, shown])
+    path = tmp_path / "book.ipynb"
+    nbformat.write(nbformat.v4.new_notebook(cells=[cell]), path)
+    execute.tidy(path)
+    (cell,) = nbformat.read(path, as_version=4).cells
+    tidied = "<tmp>/x and <python>/lib and maco_lib/a.py"
+    error, printed, shown = cell.outputs
+    assert (error.evalue, error.traceback, printed.text, shown.data["text/plain"]) == (tidied, [tidied], tidied, tidied)
+    assert cell.source == "open('<tmp>/x')"
+    assert shown.data["image/png"] == picture
+    assert shown.data["text/html"] == f'<img src="data:image/png;base64,{picture}"> <tmp>'
+
+
+def test_a_place_is_a_whole_path():
+    temporary = tempfile.gettempdir()
+    for text in (f"{temporary}-of-mine", f"/var{temporary}", f"a{temporary}/b"):
+        assert without_places(text) == text
+
+
+def test_a_notebook_runs_in_this_interpreter_and_in_utf8(tmp_path):
+    """Whatever kernel called python3 comes first on JUPYTER_PATH, and in a locale that is not UTF-8."""
+    other = {"argv": ["false", "{connection_file}"], "display_name": "Another Python", "language": "python"}
+    (tmp_path / "kernels" / "python3").mkdir(parents=True)
+    (tmp_path / "kernels" / "python3" / "kernel.json").write_text(json.dumps(other))
+    book, output = tmp_path / "book.ipynb", tmp_path / "executed.ipynb"
+    cell = nbformat.v4.new_code_cell("import sys\nprint('12 µs', sys.executable == executable)")
+    metadata = {"kernelspec": {"name": "python3", "display_name": "Python 3", "language": "python"}}
+    nbformat.write(nbformat.v4.new_notebook(cells=[cell], metadata=metadata), book)
+    environment = {
+        **os.environ, "JUPYTER_PATH": str(tmp_path), "PYTHONPATH": str(CHECKOUT), "LC_ALL": "C", "PYTHONUTF8": "0",
+        "PYTHONCOERCECLOCALE": "0", "HOME": "/nonexistent",
+    }  # fmt: skip
+    command = [sys.executable, "-m", "maco_lib.study.execute", str(book), str(output)]
+    command.append(json.dumps({"executable": sys.executable}))
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, timeout=120)
+    assert done.returncode == 0, done.stderr.decode()
+    assert "12 µs True" in pathlib.Path(output).read_text(encoding="utf-8")

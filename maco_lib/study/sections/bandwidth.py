@@ -180,9 +180,7 @@ SECTION = Section(
         "full": {
             "cpu": [{"max_bytes": 64 * MIB, "budget_s": 1.0, "num_launches": 3}],
             # Smaller where a GPU's memory does not hold every backend's buffers.
-            "cuda": smaller(
-                {"max_bytes": GIB, "budget_s": 0.1, "num_launches": 3, **EVERY}, {"max_bytes": 256 * MIB}
-            ),
+            "cuda": smaller({"max_bytes": GIB, "budget_s": 0.1, "num_launches": 3, **EVERY}, {"max_bytes": 256 * MIB}),
         },
     },
     share=0.06,

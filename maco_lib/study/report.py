@@ -32,6 +32,7 @@ from maco_lib.study.claims import judge
 from maco_lib.study.criteria import CRITERIA, LEAST_IDEAL_GAIN, LINEAR_MANY_ROWS
 from maco_lib.study.evidence import Evidence, Missing, load
 from maco_lib.study.files import write_atomically
+from maco_lib.study.markdown import address, code, lines, verbatim
 from maco_lib.study.sections import SECTIONS
 from maco_lib.study.status import UNAVAILABLE
 from maco_lib.study.store import DataError, Store
@@ -76,13 +77,13 @@ def draw_all(store: Store, evidence: Evidence, redraw: bool) -> tuple[dict[str, 
             try:
                 figures.write(store, evidence.name, name)
             except DataError as error:
-                shown[name] = f"*Not drawn: {error}*"
+                shown[name] = f"*Not drawn: {verbatim(error)}*"
                 # A complete section without a table was asked for none.
                 asked = all(table in evidence.tables for table in spec.tables if "." not in table)
                 problems += [str(error)] if state.usable and asked else []
                 continue
-        link = path.relative_to(store.root).as_posix()
-        shown[name] = f"![{name}, {evidence.name}]({link})\n\n*{evidence.name}: {spec.caption}*"
+        link, of = address(path.relative_to(store.root).as_posix()), verbatim(evidence.name)
+        shown[name] = f"![{name}, {of}]({link})\n\n*{of}: {spec.caption}*"
     return shown, problems
 
 
@@ -98,8 +99,10 @@ def render(
         autoescape=False,
     )
     judged, store = {machine.name: judge(machine, root) for machine in machines}, Store(root)
+    environment.filters["verbatim"] = verbatim
     return environment.from_string(TEMPLATE.read_text()).render(
         root=root,
+        address=address,
         machines=machines,
         problems=list(dict.fromkeys(problems)),
         tables=report_tables,
@@ -142,7 +145,7 @@ def attempt(make: Callable[..., str], machine: Evidence, *arguments) -> str:
     try:
         return make(machine, *arguments)
     except Missing as missing:
-        return f"*Not available on {machine.name}: {missing}*"
+        return f"*Not available on {verbatim(machine.name)}: {missing}*"
 
 
 def attempt_lines(make: Callable[..., list], machine: Evidence, *arguments) -> list:
@@ -156,22 +159,20 @@ def attempt_lines(make: Callable[..., list], machine: Evidence, *arguments) -> l
 def states(machines: list[Evidence], section: str) -> str:
     """A line per machine on which the section is not complete, rests on stale data or is of more than one commit: what
     happened, what to do."""
-    lines = []
+    told = []
     for machine in machines:
-        state = machine.sections[section]
+        state, name = machine.sections[section], verbatim(machine.name)
         if not state.usable:
-            error = "\n> ".join(state.error.splitlines()) or "no reason recorded"
-            lines.append(
-                f"> **{machine.name}: section {section} is {state.state.upper()}.** {error} ({HINT} {section})"
-            )
-        elif stale := [name for name in SECTIONS[section].needs if machine.sections[name].state == "stale"]:
-            lines.append(
-                f"> **{machine.name}: section {section} rests on stale data**, of {' and '.join(stale)} "
+            error = lines(state.error, "> ") or "no reason recorded"
+            told.append(f"> **{name}: section {section} is {state.state.upper()}.** {error} ({HINT} {section})")
+        elif stale := [need for need in SECTIONS[section].needs if machine.sections[need].state == "stale"]:
+            told.append(
+                f"> **{name}: section {section} rests on stale data**, of {' and '.join(stale)} "
                 f"({HINT} {' '.join(stale)})"
             )
-        elif told := of_commits(machine, section):
-            lines.append(f"> {machine.name}: section {section} was measured at more than one commit: {told}")
-    return "\n>\n".join(lines)
+        elif commits := of_commits(machine, section):
+            told.append(f"> {name}: section {section} was measured at more than one commit: {commits}")
+    return "\n>\n".join(told)
 
 
 def of_commits(machine: Evidence, section: str) -> str:
@@ -204,8 +205,8 @@ def index(machines: list[Evidence]) -> str:
             if state.usable:
                 rows.append([
                     name, f"notebooks/{section.notebook}",
-                    f"`./run_all.sh --only {section.name} --profile {state.profile}`",
-                    f"{state.seconds / 60:.1f}", machine.name,
+                    code(f"./run_all.sh --only {section.name} --profile {state.profile}"),
+                    f"{state.seconds / 60:.1f}", verbatim(machine.name),
                 ])  # fmt: skip
     return report_tables.table(rows, ["figure", "notebook", "command", "minutes (section)", "hardware"])
 
@@ -219,8 +220,9 @@ def measured(store: Store, machines: list[Evidence]) -> str:
             commits = sorted({commit_of(launch.get("git", {})) for launch in launches})
             ranks = sorted({launch["num_ranks"] for launch in launches if "num_ranks" in launch})
             hosts = len(machine.hosts(name))
-            rows.append([machine.name, name, state.state, state.profile, machine.measured(name)[1], str(hosts),
-                         launches_of(launches), ", ".join(map(str, ranks)), runs_in_a_replay(store, machine, name),
+            rows.append([verbatim(machine.name), name, state.state, verbatim(state.profile),
+                         machine.measured(name)[1], str(hosts), launches_of(launches), ", ".join(map(str, ranks)),
+                         runs_in_a_replay(store, machine, name),
                          ", ".join(commits)])  # fmt: skip
     return report_tables.table(
         rows,
@@ -240,7 +242,7 @@ def launches_of(launches: Iterable[dict[str, Any]]) -> str:
 def replays(store: Store, machines: list[Evidence], section: str) -> str:
     """How many runs the replays of a section held, and what few of them do to its times; "" where none was replayed."""
     counts = {machine.name: runs_in_a_replay(store, machine, section) for machine in machines}
-    told = [f"{name} {runs}" for name, runs in counts.items() if runs != report_tables.ABSENT]
+    told = [f"{verbatim(name)} {runs}" for name, runs in counts.items() if runs != report_tables.ABSENT]
     return (
         f"Runs in a timed replay, the least, the median and the most over all arms: {'; '.join(told)}. "
         "Where they were few, [short times are too long](#how-it-was-measured).\n"
@@ -271,4 +273,4 @@ def commit_of(git: dict[str, Any]) -> str:
     """The commit a launch ran, short, marked where the tree held changes, and "unknown" where neither git nor user
     told it."""
     commit = git.get("commit")
-    return (commit[:7] if commit else "unknown") + (" (modified)" if git.get("dirty") else "")
+    return (verbatim(commit[:7]) if commit else "unknown") + (" (modified)" if git.get("dirty") else "")

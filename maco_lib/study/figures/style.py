@@ -53,6 +53,7 @@ RC = {
     "lines.linewidth": 1.1,
     "lines.markersize": 4,
     "axes.unicode_minus": True,
+    "text.parse_math": False,  # a dollar in the name of a layer, model or machine is a dollar
     "figure.constrained_layout.use": True,
     "figure.dpi": 200,
     "savefig.dpi": 200,

@@ -209,5 +209,6 @@ def unfenced(machines: Iterable[Evidence]) -> list[str]:
         return []
     return [f"**{', '.join(map(verbatim, names))}: by a kernel with a fault.** The persistent and the signalled kernel "
             "of that code did not fence a tile's stores before they told of them. Where launches follow each other at "
-            "once, as in a replay, their sums could hold what the launch before had left, and only runs issued by themselves were "
-            "judged then. Their times, and the planner's where it chose them, are without the fence."]  # fmt: skip
+            "once, as in a replay, their sums could hold what the launch before had left, and only runs issued by "
+            "themselves were judged then. Their times, and the planner's where it chose them, are without the "
+            "fence."]  # fmt: skip

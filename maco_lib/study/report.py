@@ -80,7 +80,8 @@ def draw_all(store: Store, evidence: Evidence, redraw: bool) -> tuple[dict[str, 
                 shown[name] = f"*Not drawn: {verbatim(error)}*"
                 # A complete section without a table was asked for none.
                 asked = all(table in evidence.tables for table in spec.tables if "." not in table)
-                problems += [str(error)] if state.usable and asked else []
+                told = isinstance(error, figures.FigureError) or (state.usable and asked)
+                problems += [str(error)] if told else []
                 continue
         link, of = address(path.relative_to(store.root).as_posix()), verbatim(evidence.name)
         shown[name] = f"![{name}, {of}]({link})\n\n*{of}: {spec.caption}*"

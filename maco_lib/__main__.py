@@ -1,6 +1,7 @@
 """The command line: `python -m maco_lib run | status | report | rederive | doctor | advise`."""
 
 import argparse
+import os
 import sys
 
 from maco_lib.study import advise, doctor
@@ -55,8 +56,10 @@ def report_main(options: argparse.Namespace) -> int:
     from maco_lib.study.store import Store
 
     store = Store()
-    problems = report.build(store.root)
-    publish.build(store.root)
+    print(f"Drawing figures and report from {store.data}", flush=True)
+    problems = report.build(store.root, processes=len(os.sched_getaffinity(0)))
+    for path in [store.root / "REPORT.md", *publish.build(store.root)]:
+        print(path)
     for problem in problems:
         print(f"report: {problem}", file=sys.stderr)
     return 1 if problems else 0

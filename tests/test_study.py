@@ -145,9 +145,9 @@ def test_a_section_that_only_computes_is_computed_where_it_never_ran(tmp_path):
 def test_rederive_leaves_alone_what_it_finds_equal_and_writes_what_a_formula_changed(tmp_path, monkeypatch):
     store, folder = Store(tmp_path), "cpu-2"
     shutil.copytree(CHECKOUT / "data" / folder, store.data / folder, ignore=shutil.ignore_patterns("executed"))
-    before = {path: path.read_bytes() for path in (store.data / folder).iterdir()}
+    before = {path: path.read_bytes() for path in (store.data / folder).iterdir() if path.is_file()}
     assert "when_to_overlap" in derive.rederive(store, folder)
-    assert {path: path.read_bytes() for path in (store.data / folder).iterdir()} == before
+    assert {path: path.read_bytes() for path in before} == before
     entry, table = sections.table("bandwidth_fit")
     other = dataclasses.replace(table, compute=lambda tables, parameters: (
         table.compute(tables, parameters).assign(bandwidth_gb_per_s=lambda rows: rows["bandwidth_gb_per_s"] * 1.0001)

@@ -4,6 +4,7 @@ import collections
 import functools
 import pathlib
 import statistics
+import traceback
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -20,6 +21,7 @@ from maco_lib.study import (
     linear_limits,
     linear_persistent,
     linear_promises,
+    pictures,
     planner,
     published,
     report_tables,
@@ -41,11 +43,12 @@ TEMPLATE = pathlib.Path(__file__).with_name("report.md.j2")
 HINT = "measure it with: ./run_all.sh --only"
 
 
-def build(root: pathlib.Path, redraw: bool = True) -> list[str]:
+def build(root: pathlib.Path, redraw: bool = True, processes: int = 1) -> list[str]:
     """Write every machine's figures (with `redraw` false only the missing ones) and REPORT.md below `root`.
 
-    Returns one sentence for each stored file that is damaged and each figure of a complete section that cannot be
-    drawn; the report shows them in place. Raises OSError or ValueError when the published tables cannot be read.
+    Prints a line a machine. Returns one sentence for each stored file that is damaged, each figure of a complete
+    section that cannot be drawn and each part that fails; the report shows them in place. Raises OSError or ValueError
+    when the published tables cannot be read.
     """
     store, machines, problems = Store(root), [], []
     for name in store.machines():
@@ -57,41 +60,18 @@ def build(root: pathlib.Path, redraw: bool = True) -> list[str]:
         machines.append(evidence)
         problems += damaged
     machines.sort(key=lambda machine: (machine.kind == "cpu", machine.name))
-    pictures: dict[str, dict[str, str]] = {}
-    for evidence in machines:
-        pictures[evidence.name], undrawn = draw_all(store, evidence, redraw)
-        problems += undrawn
-    write_atomically(store.root / "REPORT.md", render(store.root, machines, pictures, problems).encode())
+    shown, undrawn = pictures.draw_all(store, machines, redraw, processes)
+    problems += undrawn
+    written = render(store.root, machines, shown, problems)
+    write_atomically(store.root / "REPORT.md", written.encode())
     return list(dict.fromkeys(problems))
 
 
-def draw_all(store: Store, evidence: Evidence, redraw: bool) -> tuple[dict[str, str], list[str]]:
-    """Draw one machine's figures: by name the link to each one or why it is not there, and the problems."""
-    shown, problems = {}, []
-    for name, spec in figures.FIGURES.items():
-        state = evidence.sections[spec.section]
-        if state.state in ("missing", "unavailable"):
-            continue
-        path = store.figures / evidence.name / f"{name}.png"
-        if redraw or not path.exists():
-            try:
-                figures.write(store, evidence.name, name)
-            except DataError as error:
-                shown[name] = f"*Not drawn: {verbatim(error)}*"
-                # A complete section without a table was asked for none.
-                asked = all(table in evidence.tables for table in spec.tables if "." not in table)
-                told = isinstance(error, figures.FigureError) or (state.usable and asked)
-                problems += [str(error)] if told else []
-                continue
-        link, of = address(path.relative_to(store.root).as_posix()), verbatim(evidence.name)
-        shown[name] = f"![{name}, {of}]({link})\n\n*{of}: {spec.caption}*"
-    return shown, problems
+def render(root: pathlib.Path, machines: list[Evidence], shown: dict[str, dict[str, str]], problems: list[str]) -> str:
+    """The report's text; `shown` are its pictures by machine and name. A part that fails is added to `problems`.
 
-
-def render(
-    root: pathlib.Path, machines: list[Evidence], pictures: dict[str, dict[str, str]], problems: list[str]
-) -> str:
-    """The report's text. Every name the template uses must be given here: an unknown one is an error."""
+    Every name the template uses must be given here: an unknown one is an error.
+    """
     environment = jinja2.Environment(
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,
@@ -126,11 +106,11 @@ def render(
         published_wait=findings.published_wait,
         reproduction=reproduction.lines,
         average=findings.average_sentence,
-        attempt=attempt,
-        attempt_lines=attempt_lines,
+        attempt=functools.partial(attempt, problems),
+        attempt_lines=functools.partial(attempt_lines, problems),
         states=states,
         caveats=caveats,
-        picture=lambda machine, name: pictures[machine.name].get(name, ""),
+        picture=lambda machine, name: shown[machine.name].get(name, ""),
         judged=judged,
         criteria=CRITERIA,
         printed=published.printed,
@@ -141,20 +121,35 @@ def render(
     )
 
 
-def attempt(make: Callable[..., str], machine: Evidence, *arguments) -> str:
-    """`make(machine, ...)`, or in its place the reason why the data for it is not there."""
+def attempt(problems: list[str], make: Callable[..., str], machine: Evidence, *arguments) -> str:
+    """`make(machine, ...)`, or in its place the reason why the data for it is not there.
+
+    What fails otherwise ends only itself: it is told in its place and added to `problems`.
+    """
     try:
         return make(machine, *arguments)
     except Missing as missing:
         return f"*Not available on {verbatim(machine.name)}: {missing}*"
+    except Exception as error:
+        return f"*Not available on {verbatim(machine.name)}: {failed(problems, make, machine, error)}*"
 
 
-def attempt_lines(make: Callable[..., list], machine: Evidence, *arguments) -> list:
+def attempt_lines(problems: list[str], make: Callable[..., list], machine: Evidence, *arguments) -> list:
     """The same for what gives several lines."""
     try:
         return make(machine, *arguments)
     except Missing as missing:
         return [f"*not available: {missing}*"]
+    except Exception as error:
+        return [f"*not available: {failed(problems, make, machine, error)}*"]
+
+
+def failed(problems: list[str], make: Callable, machine: Evidence, error: Exception) -> str:
+    """What went wrong in a part of the report, added to `problems`; the traceback, for who mends it, goes to stderr."""
+    traceback.print_exception(error)
+    told = f"{make.__module__}.{make.__name__} failed: {type(error).__name__}: {error}"
+    problems.append(f"report of {machine.name}: {told}")
+    return verbatim(told)
 
 
 def states(machines: list[Evidence], section: str) -> str:

@@ -10,7 +10,8 @@ from maco_lib import stats
 from maco_lib.study.spec import Dataset
 
 FLOAT_FORMAT = "%.6g"
-# Six digits are stored, and other CPUs and builds of NumPy and SciPy differ in the last ones: numbers this near are equal.
+# Six digits are stored, also of what a number is computed from, and CPUs and builds of NumPy differ in the last ones:
+# numbers this near are equal.
 TOLERANCE = 2e-5
 TOLERANCES = {"eta": 2e-3}  # divided by the shorter side, which may be a hundredth of the longer
 LAUNCH_COLUMNS = ["point_key", "repeat", "launch", "method_version"]

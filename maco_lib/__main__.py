@@ -82,8 +82,10 @@ def report_main(options: argparse.Namespace) -> int:
     from maco_lib.study.store import Store
 
     store = Store()
-    problems = report.build(store.root)
-    publish.build(store.root)
+    print(f"Drawing figures and report from {store.data}", flush=True)
+    problems = report.build(store.root, processes=len(os.sched_getaffinity(0)))
+    for path in [store.root / "REPORT.md", *publish.build(store.root)]:
+        print(path)
     return tell(problems)
 
 

@@ -78,15 +78,10 @@ def status_main(options: argparse.Namespace) -> int:
 
 
 def report_main(options: argparse.Namespace) -> int:
-    from maco_lib.study import publish, report
+    from maco_lib.study.runner import report_only
     from maco_lib.study.store import Store
 
-    store = Store()
-    print(f"Drawing figures and report from {store.data}", flush=True)
-    problems = report.build(store.root, processes=len(os.sched_getaffinity(0)))
-    for path in [store.root / "REPORT.md", *publish.build(store.root)]:
-        print(path)
-    return tell(problems)
+    return tell(report_only(Store(), [], "auto"))
 
 
 def rederive_main(options: argparse.Namespace) -> int:

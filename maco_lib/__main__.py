@@ -78,13 +78,10 @@ def status_main(options: argparse.Namespace) -> int:
 
 
 def report_main(options: argparse.Namespace) -> int:
-    from maco_lib.study import publish, report
+    from maco_lib.study.runner import report_only
     from maco_lib.study.store import Store
 
-    store = Store()
-    problems = report.build(store.root)
-    publish.build(store.root)
-    return tell(problems)
+    return tell(report_only(Store(), [], "auto"))
 
 
 def rederive_main(options: argparse.Namespace) -> int:

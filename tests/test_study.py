@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import os
 import pathlib
+import shutil
 import signal
 import subprocess
 import sys
@@ -16,7 +17,7 @@ import stored
 
 from maco_lib.machine import this_machine
 from maco_lib.study import derive, evidence, launch, sections
-from maco_lib.study.rows import aggregate, as_csv
+from maco_lib.study.rows import aggregate, agree, as_csv
 from maco_lib.study.status import Status, section_status
 from maco_lib.study.store import DataError, Store
 from tests import toy
@@ -139,6 +140,33 @@ def test_a_section_that_only_computes_is_computed_where_it_never_ran(tmp_path):
     record = store.record("h200-x2", section.name)
     assert record["profile"] == "full" and record["verdict"]["run"] == "rederive"
     assert section.parameters(**record["parameters"]) == section.parameters()
+
+
+def test_rederive_leaves_alone_what_it_finds_equal_and_writes_what_a_formula_changed(tmp_path, monkeypatch):
+    store, folder = Store(tmp_path), "cpu-2"
+    shutil.copytree(CHECKOUT / "data" / folder, store.data / folder, ignore=shutil.ignore_patterns("executed"))
+    before = {path: path.read_bytes() for path in (store.data / folder).iterdir() if path.is_file()}
+    assert "when_to_overlap" in derive.rederive(store, folder)
+    assert {path: path.read_bytes() for path in before} == before
+    entry, table = sections.table("bandwidth_fit")
+    other = dataclasses.replace(table, compute=lambda tables, parameters: (
+        table.compute(tables, parameters).assign(bandwidth_gb_per_s=lambda rows: rows["bandwidth_gb_per_s"] * 1.0001)
+    ))  # fmt: skip
+    monkeypatch.setitem(sections.SECTIONS, entry.name, dataclasses.replace(entry, derived=(other,)))
+    derive.rederive(store, folder)
+    changed = [path.name for path, content in before.items() if path.read_bytes() != content]
+    assert sorted(changed) == ["bandwidth.json", "bandwidth_fit.csv"]
+
+
+def test_tables_agree_to_the_digits_that_can_be_known():
+    stored_rows = pd.DataFrame(
+        {"name": ["a", None], "time_us": [1000.0, None], "ect_us": [1.0, None], "eta": [0.5, 1.0]}
+    )
+    assert agree(stored_rows, stored_rows.copy())
+    assert agree(stored_rows, stored_rows.assign(ect_us=[1.01, None])), "a difference of times of 1000 µs"
+    for other in ({"ect_us": [1.1, None]}, {"time_us": [1000.1, None]}, {"eta": [0.51, 1.0]}, {"name": ["b", None]},
+                  {"time_us": [1000.0, 1.0]}, {"more": 1}):  # fmt: skip
+        assert not agree(stored_rows, stored_rows.assign(**other)), other
 
 
 def test_slow_is_not_stuck_and_what_is_stuck_says_where(store, monkeypatch):

@@ -2,7 +2,8 @@
 
     python -m maco_lib rederive [--machine NAME]
 
-computes both anew for stored machines, after their formulas changed; nothing is measured. Where a machine was taken
+computes both anew for stored machines, after their formulas changed; nothing is measured, and a table that comes out
+equal to the stored one, to the digits that can be known, is left as it is. Where a machine was taken
 away in the middle of a run, its finished points come into the tables, whose section stays "interrupted", and a section
 that only computes is computed.
 """
@@ -15,10 +16,13 @@ from maco_lib.study.store import Store, utc_now
 
 
 def compute(store: Store, folder: str, derived: Derived, parameters: SectionParameters) -> None:
-    """Write a derived table from its inputs; raises DataError when one is missing or damaged."""
+    """Write a derived table from its inputs, if it says anything else than the stored one; raises DataError when an
+    input is missing or damaged."""
     tables = {table: store.read(folder, table) for table in derived.inputs}
     facts = {"inputs_sha256": input_digest(store, folder, derived, parameters)}
-    store.write_table(folder, derived, derived.compute(tables, parameters), facts)
+    rows = derived.compute(tables, parameters)
+    if not store.stands(folder, derived, rows, facts):
+        store.write_table(folder, derived, rows, facts)
 
 
 def rederive(store: Store, folder: str) -> list[str]:

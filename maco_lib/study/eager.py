@@ -4,6 +4,7 @@ import pandas as pd
 
 from maco_lib.study.evidence import Evidence, Missing
 from maco_lib.study.looks import look, ordered
+from maco_lib.study.markdown import verbatim
 from maco_lib.study.report_tables import ABSENT, table, us
 from maco_lib.study.techniques import PLANNER, geometric
 
@@ -110,6 +111,6 @@ def shown(rows: pd.DataFrame, configuration: str, mode: str) -> str:
         return ABSENT
     row = here.iloc[0]
     if pd.isna(row["t_overlap_us"]):
-        return f"failed: {row['error']}"
+        return f"failed: {verbatim(row['error'])}"
     gained = row["method"] != "sequential" and pd.notna(row["speedup"])
     return us(row["t_overlap_us"]) + (f", {row['speedup']:.2f}×" if gained else "")

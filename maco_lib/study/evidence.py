@@ -7,13 +7,21 @@ from typing import Any
 import pandas as pd
 
 from maco_lib.machine import Machine
+from maco_lib.study.markdown import verbatim
 from maco_lib.study.sections import SECTIONS
 from maco_lib.study.status import COMPLETE, FAILED, RUNNING, UNAVAILABLE, recorded_parameters, stale_tables
 from maco_lib.study.store import DataError, Store
 
 
 class Missing(Exception):
-    """A table that a statement needs is not there; the message is the reason, for a reader."""
+    """A table that a statement needs is not there; `reason` says why, and as a string it is Markdown."""
+
+    def __init__(self, reason: str):
+        super().__init__(reason)
+        self.reason = reason
+
+    def __str__(self) -> str:
+        return verbatim(self.reason)
 
 
 @dataclass(frozen=True)

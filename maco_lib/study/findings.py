@@ -16,6 +16,7 @@ from maco_lib.study.evidence import Evidence, Missing
 from maco_lib.study.found import Candidate, Found, span, speedup
 from maco_lib.study.ideal_findings import near_ideal
 from maco_lib.study.looks import look
+from maco_lib.study.markdown import verbatim
 from maco_lib.study.sections.when_to_overlap import testable
 
 NUM_FINDINGS = 5
@@ -187,8 +188,8 @@ def inference(evidence: Evidence, root: pathlib.Path) -> Found:
             ratios[label] = inference_ratio(evidence, before, after)
             lines.append(f"{label}: {ratios[label]}")
         except Missing as missing:
-            untold.setdefault(str(missing), []).append(label)
-    lines += [f"not told ({reason}): {'; '.join(labels)}" for reason, labels in untold.items()]
+            untold.setdefault(missing.reason, []).append(label)
+    lines += [f"not told ({verbatim(reason)}): {'; '.join(labels)}" for reason, labels in untold.items()]
     if len(hosts := evidence.hosts("inference")) > 1:
         lines.append(f"the arms were measured on {len(hosts)} hosts, which the intervals do not know")
     whole, graphs, engine, compiled, _ = (ratios.get(label) for label in pairs)
@@ -227,7 +228,7 @@ def take_home(evidence: Evidence, root: pathlib.Path) -> list[Found]:
         try:
             found.append(candidate(evidence, root))
         except Missing as missing:
-            reasons.append(str(missing))
+            reasons.append(missing.reason)
     if not found:
         raise Missing("; ".join(dict.fromkeys(reasons)))
     return sorted(found, key=lambda one: not one.decided)[:NUM_FINDINGS]

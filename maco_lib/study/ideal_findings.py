@@ -11,6 +11,7 @@ from maco_lib.study.criteria import LINEAR_MANY_ROWS
 from maco_lib.study.evidence import Evidence, Missing
 from maco_lib.study.found import Found, speedup
 from maco_lib.study.looks import look
+from maco_lib.study.markdown import verbatim
 from maco_lib.study.report_tables import ABSENT, table
 
 
@@ -81,7 +82,7 @@ def overview(machines: Sequence[Evidence], root: pathlib.Path) -> str:
         best, planned = ([row for row in map(choose, groups) if row is not None]
                          for choose in (techniques.fastest, techniques.planned))  # fmt: skip
         state = machine.sections["overlap"]
-        name = machine.name + ("" if state.usable else f" (overlap: {state.state})")
+        name = verbatim(machine.name) + ("" if state.usable else f" (overlap: {state.state})")
         body.append([name, *map(gains, (plain, best, planned)), persistent(machine)])
     return table(body, ["machine", "two streams", "fastest technique", "planner",
                         f"one kernel, of the ideal, M ≥ {LINEAR_MANY_ROWS}"])  # fmt: skip

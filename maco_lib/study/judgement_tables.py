@@ -9,6 +9,7 @@ from maco_lib.study.claims import Judgement
 from maco_lib.study.criteria import NOT_REPRODUCED, NOT_TESTABLE, REPRODUCED
 from maco_lib.study.evidence import Evidence
 from maco_lib.study.figures.style import digits
+from maco_lib.study.markdown import verbatim
 from maco_lib.study.report_tables import folded, table
 
 
@@ -20,7 +21,7 @@ def claim_verdicts(judged: dict[str, list[Judgement]], section: str | None = Non
         for place, claim in enumerate(first)
         if section in (None, claim.section)
     ]
-    return table(rows, ["published", *judged])
+    return table(rows, ["published", *map(verbatim, judged)])
 
 
 def claim_numbers(judgements: list[Judgement]) -> str:
@@ -31,7 +32,7 @@ def claim_numbers(judgements: list[Judgement]) -> str:
 
 def claim_counts(judged: dict[str, list[Judgement]]) -> str:
     verdicts = (REPRODUCED, NOT_REPRODUCED, NOT_TESTABLE)
-    rows = [[name, *(str(sum(entry.verdict == verdict for entry in judgements)) for verdict in verdicts)]
+    rows = [[verbatim(name), *(str(sum(entry.verdict == verdict for entry in judgements)) for verdict in verdicts)]
             for name, judgements in judged.items()]  # fmt: skip
     return table(rows, ["machine", *verdicts])
 

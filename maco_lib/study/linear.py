@@ -12,6 +12,7 @@ from maco_lib.study.criteria import LINEAR_TOLERANCE
 from maco_lib.study.evidence import Evidence, Missing
 from maco_lib.study.figures.style import digits
 from maco_lib.study.looks import label_at, look
+from maco_lib.study.markdown import verbatim
 from maco_lib.study.report_tables import ABSENT, interval, table, us
 
 PLANNER, UNTUNED = "auto", "auto_untuned"
@@ -192,7 +193,7 @@ def failures(machine: Evidence) -> list[str]:
     lines = []
     for (operation, method), group in rows.groupby(["operation", "method"], sort=False):
         of = len(machine.table("linear_all_reduce").query("operation == @operation and method == @method"))
-        reasons = "; ".join(dict.fromkeys(group["error"]))
+        reasons = verbatim("; ".join(dict.fromkeys(group["error"])))
         lines.append(f"{look(method).label} ({operation}): failed at {len(group)} of {of} points: {reasons}")
     return lines
 
@@ -206,7 +207,8 @@ def unfenced(machines: Iterable[Evidence]) -> list[str]:
     }
     if not (names := [name for name, version in versions.items() if version < FENCED]):
         return []
-    return [f"**{', '.join(names)}: by a kernel with a fault.** The persistent and the signalled kernel of that code "
-            "did not fence a tile's stores before they told of them. Where launches follow each other at once, as in a "
-            "replay, their sums could hold what the launch before had left, and only runs issued by themselves were "
-            "judged then. Their times, and the planner's where it chose them, are without the fence."]  # fmt: skip
+    return [f"**{', '.join(map(verbatim, names))}: by a kernel with a fault.** The persistent and the signalled kernel "
+            "of that code did not fence a tile's stores before they told of them. Where launches follow each other at "
+            "once, as in a replay, their sums could hold what the launch before had left, and only runs issued by "
+            "themselves were judged then. Their times, and the planner's where it chose them, are without the "
+            "fence."]  # fmt: skip

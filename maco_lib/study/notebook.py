@@ -7,7 +7,7 @@
     run.complete()
 
 The same calls serve JupyterLab and the runner. Where there is nothing to measure on, the stored results of a reference
-machine are shown instead, and say so.
+machine are shown instead, and say so. Nothing is written for a machine whose stored results are only shown.
 """
 
 import contextlib
@@ -21,11 +21,12 @@ from IPython.display import HTML, Image, Markdown, display
 from maco_lib.machine import Machine, this_machine
 from maco_lib.study import derive, figures, launch
 from maco_lib.study.figures.style import FORMATS, RC
+from maco_lib.study.markdown import code, verbatim
 from maco_lib.study.sections import section as find_section
 from maco_lib.study.sections import table as find_table
 from maco_lib.study.sizing import Sizes
 from maco_lib.study.spec import Derived, Section, SectionParameters
-from maco_lib.study.status import COMPLETE, RUNNING, UNAVAILABLE, recorded_parameters, stale_tables
+from maco_lib.study.status import COMPLETE, RUNNING, UNAVAILABLE, recorded_parameters, section_status, stale_tables
 from maco_lib.study.store import DataError, Store, utc_now
 from maco_lib.study.supervise import die_with_parent
 
@@ -40,21 +41,24 @@ def begin(section: str, profile: str = "standard", machine: str = "auto", **para
     """
     if os.environ.get("MACO_RUN_ID"):
         die_with_parent()
+    pd.set_option("display.html.use_mathjax", False)  # a dollar in an error or a name is a dollar
     entry, store, here = find_section(section), Store(), this_machine()
-    own = store.folder_for(here)
-    if (
-        machine != "auto"
-        and machine != own
-        and machine in store.machines()
-        and store.machine(machine)["hardware"] != here.name
-    ):
+    others = [name for name in store.machines() if store.machine(name)["hardware"] != here.name]
+    if machine in others:
         shown = entry.resolve(profile, store.measured_machine(machine), parameters)
         record = store.record(machine, section)
         if record:  # the parameters that it was measured with: those given here change nothing
-            profile, shown, parameters = record["profile"], recorded_parameters(entry, record), {}
+            try:
+                profile, shown, parameters = record["profile"], recorded_parameters(entry, record), {}
+            except ValueError:  # the section takes others today; what is stored is shown, and that it is stale
+                profile, parameters = record["profile"], {}
         run = Run(store, entry, here, machine, profile, shown)
     else:
-        folder = store.folder_for(here, machine)
+        try:
+            folder = store.folder_for(here, machine)
+        except ValueError as error:
+            shown = f"; stored results can be shown of: {', '.join(others)}" if others else ""
+            raise ValueError(f"{error}{shown}") from None
         sizes = Sizes(store, folder, here)
         run = Run(store, entry, here, folder, profile, sizes.resolve(entry, profile, parameters), sizes)
     run.show_parameters(parameters)
@@ -78,6 +82,8 @@ class Run:
         self.profile, self.parameters, self.sizes = profile, parameters, sizes
         self.forecast_s = 0.0
         self.reasons: dict[str, str] = {}
+        self.undrawn: list[str] = []
+        self.caveats: dict[str, str] = {}
         self.begun = time.monotonic()
 
     @property
@@ -96,9 +102,10 @@ class Run:
             )
             for name, value in self.parameters.model_dump().items()
         ]
-        display(
-            Markdown(f"**{self.section.title}** on `{self.folder}`" + (" (stored results)" if self.view_only else ""))
-        )
+        shown = f"**{self.section.title}** on {code(self.folder)}"
+        if self.view_only:
+            shown += f" ({verbatim('; '.join(filter(None, ['stored results', self.caveat(self.folder)])))})"
+        display(Markdown(shown))
         display(table_of(pd.DataFrame(rows, columns=["parameter", "value", "from", "meaning"])))
 
     def measure(self) -> None:
@@ -152,6 +159,13 @@ class Run:
                 return
         derive.compute(self.store, self.folder, derived, self.parameters)
 
+    def caveat(self, folder: str) -> str:
+        """What is wrong with the section's stored results of a machine, "stale: ..."; "" with nothing wrong."""
+        if folder not in self.caveats:
+            status = section_status(self.store, folder, self.section, self.store.measured_machine(folder))
+            self.caveats[folder] = "" if status.settled else f"{status.state}: {status.detail}"
+        return self.caveats[folder]
+
     def source(self, table: str) -> str:
         """The machine folder that `table` is shown from: this one, or a reference where it cannot be measured here."""
         if self.view_only and not (self.store.data / self.folder / f"{table}.csv").exists():
@@ -167,7 +181,8 @@ class Run:
             others,
             key=lambda name: (self.store.machine(name)["kind"] == "cuda", self.store.machine(name)["num_devices"]),
         )
-        display(Markdown(f"*Stored results of the reference machine `{reference}`: {self.reasons[table]}.*"))
+        told = verbatim("; ".join(filter(None, [self.reasons[table], self.caveat(reference)])))
+        display(Markdown(f"*Stored results of the reference machine {code(reference)}: {told}.*"))
         return reference
 
     def table(self, name: str) -> pd.DataFrame:
@@ -175,11 +190,26 @@ class Run:
         return self.store.read(self.source(name), name)
 
     def figure(self, name: str) -> None:
-        """Draw figures/<machine>/<name>.{svg,pdf,png,csv} and show it at its printed size."""
+        """Draw figures/<machine>/<name>.{svg,pdf,png,csv} and show it at its printed size, or say why it is not there.
+
+        Of another machine the figure that is stored is shown, and where there is none one that is not kept.
+        """
         specification = figures.figure_spec(name)
-        source = next((found for found in map(self.source, specification.tables) if found != self.folder), self.folder)
-        paths = figures.write(self.store, source, name)
-        png = next(path for path in paths if path.suffix == ".png").read_bytes()
+        tables = [
+            table for table in specification.tables if "." not in table
+        ]  # the published study's are of no machine
+        source = next((found for found in map(self.source, tables) if found != self.folder), self.folder)
+        stored = self.store.figures / source / f"{name}.png"
+        try:
+            if not self.view_only and source == self.folder:
+                figures.write(self.store, source, name)
+                png = stored.read_bytes()
+            else:
+                png = stored.read_bytes() if stored.exists() else figures.render(self.store, source, name)["png"]
+        except DataError as error:
+            self.undrawn.append(str(error))
+            display(Markdown(f"*{verbatim(error)}.*"))
+            return
         width_px = int.from_bytes(png[16:20], "big")  # PNG's header chunk
         display(Image(data=png, embed=True, width=round(width_px / RC["savefig.dpi"] * SCREEN_DPI)))
         display(Markdown(f"*{specification.caption}*"))
@@ -188,7 +218,8 @@ class Run:
         """The section's own verdict: every expected point stored, schemas pass, every declared figure drawn."""
         if self.view_only:
             state = self.store.record(self.folder, self.section.name).get("verdict", {}).get("state", "missing")
-            print(f"Stored results: section {self.section.name} of {self.folder} is {state}.")
+            told = self.caveat(self.folder) or state
+            print(f"Stored results: section {self.section.name} of {self.folder} is {told}.")
             return
         if self.reasons:
             # Without its main table a section has nothing of its own to report.
@@ -211,6 +242,7 @@ class Run:
             for suffix in FORMATS
             if not (self.store.figures / self.folder / f"{name}.{suffix}").exists()
         ]
+        problems += self.undrawn
         if problems:
             raise RuntimeError(f"section {self.section.name} is not complete: " + "; ".join(problems))
         self.write_record(COMPLETE)

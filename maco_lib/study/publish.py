@@ -23,6 +23,33 @@ TYPST = """
 #show figure: set block(breakable: true)
 #show heading: set block(above: 1.2em, below: 0.7em)
 """
+# Where pandoc's typst takes text for markup: "#strong[x].y" is a field of x, "-?" a soft hyphen, and at the begin of a
+# cell or an item "-", "+", "=", "/" and "1." begin a list or a heading.
+TYPST_FILTER = r"""
+local calls = {Strong = true, Emph = true, Strikeout = true, Link = true, Image = true}
+local function character(text) return pandoc.RawInline("typst", ("\\u{%x}"):format(text:byte())) end
+function Inlines(list)
+  for place = #list - 1, 1, -1 do
+    local call, after = list[place], list[place + 1]
+    local called = calls[call.t] or (call.t == "Code" and call.text:find("`", 1, true))
+    if called and after.t == "Str" and after.text:find("^[.(%[{;]") then
+      list:insert(place + 1, pandoc.RawInline("typst", ";"))
+    end
+  end
+  return list
+end
+function Str(word)
+  local text = word.text
+  if text:find("^[-+/]$") or text:find("^=+$") or text:find("^%d+[.]$") then
+    return {character(text), pandoc.Str(text:sub(2))}
+  end
+  local place = text:find("-?", 1, true)
+  if place then
+    local rest = pandoc.Str(text:sub(place + 1))
+    return pandoc.Inlines{pandoc.Str(text:sub(1, place - 1)), character("-")} .. pandoc.Inlines(Str(rest) or {rest})
+  end
+end
+"""
 
 
 def build(root: pathlib.Path) -> list[pathlib.Path]:
@@ -50,12 +77,23 @@ def build(root: pathlib.Path) -> list[pathlib.Path]:
     except ImportError:
         print("REPORT.pdf is not written: typst is not installed (pip install typst)")
         return written
-    source = pypandoc.convert_file(str(root / "REPORT.md"), "typst", format="gfm", extra_args=["--wrap=none"])
+    source = typst_source(root / "REPORT.md")
     # pandoc centres every cell of a table without widths; text reads better from the left.
     source = re.sub(r"align: \((?:auto,)+\)", "align: left", source)
     document = f'#set document(title: "{TITLE}", date: none)\n{TYPST}\n{PREAMBLE}\n{source}'
     write_atomically(root / "REPORT.pdf", typst.compile(document.encode(), root=str(root)))
     return [*written, root / "REPORT.pdf"]
+
+
+def typst_source(path: pathlib.Path) -> str:
+    """A Markdown file as typst."""
+    import pypandoc
+
+    with tempfile.TemporaryDirectory() as folder:
+        script = pathlib.Path(folder) / "text.lua"
+        script.write_text(TYPST_FILTER, encoding="utf-8")
+        options = ["--wrap=none", "--lua-filter", str(script)]
+        return pypandoc.convert_file(str(path), "typst", format="gfm", extra_args=options)
 
 
 # What pandoc's own template would define and its typst text uses.

@@ -4,6 +4,7 @@ import collections
 import functools
 import pathlib
 import statistics
+import traceback
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -20,6 +21,7 @@ from maco_lib.study import (
     linear_limits,
     linear_persistent,
     linear_promises,
+    pictures,
     planner,
     published,
     report_tables,
@@ -32,6 +34,7 @@ from maco_lib.study.claims import judge
 from maco_lib.study.criteria import CRITERIA, LEAST_IDEAL_GAIN, LINEAR_MANY_ROWS
 from maco_lib.study.evidence import Evidence, Missing, load
 from maco_lib.study.files import write_atomically
+from maco_lib.study.markdown import address, code, lines, verbatim
 from maco_lib.study.sections import SECTIONS
 from maco_lib.study.status import UNAVAILABLE
 from maco_lib.study.store import DataError, Store
@@ -40,11 +43,12 @@ TEMPLATE = pathlib.Path(__file__).with_name("report.md.j2")
 HINT = "measure it with: ./run_all.sh --only"
 
 
-def build(root: pathlib.Path, redraw: bool = True) -> list[str]:
+def build(root: pathlib.Path, redraw: bool = True, processes: int = 1) -> list[str]:
     """Write every machine's figures (with `redraw` false only the missing ones) and REPORT.md below `root`.
 
-    Returns one sentence for each stored file that is damaged and each figure of a complete section that cannot be
-    drawn; the report shows them in place. Raises OSError or ValueError when the published tables cannot be read.
+    Prints a line a machine. Returns one sentence for each stored file that is damaged, each figure of a complete
+    section that cannot be drawn and each part that fails; the report shows them in place. Raises OSError or ValueError
+    when the published tables cannot be read.
     """
     store, machines, problems = Store(root), [], []
     for name in store.machines():
@@ -56,40 +60,18 @@ def build(root: pathlib.Path, redraw: bool = True) -> list[str]:
         machines.append(evidence)
         problems += damaged
     machines.sort(key=lambda machine: (machine.kind == "cpu", machine.name))
-    pictures: dict[str, dict[str, str]] = {}
-    for evidence in machines:
-        pictures[evidence.name], undrawn = draw_all(store, evidence, redraw)
-        problems += undrawn
-    write_atomically(store.root / "REPORT.md", render(store.root, machines, pictures, problems).encode())
+    shown, undrawn = pictures.draw_all(store, machines, redraw, processes)
+    problems += undrawn
+    written = render(store.root, machines, shown, problems)
+    write_atomically(store.root / "REPORT.md", written.encode())
     return list(dict.fromkeys(problems))
 
 
-def draw_all(store: Store, evidence: Evidence, redraw: bool) -> tuple[dict[str, str], list[str]]:
-    """Draw one machine's figures: by name the link to each one or why it is not there, and the problems."""
-    shown, problems = {}, []
-    for name, spec in figures.FIGURES.items():
-        state = evidence.sections[spec.section]
-        if state.state in ("missing", "unavailable"):
-            continue
-        path = store.figures / evidence.name / f"{name}.png"
-        if redraw or not path.exists():
-            try:
-                figures.write(store, evidence.name, name)
-            except DataError as error:
-                shown[name] = f"*Not drawn: {error}*"
-                # A complete section without a table was asked for none.
-                asked = all(table in evidence.tables for table in spec.tables if "." not in table)
-                problems += [str(error)] if state.usable and asked else []
-                continue
-        link = path.relative_to(store.root).as_posix()
-        shown[name] = f"![{name}, {evidence.name}]({link})\n\n*{evidence.name}: {spec.caption}*"
-    return shown, problems
+def render(root: pathlib.Path, machines: list[Evidence], shown: dict[str, dict[str, str]], problems: list[str]) -> str:
+    """The report's text; `shown` are its pictures by machine and name. A part that fails is added to `problems`.
 
-
-def render(
-    root: pathlib.Path, machines: list[Evidence], pictures: dict[str, dict[str, str]], problems: list[str]
-) -> str:
-    """The report's text. Every name the template uses must be given here: an unknown one is an error."""
+    Every name the template uses must be given here: an unknown one is an error.
+    """
     environment = jinja2.Environment(
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,
@@ -98,8 +80,10 @@ def render(
         autoescape=False,
     )
     judged, store = {machine.name: judge(machine, root) for machine in machines}, Store(root)
+    environment.filters["verbatim"] = verbatim
     return environment.from_string(TEMPLATE.read_text(encoding="utf-8")).render(
         root=root,
+        address=address,
         machines=machines,
         problems=list(dict.fromkeys(problems)),
         tables=report_tables,
@@ -122,11 +106,11 @@ def render(
         published_wait=findings.published_wait,
         reproduction=reproduction.lines,
         average=findings.average_sentence,
-        attempt=attempt,
-        attempt_lines=attempt_lines,
+        attempt=functools.partial(attempt, problems),
+        attempt_lines=functools.partial(attempt_lines, problems),
         states=states,
         caveats=caveats,
-        picture=lambda machine, name: pictures[machine.name].get(name, ""),
+        picture=lambda machine, name: shown[machine.name].get(name, ""),
         judged=judged,
         criteria=CRITERIA,
         printed=published.printed,
@@ -137,41 +121,54 @@ def render(
     )
 
 
-def attempt(make: Callable[..., str], machine: Evidence, *arguments) -> str:
-    """`make(machine, ...)`, or in its place the reason why the data for it is not there."""
+def attempt(problems: list[str], make: Callable[..., str], machine: Evidence, *arguments) -> str:
+    """`make(machine, ...)`, or in its place the reason why the data for it is not there.
+
+    What fails otherwise ends only itself: it is told in its place and added to `problems`.
+    """
     try:
         return make(machine, *arguments)
     except Missing as missing:
-        return f"*Not available on {machine.name}: {missing}*"
+        return f"*Not available on {verbatim(machine.name)}: {missing}*"
+    except Exception as error:
+        return f"*Not available on {verbatim(machine.name)}: {failed(problems, make, machine, error)}*"
 
 
-def attempt_lines(make: Callable[..., list], machine: Evidence, *arguments) -> list:
+def attempt_lines(problems: list[str], make: Callable[..., list], machine: Evidence, *arguments) -> list:
     """The same for what gives several lines."""
     try:
         return make(machine, *arguments)
     except Missing as missing:
         return [f"*not available: {missing}*"]
+    except Exception as error:
+        return [f"*not available: {failed(problems, make, machine, error)}*"]
+
+
+def failed(problems: list[str], make: Callable, machine: Evidence, error: Exception) -> str:
+    """What went wrong in a part of the report, added to `problems`; the traceback, for who mends it, goes to stderr."""
+    traceback.print_exception(error)
+    told = f"{make.__module__}.{make.__name__} failed: {type(error).__name__}: {error}"
+    problems.append(f"report of {machine.name}: {told}")
+    return verbatim(told)
 
 
 def states(machines: list[Evidence], section: str) -> str:
     """A line per machine on which the section is not complete, rests on stale data or is of more than one commit: what
     happened, what to do."""
-    lines = []
+    told = []
     for machine in machines:
-        state = machine.sections[section]
+        state, name = machine.sections[section], verbatim(machine.name)
         if not state.usable:
-            error = "\n> ".join(state.error.splitlines()) or "no reason recorded"
-            lines.append(
-                f"> **{machine.name}: section {section} is {state.state.upper()}.** {error} ({HINT} {section})"
-            )
-        elif stale := [name for name in SECTIONS[section].needs if machine.sections[name].state == "stale"]:
-            lines.append(
-                f"> **{machine.name}: section {section} rests on stale data**, of {' and '.join(stale)} "
+            error = lines(state.error, "> ") or "no reason recorded"
+            told.append(f"> **{name}: section {section} is {state.state.upper()}.** {error} ({HINT} {section})")
+        elif stale := [need for need in SECTIONS[section].needs if machine.sections[need].state == "stale"]:
+            told.append(
+                f"> **{name}: section {section} rests on stale data**, of {' and '.join(stale)} "
                 f"({HINT} {' '.join(stale)})"
             )
-        elif told := of_commits(machine, section):
-            lines.append(f"> {machine.name}: section {section} was measured at more than one commit: {told}")
-    return "\n>\n".join(lines)
+        elif commits := of_commits(machine, section):
+            told.append(f"> {name}: section {section} was measured at more than one commit: {commits}")
+    return "\n>\n".join(told)
 
 
 def of_commits(machine: Evidence, section: str) -> str:
@@ -204,8 +201,8 @@ def index(machines: list[Evidence]) -> str:
             if state.usable:
                 rows.append([
                     name, f"notebooks/{section.notebook}",
-                    f"`./run_all.sh --only {section.name} --profile {state.profile}`",
-                    f"{state.seconds / 60:.1f}", machine.name,
+                    code(f"./run_all.sh --only {section.name} --profile {state.profile}"),
+                    f"{state.seconds / 60:.1f}", verbatim(machine.name),
                 ])  # fmt: skip
     return report_tables.table(rows, ["figure", "notebook", "command", "minutes (section)", "hardware"])
 
@@ -219,10 +216,11 @@ def measured(store: Store, machines: list[Evidence]) -> str:
             commits = sorted({commit_of(launch.get("git", {})) for launch in launches})
             ranks = sorted({launch["num_ranks"] for launch in launches if "num_ranks" in launch})
             hosts = len(machine.hosts(name))
-            rows.append([machine.name, name, state.state, state.profile, machine.measured(name)[1], str(hosts),
-                         launches_of(launches), ", ".join(map(str, ranks)), runs_in_a_replay(store, machine, name),
-                         sizes_of(machine.records[name]), samples_of_an_arm(store, machine, name),
-                         forecast_of(machine.records[name]), ", ".join(commits)])  # fmt: skip
+            rows.append([verbatim(machine.name), name, state.state, verbatim(state.profile),
+                         machine.measured(name)[1], str(hosts), launches_of(launches), ", ".join(map(str, ranks)),
+                         runs_in_a_replay(store, machine, name), verbatim(sizes_of(machine.records[name])),
+                         samples_of_an_arm(store, machine, name), forecast_of(machine.records[name]),
+                         ", ".join(commits)])  # fmt: skip
     return report_tables.table(
         rows,
         ["machine", "section", "state", "profile", "measured until (UTC)", "hosts", "launches", "ranks",
@@ -241,7 +239,7 @@ def launches_of(launches: Iterable[dict[str, Any]]) -> str:
 def replays(store: Store, machines: list[Evidence], section: str) -> str:
     """How many runs the replays of a section held, and what few of them do to its times; "" where none was replayed."""
     counts = {machine.name: runs_in_a_replay(store, machine, section) for machine in machines}
-    told = [f"{name} {runs}" for name, runs in counts.items() if runs != report_tables.ABSENT]
+    told = [f"{verbatim(name)} {runs}" for name, runs in counts.items() if runs != report_tables.ABSENT]
     return (
         f"Runs in a timed replay, the least, the median and the most over all arms: {'; '.join(told)}. "
         "Where they were few, [short times are too long](#how-it-was-measured).\n"
@@ -302,4 +300,4 @@ def commit_of(git: dict[str, Any]) -> str:
     """The commit a launch ran, short, marked where the tree held changes, and "unknown" where neither git nor user
     told it."""
     commit = git.get("commit")
-    return (commit[:7] if commit else "unknown") + (" (modified)" if git.get("dirty") else "")
+    return (verbatim(commit[:7]) if commit else "unknown") + (" (modified)" if git.get("dirty") else "")

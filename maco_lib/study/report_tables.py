@@ -12,6 +12,7 @@ from maco_lib.study.evidence import Evidence, Missing
 from maco_lib.study.figures.environment import COPIES, bandwidth_limits
 from maco_lib.study.figures.style import digits, size_label
 from maco_lib.study.looks import look, ordered
+from maco_lib.study.markdown import code, verbatim
 
 ABSENT = "–"
 VERSIONS = {
@@ -69,7 +70,7 @@ def side_by_side(
             except Missing:
                 cells.append(ABSENT)
         rows.append([label, printed, *cells])
-    return table(rows, [first, "published", *(machine.name for machine in machines)])
+    return table(rows, [first, "published", *(verbatim(machine.name) for machine in machines)])
 
 
 def environment(machines: Sequence[Evidence], root: pathlib.Path) -> str:
@@ -77,20 +78,20 @@ def environment(machines: Sequence[Evidence], root: pathlib.Path) -> str:
     printed = published.printed(root, "environment").set_index("item")["value"].to_dict()
     items: dict[str, Callable[[Evidence], str]] = {
         "GPUs": gpus,
-        "CPU": lambda machine: f"{machine.description['cpu']}, {machine.description['cores']} cores",
+        "CPU": lambda machine: f"{verbatim(machine.description['cpu'])}, {machine.description['cores']} cores",
         "RAM": lambda machine: f"{machine.description['ram_bytes'] / 2**30:.0f} GiB",
-        "System": lambda machine: machine.description["os"],
-        "Driver": lambda machine: str(machine.description.get("driver", ABSENT)),
-        "CUDA of the driver": lambda machine: str(machine.description.get("cuda_driver", ABSENT)),
+        "System": lambda machine: verbatim(machine.description["os"]),
+        "Driver": lambda machine: verbatim(machine.description.get("driver", ABSENT)),
+        "CUDA of the driver": lambda machine: verbatim(machine.description.get("cuda_driver", ABSENT)),
         "Links": links,
         "Measured (UTC)": lambda machine: " to ".join(filter(None, machine.measured())) or ABSENT,
         "Set in every launch": lambda machine: (
-            ", ".join(f"`{name}={value}`" for name, value in machine.settings().items()) or ABSENT
+            ", ".join(code(f"{name}={value}") for name, value in machine.settings().items()) or ABSENT
         ),
     }
     found = [name for name in VERSIONS if any(name in machine.versions for machine in machines)]
     for name in found:
-        items[VERSIONS[name]] = lambda machine, name=name: machine.versions.get(name, ABSENT)
+        items[VERSIONS[name]] = lambda machine, name=name: verbatim(machine.versions.get(name, ABSENT))
     items["Model"] = checkpoints
     labels = list(items)
     return side_by_side(labels, [printed.get(label, ABSENT) for label in labels], machines,
@@ -99,8 +100,8 @@ def environment(machines: Sequence[Evidence], root: pathlib.Path) -> str:
 
 def checkpoints(machine: Evidence) -> str:
     rows = machine.table("inference")
-    return ", ".join(f"{row.model}, {row.weights} weights" for row in rows[rows["correct"]][["model", "weights"]]
-                     .drop_duplicates().itertuples())  # fmt: skip
+    found = rows.loc[rows["correct"], ["model", "weights"]].drop_duplicates()
+    return ", ".join(f"{verbatim(row.model)}, {verbatim(row.weights)} weights" for row in found.itertuples())
 
 
 def gpus(machine: Evidence) -> str:
@@ -108,13 +109,13 @@ def gpus(machine: Evidence) -> str:
     counts = {name: names.count(name) for name in names}
     memory = machine.description.get("gpu_memory_bytes")
     each = f", {memory / 2**30:.0f} GiB each" if memory else ""
-    return ", ".join(f"{count}x {name}" for name, count in counts.items()) + each or "none"
+    return ", ".join(f"{count}x {verbatim(name)}" for name, count in counts.items()) + each or "none"
 
 
 def links(machine: Evidence) -> str:
     """Between the GPUs, as the driver names the connections."""
     kinds = sorted(set(machine.description.get("topology", {}).values()))
-    return ", ".join(filter(None, [machine.description.get("link"), *kinds])) or ABSENT
+    return ", ".join(map(verbatim, filter(None, [machine.description.get("link"), *kinds]))) or ABSENT
 
 
 def ceilings(machines: Sequence[Evidence]) -> str:
@@ -152,7 +153,8 @@ def overlap_methods(machine: Evidence, root: pathlib.Path) -> str:
                 continue
             row = rows.loc[(name, method)]
             done = pd.notna(row["t_overlap_us"])
-            cells.append(f"{us(row['t_overlap_us'])}, {row['speedup']:.2f}×" if done else f"failed: {row['error']}")
+            told = f"{us(row['t_overlap_us'])}, {row['speedup']:.2f}×" if done else f"failed: {verbatim(row['error'])}"
+            cells.append(told)
         body.append([look(method).label, *cells])
     ideal = [us(rows.loc[[name]]["ideal_us"].median()) for name in present]
     return table([*body, ["ideal", *ideal]], ["method", *present])
@@ -186,7 +188,7 @@ def inference(machines: Sequence[Evidence], root: pathlib.Path) -> str:
             return ABSENT
         row = rows.loc[(labels[label], 1)]
         if pd.isna(row["e2e_ms"]):
-            return f"failed: {row['error']}"
+            return f"failed: {verbatim(row['error'])}"
         text = f"{interval(row, 'e2e', 'ms', milliseconds)}, TTFT {milliseconds(row['ttft_ms'])}, TPOT "
         text += f"{milliseconds(row['tpot_ms'])}, {digits(row['tokens_per_s'])} tokens/s"
         base = rows["e2e_ms"].get(("transformers_eager", 1), float("nan"))

@@ -10,6 +10,10 @@ from maco_lib import stats
 from maco_lib.study.spec import Dataset
 
 FLOAT_FORMAT = "%.6g"
+# Six digits are stored, also of what a number is computed from, and CPUs and builds of NumPy differ in the last ones:
+# numbers this near are equal.
+TOLERANCE = 2e-5
+TOLERANCES = {"eta": 2e-3}  # divided by the shorter side, which may be a hundredth of the longer
 LAUNCH_COLUMNS = ["point_key", "repeat", "launch", "method_version"]
 BOUND = re.compile(r"_(lo|hi)(?=_|$)")
 # The least and greatest of as many launches cover the median of their distribution with 95 %.
@@ -61,6 +65,29 @@ def between_launches(launches: pd.DataFrame) -> dict[str, float]:
             _, low, high = stats.median_interval(launches[value])
             bounds[column] = low if bound[1] == "lo" else high
     return bounds
+
+
+def agree(stored: pd.DataFrame, computed: pd.DataFrame) -> bool:
+    """Whether both tables, as read from CSV, say the same: numbers as far as rounding their inputs lets them be known.
+
+    A difference counts beside the value, and beside what it may be a difference of: 1 for a number without unit, the
+    longest time of its row for a time.
+    """
+    if list(stored) != list(computed) or len(stored) != len(computed):
+        return False
+    times = [column for column in stored if column.endswith("_us")]
+    longest = stored[times].abs().max(axis=1).fillna(0.0) if times else 0.0
+    for column in stored:
+        old, new = stored[column], computed[column]
+        if not pd.api.types.is_numeric_dtype(old) or pd.api.types.is_bool_dtype(old):
+            if not old.fillna("").astype(str).equals(new.fillna("").astype(str)):
+                return False
+            continue
+        beside = old.abs().clip(lower=longest if column in times else 1.0)
+        apart = (old - new).abs() > TOLERANCES.get(column, TOLERANCE) * beside
+        if apart.any() or not old.isna().equals(new.isna()):
+            return False
+    return True
 
 
 def as_csv(rows: pd.DataFrame) -> bytes:

@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from maco_lib.machine import this_machine
+from maco_lib.machine import num_cores, this_machine
 from maco_lib.study.figures.style import FORMATS
 from maco_lib.study.files import CHECKOUT, NOTEBOOK_FAILED
 from maco_lib.study.journal import Tail
@@ -276,8 +276,9 @@ def report_only(store: Store, only: list[str], machine_name: str) -> list[str]:
     if machine_name != "auto" and machine_name not in stored:
         raise ValueError(f"unknown machine {machine_name!r}; data/ holds {', '.join(stored)}; auto: every one")
     chosen = [find_section(name) for name in only or SECTIONS]
+    print(f"Drawing figures and report from {store.data}", flush=True)
     if not only and machine_name == "auto":
-        problems = report.build(store.root)
+        problems = report.build(store.root, processes=num_cores())
     else:
         problems = []
         for folder in stored if machine_name == "auto" else [machine_name]:
@@ -290,5 +291,6 @@ def report_only(store: Store, only: list[str], machine_name: str) -> list[str]:
                     except DataError as error:
                         problems.append(str(error))
         problems += report.build(store.root, redraw=False)
-    publish.build(store.root)
+    for path in [store.root / "REPORT.md", *publish.build(store.root)]:
+        print(path, flush=True)
     return list(dict.fromkeys(problems))

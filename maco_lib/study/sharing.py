@@ -5,6 +5,7 @@ import pandas as pd
 from maco_lib.study.criteria import FREE_SLOWDOWN
 from maco_lib.study.evidence import Evidence, Missing
 from maco_lib.study.figures.sm_sharing import HELD, WHOLE, slowdowns
+from maco_lib.study.markdown import verbatim
 from maco_lib.study.report_tables import ABSENT, table, us
 
 
@@ -81,7 +82,7 @@ def taken(everything: pd.DataFrame, rows: pd.DataFrame) -> list[str]:
             f"n = {n}: " + ", ".join(f"{row.num_sms} taken {row.slowdown:.2f}×" for row in of_size.itertuples())
             for n, of_size in found.groupby("matmul_n")
         ]
-        errors = [error for error in asked["error"].unique() if error]
+        errors = [verbatim(error) for error in asked["error"].unique() if error]
         most = found[found["num_sms"] == found["num_sms"].max()]["slowdown"]
         held = rows[(rows["technique"] == HELD) & (rows["num_sms"] == found["num_sms"].max())]["slowdown"]
         if len(most) and len(held) and most.max() <= 1 + FREE_SLOWDOWN < held.max():

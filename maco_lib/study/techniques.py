@@ -11,6 +11,7 @@ from maco_lib.study.criteria import LARGE_BYTES, LEAST_IDEAL_GAIN, SMALL_BYTES, 
 from maco_lib.study.evidence import Evidence, Missing
 from maco_lib.study.figures.style import digits, size_label
 from maco_lib.study.looks import label_at, look
+from maco_lib.study.markdown import verbatim
 from maco_lib.study.report_tables import ABSENT, interval, table, us
 
 PLANNER = "auto"
@@ -108,7 +109,7 @@ def two_streams(machines: Sequence[Evidence], root: pathlib.Path, protocol: str)
                 continue
             rows = rows[rows["configuration"].eq(printed.configuration) & rows["protocol"].eq(protocol)]
             for _, row in rows[rows["method"] == "two_stream"].iterrows():
-                body.append([printed.configuration, machine.name, *one_two_stream(row)[: 3 if device else 1]])
+                body.append([printed.configuration, verbatim(machine.name), *one_two_stream(row)[: 3 if device else 1]])
     return table(body, ["configuration", "machine", "sequential → two streams, speedup",
                         *(["of the ideal", "of the ideal gain"] if device else [])])  # fmt: skip
 
@@ -116,7 +117,7 @@ def two_streams(machines: Sequence[Evidence], root: pathlib.Path, protocol: str)
 def one_two_stream(row: pd.Series) -> list[str]:
     """Times and speedup, fraction of the ideal and of its gain; or why there are none."""
     if pd.isna(row["t_overlap_us"]):
-        return [f"failed: {row['error']}", ABSENT, ABSENT]
+        return [f"failed: {verbatim(row['error'])}", ABSENT, ABSENT]
     times = f"{us(row['t_seq_us'])} → {interval(row, 't_overlap', 'us', us)}"
     speedup = f"**{row['speedup']:.2f}×** [{row['speedup_lo']:.2f}, {row['speedup_hi']:.2f}]"
     return [f"{times}, {speedup}", f"{percent(row)} of {us(row['ideal_us'])}", gain_percent(row)]
@@ -160,7 +161,7 @@ def means(machine: Evidence, root: pathlib.Path) -> list[str]:
     for who, choose in (("the fastest technique", fastest), ("the planner", planned)):
         rows = [row for row in map(choose, groups.values()) if row is not None]
         if not rows:
-            lines.append(f"{who}: {NOT_MEASURED} on {machine.name}")
+            lines.append(f"{who}: {NOT_MEASURED} on {verbatim(machine.name)}")
             continue
         value, low, high = mean_speedup(rows)
         whole, *parts = (geometric(row[name] for row in rows) for name in

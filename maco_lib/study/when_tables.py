@@ -8,6 +8,7 @@ from maco_lib.study import transfer
 from maco_lib.study.evidence import Evidence
 from maco_lib.study.figures.style import size_label
 from maco_lib.study.looks import look, ordered
+from maco_lib.study.markdown import verbatim
 from maco_lib.study.report_tables import ABSENT, table
 from maco_lib.study.sections.when_to_overlap import NUM_PARAMETERS, testable
 
@@ -96,14 +97,15 @@ def transfers(machines: Sequence[Evidence]) -> str:
         own = ABSENT if pd.isna(first.own_error) else f"{first.own_error:.1%}"
         cells = [ABSENT if one is None else f"{one.median_error:.1%} ({one.worst_error:.0%}), {one.num_right}"
                  for one in mine.values()]  # fmt: skip
-        rows.append([judged_on, look(method).label, str(first.num_points), own, *cells])
+        rows.append([verbatim(judged_on), look(method).label, str(first.num_points), own, *cells])
     parts = []
     if rows:
-        headers = ["judged on", "method", "points", "own fit, held out", *(f"fitted on {name}" for name in sources)]
+        fits = (f"fitted on {verbatim(name)}" for name in sources)
+        headers = ["judged on", "method", "points", "own fit, held out", *fits]
         parts += ["Median error (worst), and at how many points the verdict is predicted:", table(rows, headers)]
     elif pairs:
         parts.append("No technique of theirs was measured at enough points for its fit to be carried over.")
     for machine in transfer.alone(machines):
-        parts.append(f"{machine.name} is the only machine of its kind ({machine.kind}) with this section measured, so "
-                     "its model is not judged on another one.")  # fmt: skip
+        parts.append(f"{verbatim(machine.name)} is the only machine of its kind ({machine.kind}) with this section "
+                     "measured, so its model is not judged on another one.")  # fmt: skip
     return "\n\n".join(parts)

@@ -1,6 +1,7 @@
 """The figures of the study: drawn from stored tables only, equal byte for byte for equal data."""
 
 import pathlib
+import traceback
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
@@ -154,6 +155,10 @@ FIGURES: dict[str, FigureSpec] = {
 }  # fmt: skip
 
 
+class FigureError(DataError):
+    """Stored data from which a figure cannot be drawn though all its tables are there: a fault of the figure."""
+
+
 def figure_spec(name: str) -> FigureSpec:
     """The figure called `name`; raises ValueError with the valid names."""
     if name not in FIGURES:
@@ -164,7 +169,8 @@ def figure_spec(name: str) -> FigureSpec:
 def draw(store: Store, machine_name: str, figure_name: str) -> tuple[Figure, pd.DataFrame]:
     """Draw one figure of one machine: the figure and the numbers in it.
 
-    Raises DataError naming the table and the machine when an input is missing or damaged, or has nothing to draw.
+    Raises DataError naming the table and the machine when an input is missing or damaged, or has nothing to draw, and
+    FigureError when drawing fails: a figure that cannot be drawn ends nothing but itself.
     """
     spec = figure_spec(figure_name)
     tables = {}
@@ -180,9 +186,25 @@ def draw(store: Store, machine_name: str, figure_name: str) -> tuple[Figure, pd.
             return spec.draw(tables, machine_name)
     except style.NothingToDraw as error:
         raise DataError(f"figure {figure_name} of {machine_name}: {error}") from None
+    except Exception as error:
+        raise undrawn(figure_name, machine_name, error) from error
+
+
+def render(store: Store, machine_name: str, figure_name: str) -> dict[str, bytes]:
+    """One figure of one machine as svg, pdf, png and csv, not written. Raises as `draw`."""
+    figure, data = draw(store, machine_name, figure_name)
+    try:
+        return style.rendered(figure, data)
+    except Exception as error:
+        raise undrawn(figure_name, machine_name, error) from error
 
 
 def write(store: Store, machine_name: str, figure_name: str) -> list[pathlib.Path]:
-    """Draw one figure and write figures/<machine>/<name>.{svg,pdf,png,csv}; returns the paths."""
-    figure, data = draw(store, machine_name, figure_name)
-    return style.save(figure, data, store.figures / machine_name, figure_name)
+    """Draw one figure and write figures/<machine>/<name>.{svg,pdf,png,csv}; returns the paths. Raises as `draw`."""
+    return style.save(render(store, machine_name, figure_name), store.figures / machine_name, figure_name)
+
+
+def undrawn(figure_name: str, machine_name: str, error: Exception) -> FigureError:
+    """What to raise for an error of any kind; the traceback, for who mends it, goes to stderr."""
+    traceback.print_exception(error)
+    return FigureError(f"figure {figure_name} of {machine_name} could not be drawn: {type(error).__name__}: {error}")

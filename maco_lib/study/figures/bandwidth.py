@@ -132,7 +132,8 @@ def published_sizes(tables: Mapping[str, pd.DataFrame], machine_name: str) -> tu
             axis.plot(row[value], height, color=colour, markersize=3.5, **marks)
             axis.annotate(style.digits(row[value]), (1.02, height), xycoords=axis.get_yaxis_transform(), va="center",
                           fontsize=5.5, annotation_clip=False)  # fmt: skip
-        axis.set_xlim(0, 1.05 * max(largest, *(limits.values() if value == "busbw_gb_per_s" else [0.0])))
+        bounds = limits.values() if value == "busbw_gb_per_s" else ()
+        axis.set_xlim(0, 1.05 * max([largest, *bounds]))
         axis.set_title(title)
         axis.set_xlabel("GB/s")
         axis.grid(axis="x", color=looks.LIGHT, linewidth=0.4)

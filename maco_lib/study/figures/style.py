@@ -53,6 +53,7 @@ RC = {
     "lines.linewidth": 1.1,
     "lines.markersize": 4,
     "axes.unicode_minus": True,
+    "text.parse_math": False,  # a dollar in the name of a layer, model or machine is a dollar
     "figure.constrained_layout.use": True,
     "figure.dpi": 200,
     "savefig.dpi": 200,
@@ -87,11 +88,8 @@ def new(width_in: float, height_in: float) -> Figure:
     return Figure(figsize=(width_in, height_in))
 
 
-def save(figure: Figure, data: pd.DataFrame, folder: pathlib.Path, name: str) -> list[pathlib.Path]:
-    """Write `folder/name`.{svg,pdf,png,csv}, each complete or not at all; equal data gives equal bytes.
-
-    `data` holds the numbers drawn. Returns the four paths.
-    """
+def rendered(figure: Figure, data: pd.DataFrame) -> dict[str, bytes]:
+    """The figure and the numbers drawn, by format of FORMATS; equal data gives equal bytes."""
     metadata = {
         "svg": {"Date": None, "Creator": None},
         "pdf": {"CreationDate": None, "Creator": None, "Producer": None},
@@ -104,6 +102,11 @@ def save(figure: Figure, data: pd.DataFrame, folder: pathlib.Path, name: str) ->
             figure.savefig(buffer, format=kind, metadata=facts)
             contents[kind] = buffer.getvalue()
     contents["csv"] = data.to_csv(index=False, float_format="%.6g", lineterminator="\n").encode()
+    return contents
+
+
+def save(contents: dict[str, bytes], folder: pathlib.Path, name: str) -> list[pathlib.Path]:
+    """Write `folder/name`.{svg,pdf,png,csv}, each complete or not at all; returns the four paths."""
     paths = [folder / f"{name}.{kind}" for kind in FORMATS]
     for path, kind in zip(paths, FORMATS, strict=True):
         write_atomically(path, contents[kind])

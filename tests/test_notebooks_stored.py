@@ -1,0 +1,130 @@
+"""Every notebook shows the stored results of every machine in data/, on a host that can measure none of them."""
+
+import dataclasses
+import json
+import os
+import pathlib
+import shutil
+import subprocess
+import sys
+
+import IPython.display
+import nbformat
+import pytest
+
+from maco_lib.machine import this_machine
+from maco_lib.study import evidence, figures, notebook
+from maco_lib.study.files import CHECKOUT
+from maco_lib.study.sections import SECTIONS
+from maco_lib.study.store import Store
+
+MACHINES = Store(CHECKOUT).machines()
+
+
+@pytest.fixture(scope="module")
+def stored(tmp_path_factory):
+    """What is committed in data/ and, as images, in figures/."""
+    root = tmp_path_factory.mktemp("stored")
+    shutil.copytree(CHECKOUT / "data", root / "data", ignore=shutil.ignore_patterns("executed", ".journal"))
+    others = shutil.ignore_patterns("*.svg", "*.pdf", "*.csv")
+    shutil.copytree(CHECKOUT / "figures", root / "figures", ignore=others)
+    return Store(root)
+
+
+@pytest.fixture
+def shown(stored, monkeypatch):
+    """What a notebook displays on a host of which nothing is stored."""
+    found = []
+    elsewhere = dataclasses.replace(this_machine(), kind="cpu", name="cpu-3", num_devices=3, identity="f" * 16)
+    monkeypatch.setenv("MACO_ROOT", str(stored.root))
+    monkeypatch.setattr(notebook, "this_machine", lambda: elsewhere)
+    monkeypatch.setattr(notebook, "display", found.append)
+    return found
+
+
+def cells(name: str) -> list[str]:
+    """The code cells of a notebook."""
+    contents = json.loads((CHECKOUT / "notebooks" / name).read_text(encoding="utf-8"))
+    return ["".join(cell["source"]) for cell in contents["cells"] if cell["cell_type"] == "code"]
+
+
+def execute(name: str, shown: list, **parameters) -> None:
+    """Run a notebook's code cells, `parameters` in place of those of its first one."""
+    scope = {"display": shown.append}
+    first, *rest = cells(name)
+    exec(first, scope)
+    scope.update(parameters)
+    for source in rest:
+        exec(source, scope)
+
+
+def told(shown: list) -> str:
+    return "\n".join(entry.data for entry in shown if isinstance(entry, IPython.display.Markdown))
+
+
+def files(root: pathlib.Path) -> dict[pathlib.Path, int]:
+    return {path: path.stat().st_mtime_ns for path in root.rglob("*") if path.is_file()}
+
+
+@pytest.mark.parametrize("machine", MACHINES)
+@pytest.mark.parametrize("section", SECTIONS.values(), ids=lambda section: section.name)
+def test_a_notebook_shows_what_is_stored_of_a_machine(stored, shown, capsys, section, machine):
+    before = files(stored.root)
+    execute(section.notebook, shown, machine=machine)
+    assert f"**{section.title}** on `{machine}` (stored results" in told(shown)
+    images = [entry for entry in shown if isinstance(entry, IPython.display.Image)]
+    assert images, "no figure was shown"
+    record = stored.record(machine, section.name)
+    state = evidence.state_of(stored, machine, section, stored.measured_machine(machine), record)
+    said = f"{state.state}: {state.error}" if state.state == "stale" else state.state
+    assert f"section {section.name} of {machine} is {said}" in capsys.readouterr().out
+    assert (f"(stored results; {said})" in told(shown)) == (state.state == "stale")
+    if state.state == "missing":
+        assert "Stored results of the reference machine" in told(shown) and "was measured without it" in told(shown)
+    assert files(stored.root) == before, "showing changes nothing"
+
+
+def test_papermill_shows_a_stored_machine(stored, tmp_path):
+    here = this_machine().name
+    machine = next(name for name in MACHINES if stored.machine(name)["hardware"] != here)
+    environment = {**os.environ, "MACO_ROOT": str(stored.root), "PYTHONPATH": str(CHECKOUT)}
+    output = tmp_path / "executed.ipynb"
+    parameters = json.dumps({"machine": machine})
+    command = [sys.executable, "-m", "maco_lib.study.execute", "notebooks/03_bandwidth.ipynb", str(output), parameters]
+    done = subprocess.run(command, cwd=CHECKOUT, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stdout + done.stderr
+    outputs = [found for cell in nbformat.read(output, as_version=4).cells for found in cell.get("outputs", [])]
+    assert sum("image/png" in found.get("data", {}) for found in outputs) == 2
+    assert not any(found["output_type"] == "error" for found in outputs)
+
+
+def test_a_figure_that_cannot_be_drawn_ends_only_itself(stored, shown, monkeypatch, tmp_path):
+    def fail(*arguments):
+        raise TypeError("'**x**.y' <b> is not iterable")
+
+    name = "bandwidth_busbw"
+    monkeypatch.setitem(figures.FIGURES, name, dataclasses.replace(figures.FIGURES[name], draw=fail))
+    copy = tmp_path / "study"
+    shutil.copytree(stored.data, copy / "data")
+    monkeypatch.setenv("MACO_ROOT", str(copy))
+    execute("03_bandwidth.ipynb", shown, machine="cpu-2")
+    assert f"figure {name} of cpu-2 could not be drawn: TypeError: '\\*\\*x\\*\\*.y' &lt;b&gt; is not" in told(shown)
+    assert sum(isinstance(entry, IPython.display.Image) for entry in shown) == 1
+
+
+def test_a_section_whose_figure_cannot_be_drawn_is_not_complete(stored, shown, monkeypatch, tmp_path):
+    copy = Store(tmp_path / "study")
+    shutil.copytree(stored.data, copy.data)
+    here = dataclasses.replace(copy.measured_machine("cpu-2"), identity=copy.machine("cpu-2")["identities"][0])
+    monkeypatch.setenv("MACO_ROOT", str(copy.root))
+    monkeypatch.setattr(notebook, "this_machine", lambda: here)
+    monkeypatch.setattr(figures.style, "rendered", lambda figure, data: [][0])
+    run = notebook.begin("environment")
+    run.figure("environment_ceilings")
+    with pytest.raises(RuntimeError, match="environment_ceilings of cpu-2 could not be drawn: IndexError"):
+        run.complete()
+
+
+def test_the_machines_that_can_be_shown_are_named(stored, shown):
+    with pytest.raises(ValueError, match=f"'nope' is not one .*auto, cpu-3; stored .*: {', '.join(MACHINES)}"):
+        notebook.begin("overlap", machine="nope")

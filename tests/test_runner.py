@@ -211,7 +211,7 @@ def test_report_only_draws_what_is_asked_with_options_in_any_order(stored, monke
 
     drawn, built = [], []
     monkeypatch.setattr(figures, "write", lambda store, folder, name: drawn.append((folder, name)))
-    monkeypatch.setattr(report, "build", lambda root, redraw=True: built.append(redraw) or [])
+    monkeypatch.setattr(report, "build", lambda root, redraw=True, **_: built.append(redraw) or [])
     monkeypatch.setattr(publish, "build", lambda root: [])
     assert main(["run", "--only", "overlap", "--report-only", "--machine", "h200-x2"]) == 0
     assert drawn == [("h200-x2", name) for name in SECTIONS["overlap"].figures] and built == [False]

@@ -42,9 +42,12 @@ class SectionState:
         return self.state == COMPLETE
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Evidence:
-    """One machine: its description, its tables by name, and by name of a table the reason it cannot be used."""
+    """One machine: its description, its tables by name, and by name of a table the reason it cannot be used.
+
+    Equal to itself only, so that what is computed from it can be kept.
+    """
 
     name: str
     hardware: str

@@ -1,5 +1,6 @@
 """Section 5's tables: every layer and number of rows by every method, the planner's choices, and what failed."""
 
+import functools
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -32,28 +33,28 @@ class Cell:
     def name(self) -> str:
         return f"{self.layer}, M = {self.m}"
 
-    @property
+    @functools.cached_property
     def base(self) -> pd.Series | None:
         return next((row for _, row in self.rows.iterrows() if row["method"] in BASE.values()), None)
 
-    @property
+    @functools.cached_property
     def planner(self) -> pd.Series | None:
         return self.rows.loc[PLANNER] if PLANNER in self.rows.index else None
 
-    @property
+    @functools.cached_property
     def peer(self) -> pd.Series | None:
         return fastest(self.rows[self.rows["is_peer"]])
 
-    @property
+    @functools.cached_property
     def ours(self) -> pd.Series | None:
         return fastest(self.rows[~self.rows["is_peer"] & ~self.rows["method"].isin([PLANNER, UNTUNED])])
 
-    @property
+    @functools.cached_property
     def best(self) -> pd.Series | None:
         """What is ours or what the planner chose, whichever is faster."""
         return fastest(self.rows[~self.rows["is_peer"]])
 
-    @property
+    @functools.cached_property
     def sequential(self) -> pd.Series | None:
         return fastest(self.rows[self.rows["method"].str.startswith("sequential_")])
 
@@ -62,6 +63,8 @@ def fastest(rows: pd.DataFrame) -> pd.Series | None:
     return None if rows.empty else rows.loc[rows["time_us"].idxmin()]
 
 
+# A report asks for them some eighty times, and making them is most of its work.
+@functools.lru_cache(maxsize=32)
 def cells(machine: Evidence, operation: str) -> list[Cell]:
     """Every layer and M with a finished row, in order; raises Missing when there is none."""
     rows = machine.table("linear_all_reduce")

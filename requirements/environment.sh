@@ -61,11 +61,11 @@ with_progress() { # DOING COMMAND...
     return "$status"
 }
 
-pip_install() { # DOING ARGUMENTS...
-    with_progress "$1 by pip" "$VENV/bin/python" -m pip install --no-input --no-deps --progress-bar off --retries 3 "${@:2}"
+by_pip() { # DOING ARGUMENTS...
+    with_progress "$1" "$PYTHON" -m pip install --no-deps --no-input --no-compile --progress-bar off --retries 3 "${@:2}"
 }
 
-uv_install() { with_progress "$1 by uv" "$VENV/bin/uv" pip install --python "$VENV/bin/python" --no-deps "${@:2}"; }
+by_uv() { with_progress "$1" "$VENV/bin/uv" pip install --no-deps --python "$PYTHON" "${@:2}"; }
 
 only() { # PACKAGE: prints a file with the lock's lines of that package, its hashes among them
     sed -n "/^$1==/,/[^\\\\]\$/p" "$LOCK" > "$VENV/$1.txt"
@@ -73,32 +73,33 @@ only() { # PACKAGE: prints a file with the lock's lines of that package, its has
 }
 
 explain_failure() {
-    local wrong
+    local said="what was said: $LOG" wrong
     if grep -q -E "$DISK_FULL" "$LOG"; then
-        fail "the disk filled up while installing into $VENV (what was said: $LOG)"
+        fail "the disk filled up while installing into $VENV ($said)"
     elif grep -q -E "$WRONG_HASH" "$LOG"; then
-        wrong=$(grep -E -A 1 'Hash mismatch for|from http|from file' "$LOG" | grep -o -E '[A-Za-z0-9._-]+==[^ `]+' | tail -n 1)
-        fail "${wrong:-a package} as offered is not the one whose hash is in $LOCK (what was said: $LOG)"
+        wrong=$(grep -E '==[^ ]+ from |Hash mismatch for' "$LOG" | grep -o -E '[A-Za-z0-9._-]+==[A-Za-z0-9.+]+' | tail -n 1)
+        fail "$wrong as offered does not have the hash that $LOCK gives ($said)"
     elif grep -q -E "$UNREACHABLE" "$LOG"; then
-        fail "the package index cannot be reached or lacks a package: is there a network? (what was said: $LOG)"
+        fail "the package index cannot be reached or lacks a package: is there a network? ($said)"
     fi
-    fail "$LOCK could not be installed (what was said: $LOG)"
+    fail "$LOCK could not be installed ($said)"
 }
 
 install_packages() {
-    local torch uv=no
-    pip_install "installing uv" --require-hashes -r "$(only uv)" && uv=yes
+    local installer=by_uv
+    by_pip "installing uv" --require-hashes -r "$(only uv)" || installer=by_pip
     if [[ $KIND == cpu ]]; then # from where pip is set up to look, else PyTorch's own index of CPU builds
-        torch=$(only torch)
-        pip_install "installing torch" --require-hashes -r "$torch" ||
-            pip_install "installing torch" --require-hashes --index-url "$TORCH_CPU_INDEX" -r "$torch" || explain_failure
+        by_pip "installing torch" --require-hashes -r "$(only torch)" ||
+            by_pip "installing torch" --require-hashes -r "$(only torch)" --index-url "$TORCH_CPU_INDEX" || explain_failure
     fi
-    if [[ $uv == yes ]] && uv_install "installing $LOCK" --require-hashes -r "$LOCK"; then
-        return
+    if [[ $installer == by_pip ]] || ! by_uv "installing $LOCK" --require-hashes -r "$LOCK"; then
+        ! grep -q -E "$DISK_FULL|$WRONG_HASH" "$LOG" || explain_failure
+        say "uv is not to be had or cannot reach the packages; pip installs them, which takes minutes"
+        installer=by_pip
+        by_pip "installing $LOCK" --require-hashes -r "$LOCK" || explain_failure
     fi
-    ! grep -q -E "$DISK_FULL|$WRONG_HASH" "$LOG" || explain_failure
-    say "uv cannot be had or cannot reach the packages: pip installs them, which takes minutes"
-    pip_install "installing $LOCK" --require-hashes -r "$LOCK" || explain_failure
+    # editable, so that notebooks opened by hand find maco_lib wherever they are started
+    "$installer" "installing maco" --no-build-isolation --editable . || explain_failure
 }
 
 make_venv() {
@@ -118,8 +119,6 @@ make_venv() {
     : > "$LOG"
     "$base" -m venv "$VENV" >> "$LOG" 2>&1 || fail "python -m venv failed (what it said: $LOG)"
     install_packages
-    # editable, so that notebooks opened by hand find maco_lib wherever they are started
-    pip_install "installing maco" --no-build-isolation --editable . || explain_failure
     lock_hash > "$STAMP" # written last: a .venv without it is one whose installation was cut short
     say "the environment is ready after $((SECONDS - START)) s"
 }

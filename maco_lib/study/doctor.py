@@ -169,9 +169,17 @@ def check_kernel() -> Check:
         from jupyter_client.kernelspec import KernelSpecManager
     except ImportError:
         return Check("Jupyter kernel", False, "jupyter_client is not installed", INSTALL)
-    folder = KernelSpecManager().find_kernel_specs().get("python3")
-    remedy = "python -m ipykernel install --sys-prefix"
-    return Check("Jupyter kernel", folder is not None, folder or "no kernel called python3", remedy)
+    specs, remedy = KernelSpecManager(), "python -m ipykernel install --sys-prefix --name python3"
+    folder = specs.find_kernel_specs().get("python3")
+    if folder is None:
+        return Check("Jupyter kernel", False, "no kernel called python3", remedy)
+    program = specs.get_kernel_spec("python3").argv[0]
+    # jupyter_client takes its own interpreter for one that is only called python.
+    folders = [pathlib.Path(path).parent.resolve() for path in (program, sys.executable)]
+    if os.path.basename(program) != program and folders[0] != folders[1]:
+        remedy = "notebooks opened by hand run there: unset JUPYTER_PATH, or " + remedy
+        return Check("Jupyter kernel", None, f"{folder} starts {program}, not {sys.executable}", remedy)
+    return Check("Jupyter kernel", True, folder)
 
 
 def check_checkpoint() -> Check:

@@ -4,10 +4,16 @@
 #   1. MACO_PYTHON, as it is
 #   2. the python3 on the PATH (an activated environment), when it has everything that requirements/needs.py asks for
 #   3. .venv in the checkout, made here from requirements/cuda.txt if an NVIDIA driver answers, else requirements/cpu.txt
+#
+# .venv is filled by uv, which pip brings. pip itself installs torch's CPU build, since its configuration may say where
+# that is to be had, and everything where uv is not to be had or cannot reach the packages. All checks the lock's hashes.
 
 TORCH_CPU_INDEX=https://download.pytorch.org/whl/cpu
 DISK_GB_CPU=8
 DISK_GB_CUDA=30
+DISK_FULL='No space left on device|Disk quota exceeded'
+WRONG_HASH='DO NOT MATCH THE HASHES|Hash mismatch for'
+UNREACHABLE='NewConnectionError|NameResolutionError|ConnectTimeoutError|ReadTimeout|ProxyError|No matching distribution'
 
 say() { echo "maco: $*" >&2; }
 
@@ -25,29 +31,20 @@ python_version() { "$1" -c 'import sys; print("%d.%d.%d" % sys.version_info[:3])
 cuda_answers() { command -v nvidia-smi > /dev/null && timeout 20 nvidia-smi -L > /dev/null 2>&1; }
 
 find_base_python() { # prints an interpreter that can make a virtual environment
-    local candidate
+    local candidate found
     for candidate in python3 python3.12 python3.11 python3.13; do
         if python_fits "$candidate" && "$candidate" -c 'import ensurepip, venv' 2> /dev/null; then
             echo "$candidate"
             return
         fi
     done
-    local found
     found=$(python_version python3) && found="python3 is $found" || found="python3 does not run"
     fail "no Python 3.11 to 3.13 with venv and pip was found ($found); install one, or name one in MACO_PYTHON"
 }
 
-packages_done() {
-    if grep -q '^Installing collected packages: .*,' "$LOG"; then
-        echo "$(find "$VENV"/lib/python*/site-packages -maxdepth 1 -name '*.dist-info' | wc -l) of $NUM_PACKAGES installed"
-    else
-        echo "$(grep -c -E '^(Collecting|Processing) ' "$LOG") of $NUM_PACKAGES fetched"
-    fi
-}
-
-# Runs "$@" with its output in $LOG and says every 15 s how far it is; an interrupt ends it too.
+# Runs "$@" with its output in $LOG and says its last line every 15 s; an interrupt ends it too.
 with_progress() { # DOING COMMAND...
-    local doing=$1 pid status=0 next=15
+    local doing=$1 pid status=0 next=$((SECONDS - START + 15))
     shift
     "$@" >> "$LOG" 2>&1 < /dev/null & # keeps the lock, should this shell be killed
     pid=$!
@@ -55,7 +52,7 @@ with_progress() { # DOING COMMAND...
     while kill -0 "$pid" 2> /dev/null; do
         sleep 0.5
         if ((SECONDS - START >= next)); then
-            say "$doing: $(packages_done) … $((SECONDS - START)) s"
+            say "$doing … $((SECONDS - START)) s ($(tail -n 1 "$LOG" | cut -c 1-80))"
             next=$((SECONDS - START + 15))
         fi
     done
@@ -64,53 +61,83 @@ with_progress() { # DOING COMMAND...
     return "$status"
 }
 
-pip_install() { # DOING ARGUMENTS...
-    local doing=$1
-    shift
-    with_progress "$doing" "$VENV/bin/python" -m pip install --no-input --no-deps --progress-bar off --retries 3 "$@"
+by_pip() { # DOING ARGUMENTS...
+    with_progress "$1" "$PYTHON" -m pip install --no-deps --no-input --no-compile --progress-bar off --retries 3 "${@:2}"
+}
+
+by_uv() { with_progress "$1" "$VENV/bin/uv" pip install --no-deps --python "$PYTHON" "${@:2}"; }
+
+only() { # PACKAGE: prints a file with the lock's lines of that package, its hashes among them
+    sed -n "/^$1==/,/[^\\\\]\$/p" "$LOCK" > "$VENV/$1.txt"
+    echo "$VENV/$1.txt"
 }
 
 explain_failure() {
-    local unreachable='NewConnectionError|NameResolutionError|ConnectTimeoutError|ReadTimeout|ProxyError|Temporary failure in name'
-    if grep -q 'No space left on device' "$LOG"; then
-        fail "the disk filled up while installing into $VENV (pip's output: $LOG)"
-    elif grep -q -E "$unreachable|No matching distribution" "$LOG"; then
-        fail "the package index cannot be reached or lacks a package: is there a network? (pip's output: $LOG)"
+    local said="what was said: $LOG" wrong
+    if grep -q -E "$DISK_FULL" "$LOG"; then
+        fail "the disk filled up while installing into $VENV ($said)"
+    elif grep -q -E "$WRONG_HASH" "$LOG"; then
+        wrong=$(grep -E '==[^ ]+ from |Hash mismatch for' "$LOG" | grep -o -E '[A-Za-z0-9._-]+==[A-Za-z0-9.+]+' | tail -n 1)
+        fail "$wrong as offered does not have the hash that $LOCK gives ($said)"
+    elif grep -q -E "$UNREACHABLE" "$LOG"; then
+        fail "the package index cannot be reached or lacks a package: is there a network? ($said)"
     fi
-    fail "pip could not install $LOCK (pip's output: $LOG)"
+    fail "$LOCK could not be installed ($said)"
 }
 
-install_torch_cpu() { # the registry that pip is set up with, else PyTorch's own index of CPU builds
-    local torch
-    torch=$(grep '^torch==' "$LOCK")
-    pip_install "installing $torch" "$torch" || pip_install "installing $torch" --index-url "$TORCH_CPU_INDEX" "$torch"
+install_packages() {
+    local installer=by_uv
+    by_pip "installing uv" --require-hashes -r "$(only uv)" || installer=by_pip
+    if [[ $KIND == cpu ]]; then # from where pip is set up to look, else PyTorch's own index of CPU builds
+        by_pip "installing torch" --require-hashes -r "$(only torch)" ||
+            by_pip "installing torch" --require-hashes -r "$(only torch)" --index-url "$TORCH_CPU_INDEX" || explain_failure
+    fi
+    if [[ $installer == by_pip ]] || ! by_uv "installing $LOCK" --require-hashes -r "$LOCK"; then
+        ! grep -q -E "$DISK_FULL|$WRONG_HASH" "$LOG" || explain_failure
+        say "uv is not to be had or cannot reach the packages; pip installs them, which takes minutes"
+        installer=by_pip
+        by_pip "installing $LOCK" --require-hashes -r "$LOCK" || explain_failure
+    fi
+    # editable, so that notebooks opened by hand find maco_lib wherever they are started
+    "$installer" "installing maco" --no-build-isolation --editable . || explain_failure
 }
 
 make_venv() {
     local base needed_gb=$DISK_GB_CPU free_gb
+    if [[ -d $VENV && ! -f $LOG ]]; then
+        fail ".venv was not made by MACO: move it away, or activate an environment that has what MACO needs"
+    fi
     base=$(find_base_python) || exit 1
     [[ $KIND == cuda ]] && needed_gb=$DISK_GB_CUDA
     free_gb=$(($(df -Pk . | awk 'NR == 2 { print $4 }') / 1000000))
     ((free_gb >= needed_gb)) || fail "the $KIND environment needs $needed_gb GB of free disk and $PWD has $free_gb GB"
 
-    NUM_PACKAGES=$(grep -c '==' "$LOCK")
     START=$SECONDS
-    say "making .venv with Python $(python_version "$base"): $NUM_PACKAGES packages of $LOCK"
+    say "making .venv with Python $(python_version "$base"): $(grep -c '==' "$LOCK") packages of $LOCK"
     rm -rf "$VENV"
     mkdir "$VENV"
     : > "$LOG"
-    "$base" -m venv "$VENV" >> "$LOG" 2>&1 || fail "python -m venv failed (its output: $LOG)"
-    if [[ $KIND == cpu ]]; then
-        install_torch_cpu || explain_failure
-    fi
-    pip_install "installing $LOCK" -r "$LOCK" || explain_failure
-    # editable, so that notebooks opened by hand find maco_lib wherever they are started
-    pip_install "installing maco" --no-build-isolation --editable . || explain_failure
+    "$base" -m venv "$VENV" >> "$LOG" 2>&1 || fail "python -m venv failed (what it said: $LOG)"
+    install_packages
     lock_hash > "$STAMP" # written last: a .venv without it is one whose installation was cut short
     say "the environment is ready after $((SECONDS - START)) s"
 }
 
 lock_hash() { sha256sum "$LOCK" | cut -d' ' -f1; }
+
+venv_ready() { [[ -f $STAMP && $(< "$STAMP") == "$(lock_hash)" ]] && python_fits "$PYTHON"; }
+
+hold_lock() { # one start at a time makes .venv
+    local status=0
+    exec 9> .venv.lock
+    flock -n -E 75 9 2> /dev/null || status=$?
+    if ((status == 75)); then
+        say "waiting for another start that is making .venv"
+        flock 9
+    elif ((status != 0)); then
+        say "the file system of $PWD has no locks (flock): don't start twice at the same time"
+    fi
+}
 
 prepare_environment() {
     local lacking cuda=() # the checkout is the working directory
@@ -135,13 +162,9 @@ prepare_environment() {
 
     LOCK=requirements/$KIND.txt VENV=.venv LOG=.venv/install.log STAMP=.venv/maco-lock
     PYTHON=$VENV/bin/python
-    exec 9> .venv.lock
-    flock -n 9 || { say "waiting for another start that is making .venv"; flock 9; }
-    if [[ ! -f $STAMP || $(< "$STAMP") != "$(lock_hash)" ]] || ! python_fits "$PYTHON"; then
-        if [[ -d $VENV && ! -f $LOG ]]; then
-            fail ".venv was not made by MACO: move it away, or activate an environment that has what MACO needs"
-        fi
-        make_venv
-    fi
+    ! venv_ready || return 0
+    [[ -w . ]] || fail "$PWD cannot be written, so .venv cannot be made: copy the checkout, or name an interpreter in MACO_PYTHON"
+    hold_lock
+    venv_ready || make_venv
     exec 9>&-
 }

@@ -1,39 +1,63 @@
-"""Start N gloo ranks for a test, with a time limit, and leave none behind."""
+"""Start N ranks for a test, with a time limit, and leave none behind."""
 
+import atexit
+import contextlib
+import datetime
+import multiprocessing
 import os
 import pathlib
 import signal
-import subprocess
 import sys
 import tempfile
+import time
+import traceback
+from multiprocessing.connection import wait
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 
-PROGRAM = """
-import atexit, datetime, importlib, os, sys
+# Ranks are forked from a process that has imported what takes seconds and computed nothing, so that each is as good as
+# new; CUDA does not survive a fork, so ranks with GPUs start from nothing.
+FORKED = multiprocessing.get_context("forkserver")
+FORKED.set_forkserver_preload(["pytest", "torch.distributed", "torch._dynamo", "maco_lib.overlap"])
 
-def leave():  # as experiments/worker.py does, and for its reason
-    if is_done and backend != "nccl":
+
+def rank_main(function, rank: int, num_ranks: int, backend: str, folder: str, environment: dict[str, str]) -> None:
+    os.setsid()
+    output = os.open(f"{folder}/output-{rank}", os.O_WRONLY | os.O_CREAT)
+    os.dup2(output, 1), os.dup2(output, 2)
+    os.environ.clear()
+    os.environ |= environment | {"OMP_NUM_THREADS": "1", "RANK": str(rank), "LOCAL_RANK": str(rank)}
+    os.environ |= {"WORLD_SIZE": str(num_ranks), "LOCAL_WORLD_SIZE": str(num_ranks)}
+    try:
+        with_group(function, rank, num_ranks, backend, f"file://{folder}/store")
+        atexit._run_exitfuncs()  # which multiprocessing leaves out
+    except BaseException:
+        traceback.print_exc()
+        raise
+    finally:
         sys.stdout.flush()
         sys.stderr.flush()
-        os._exit(0)
 
-is_done = False
-atexit.register(leave)  # the first one, so that it runs last
-import torch, torch.distributed as dist
-torch.set_num_threads(1)
-module, function, backend = sys.argv[1:4]
-rank = int(os.environ["LOCAL_RANK"])
-if backend == "nccl":
-    torch.cuda.set_device(rank)
-device = torch.device("cuda", rank) if backend == "nccl" else None
-dist.init_process_group(backend or None, timeout=datetime.timedelta(seconds=30), device_id=device)
-try:
-    getattr(importlib.import_module(module), function)(dist.get_rank(), dist.get_world_size())
-finally:
-    dist.destroy_process_group()
-is_done = True
-"""
+
+def with_group(function, rank: int, num_ranks: int, backend: str, store: str) -> None:
+    import torch
+    import torch.distributed as dist
+
+    torch.set_num_threads(1)
+    if backend == "nccl":
+        torch.cuda.set_device(rank)
+    dist.init_process_group(
+        backend or None,
+        init_method=store,
+        rank=rank,
+        world_size=num_ranks,
+        timeout=datetime.timedelta(seconds=30),
+        device_id=torch.device("cuda", rank) if backend == "nccl" else None,
+    )
+    try:
+        function(rank, num_ranks)
+    finally:
+        dist.destroy_process_group()
 
 
 def run_ranks(function, num_ranks: int = 2, backend: str = "gloo", timeout_s: float = 90.0) -> str:
@@ -44,28 +68,26 @@ def run_ranks(function, num_ranks: int = 2, backend: str = "gloo", timeout_s: fl
     Raises AssertionError with the ranks' output when one fails or they take longer than `timeout_s`; the ranks and
     everything that they started are gone when this returns.
     """
-    path = os.pathsep.join(filter(None, [str(ROOT), str(ROOT / "tests"), os.environ.get("PYTHONPATH")]))
-    environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
+    context = multiprocessing.get_context("spawn") if backend == "nccl" else FORKED
+    deadline = time.monotonic() + timeout_s
     with tempfile.TemporaryDirectory() as folder:
-        program = pathlib.Path(folder, "ranks_main.py")
-        program.write_text(PROGRAM)
-        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={num_ranks}"]
-        command += [str(program), function.__module__.rpartition(".")[2], function.__name__, backend]
-        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-        process = subprocess.Popen(command, env=environment, start_new_session=True, **pipes)
+        fixed = (num_ranks, backend, folder, dict(os.environ))
+        ranks = [context.Process(target=rank_main, args=(function, rank, *fixed)) for rank in range(num_ranks)]
+        for rank in ranks:
+            rank.start()
         try:
-            output, _ = process.communicate(timeout=timeout_s)
-        except subprocess.TimeoutExpired:
-            process.terminate()  # torchrun passes it on to its ranks, which have sessions of their own
-            try:
-                output, _ = process.communicate(timeout=40)
-            except subprocess.TimeoutExpired:
-                os.killpg(process.pid, signal.SIGKILL)
-                output, _ = process.communicate()
-            raise AssertionError(f"{function.__name__} took over {timeout_s} s:\n{output}") from None
+            while (running := [rank for rank in ranks if rank.is_alive()]) and time.monotonic() < deadline:
+                wait([rank.sentinel for rank in running], timeout=deadline - time.monotonic())
+                if any(rank.exitcode for rank in ranks):
+                    deadline = min(deadline, time.monotonic() + 2)  # the others end by themselves, or wait for it
         finally:
-            if process.poll() is None:
-                process.terminate()
-                process.wait()
-    assert process.returncode == 0, f"{function.__name__} failed on {num_ranks} ranks:\n{output}"
+            for rank in ranks:
+                with contextlib.suppress(ProcessLookupError):
+                    os.killpg(rank.pid, signal.SIGKILL)
+        codes = [rank.exitcode if rank not in running else None for rank in ranks]
+        for rank in ranks:
+            rank.join()
+        output = "\n".join(path.read_text() for path in sorted(pathlib.Path(folder).glob("output-*")))
+    failed = "failed" if any(codes) else f"took over {timeout_s} s"
+    assert codes == [0] * num_ranks, f"{function.__name__} {failed} on {num_ranks} ranks, exit codes {codes}:\n{output}"
     return output

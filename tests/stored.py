@@ -1,9 +1,11 @@
 """Stored tables made up for tests of figures and report: two machines, written through the real store."""
 
+import functools
 import itertools
 import math
 import pathlib
 import shutil
+import tempfile
 
 import pandas as pd
 
@@ -13,6 +15,7 @@ from maco_lib.study.files import CHECKOUT
 from maco_lib.study.store import Store
 
 MIB = 2**20
+TEMPLATES = tempfile.TemporaryDirectory(prefix="maco-tests-stored-")
 CONFIGURATIONS = {
     "Small compute, medium comm": (8, 1024),
     "Medium compute, large comm": (32, 2048),
@@ -231,6 +234,13 @@ def completed(table, rows: pd.DataFrame) -> pd.DataFrame:
 
 def study(root: pathlib.Path, speedup: float = 1.6) -> Store:
     """A study below `root` with the published tables and one complete machine, h200-x2."""
+    shutil.copytree(template(speedup), root, dirs_exist_ok=True)
+    return Store(root)
+
+
+@functools.cache  # checking the tables takes seconds
+def template(speedup: float) -> pathlib.Path:
+    root = pathlib.Path(TEMPLATES.name, str(speedup))
     shutil.copytree(CHECKOUT / "data" / "published", root / "data" / "published")
     store, name = Store(root), "h200-x2"
     description = {
@@ -252,7 +262,7 @@ def study(root: pathlib.Path, speedup: float = 1.6) -> Store:
     derived(store, name)
     for section in sections.SECTIONS:
         settle(store, section, "complete")
-    return store
+    return root
 
 
 def settle(store: Store, section: str, state: str, error: str = "") -> None:

@@ -1,6 +1,8 @@
 """Section 4 and the advice from it, on tables made by the model itself; and the doctor."""
 
 import argparse
+import json
+import sys
 
 import numpy as np
 import pandas as pd
@@ -159,3 +161,15 @@ def test_doctor_says_what_is_missing_and_how_to_get_it():
     assert missing.ok is False and "run_all.sh" in missing.remedy
     too_new = doctor.check_package("torch", (1, 0), (2, 0))
     assert too_new.ok is False and ">= 1.0 < 2.0 is needed" in too_new.detail
+
+
+def test_doctor_names_a_kernel_of_another_interpreter(tmp_path, monkeypatch):
+    monkeypatch.setenv("JUPYTER_PATH", str(tmp_path))
+    folder = tmp_path / "kernels" / "python3"
+    folder.mkdir(parents=True)
+    for program, ok in (("/other/bin/python", None), (sys.executable, True), ("python3", True)):
+        spec = {"argv": [program, "-m", "ipykernel_launcher", "-f", "{connection_file}"], "display_name": "Python 3"}
+        (folder / "kernel.json").write_text(json.dumps(spec))
+        check = doctor.check_kernel()
+        assert check.ok is ok and str(folder) in check.detail
+    assert "/other/bin/python" not in check.detail

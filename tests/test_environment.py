@@ -7,8 +7,12 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
+import zipfile
+from hashlib import sha256
 
+import pip
 import psutil
 import pytest
 
@@ -34,19 +38,21 @@ def command(checkout, name, text):
 
 
 def bare_python(checkout):
-    """python3 runs and lacks every package."""
+    """python3 runs and lacks every package; in the environments that it makes lies this one's pip, which is quicker."""
     base = pathlib.Path(sys.base_prefix) / "bin" / "python3"
-    command(checkout, "python3", f'exec "{base}" -S "$@"')
+    pips = pathlib.Path(pip.__file__).parent
+    made = f'"{base}" -m venv --without-pip "$3" && ln -s "{pips}" "$3"/lib/python*/site-packages'
+    command(checkout, "python3", f'case "$*" in "-m venv "*) {made};; *) exec "{base}" -S "$@";; esac')
 
 
-def surroundings(checkout, **variables):
+def surroundings(checkout, *arguments, **variables):
     inherited = {key: os.environ[key] for key in os.environ if key not in ("MACO_PYTHON", "VIRTUAL_ENV", "PYTHONPATH")}
     environment = inherited | {"PATH": f"{checkout.parent / 'bin'}:{os.environ['PATH']}"} | variables
-    return {"args": ["bash", "run_all.sh"], "cwd": checkout, "env": environment, "text": True}
+    return {"args": ["bash", "run_all.sh", *arguments], "cwd": checkout, "env": environment, "text": True}
 
 
-def start(checkout, timeout=60, **variables):
-    return subprocess.run(**surroundings(checkout, **variables), capture_output=True, timeout=timeout)
+def start(checkout, *arguments, timeout=60, **variables):
+    return subprocess.run(**surroundings(checkout, *arguments, **variables), capture_output=True, timeout=timeout)
 
 
 def refusal(done):
@@ -91,6 +97,89 @@ def test_no_network_leaves_nothing_that_looks_ready(checkout):
         assert not (checkout / ".venv" / "maco-lock").exists()
 
 
+def wheel(folder, name, version="1.0", **files):
+    """Write a wheel with those files; returns its line of a lock."""
+    path = folder / f"{name}-{version}-py3-none-any.whl"
+    information = f"{name}-{version}.dist-info"
+    files |= {
+        f"{information}/METADATA": f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n",
+        f"{information}/WHEEL": "Wheel-Version: 1.0\nGenerator: test\nRoot-Is-Purelib: true\nTag: py3-none-any\n",
+    }
+    with zipfile.ZipFile(path, "w") as archive:
+        for file, text in files.items():
+            archive.writestr(file, text)
+        archive.writestr(f"{information}/RECORD", "".join(f"{file},,\n" for file in [*files, f"{information}/RECORD"]))
+    return f"{name}=={version} \\\n    --hash=sha256:{sha256(path.read_bytes()).hexdigest()}\n"
+
+
+BACKEND = """
+import zipfile
+def build_editable(folder, *_):
+    with zipfile.ZipFile(f"{folder}/maco-1.0-py3-none-any.whl", "w") as archive:
+        archive.writestr("maco-1.0.dist-info/METADATA", "Metadata-Version: 2.1\\nName: maco\\nVersion: 1.0\\n")
+        archive.writestr("maco-1.0.dist-info/WHEEL", "Wheel-Version: 1.0\\nTag: py3-none-any\\n")
+        archive.writestr("maco-1.0.dist-info/RECORD", "")
+    return "maco-1.0-py3-none-any.whl"
+"""
+
+
+@pytest.fixture
+def registry(checkout):
+    """A folder of wheels that stand for the lock's packages, and the settings that make it all there is to pip."""
+    bare_python(checkout)
+    command(checkout, "nvidia-smi", "exit 9")
+    folder = checkout.parent / "wheels"
+    folder.mkdir()
+    lines = [
+        wheel(folder, "uv", **{"uv-1.0.data/scripts/uv": "#!/bin/sh\necho error: tcp connect error\nexit 2\n"}),
+        wheel(folder, "torch", **{"torch.py": ""}),
+        wheel(folder, "rest", **{"rest.py": ""}),
+    ]
+    (checkout / "requirements" / "cpu.txt").write_text("".join(lines))
+    (checkout / "backend.py").write_text(BACKEND)
+    build = ["[build-system]", "requires=[]", 'build-backend="backend"', 'backend-path=["."]']
+    (checkout / "pyproject.toml").write_text("\n".join(build))
+    (checkout / "maco_lib").mkdir()
+    (checkout / "maco_lib" / "__main__.py").write_text("import sys, rest, torch; print(*sys.argv[1:])")
+    return {"PIP_NO_INDEX": "1", "PIP_FIND_LINKS": str(folder), "PIP_CONFIG_FILE": os.devnull}
+
+
+def test_pip_installs_what_uv_cannot_reach_once(checkout, registry):
+    done = start(checkout, **registry)
+    assert (done.returncode, done.stdout) == (0, "run\n"), done.stderr
+    assert "uv is not to be had or cannot reach the packages; pip installs them" in done.stderr
+    assert start(checkout).stderr == "", "the second start installs nothing"
+
+
+def test_a_package_of_another_hash_is_not_installed(checkout, registry):
+    wheel(checkout.parent / "wheels", "torch", **{"torch.py": "import another"})
+    *_, line = refusal(start(checkout, **registry))
+    assert "torch==1.0 as offered does not have the hash that requirements/cpu.txt gives" in line
+    assert not (checkout / ".venv" / "maco-lock").exists()
+
+
+def test_a_file_system_without_locks_is_named(checkout):
+    bare_python(checkout)
+    command(checkout, "flock", "echo No locks available >&2; exit 71")
+    command(checkout, "df", "printf 'head\\ndisk 9 9 3000000 9 /\\n'")
+    warning, line = refusal(start(checkout))
+    assert f"the file system of {checkout} has no locks" in warning and "has 3 GB" in line
+
+
+def test_a_checkout_that_cannot_be_written_is_named(checkout):
+    command(checkout, "python3", "exit 1")
+    with tempfile.TemporaryDirectory() as folder:  # root could write all the same, so another user starts it
+        copy = shutil.copytree(checkout.parent, pathlib.Path(folder, "copy")) / "checkout"
+        for path in (copy, copy.parent, copy.parent.parent):
+            path.chmod(0o555)
+        other = {"user": 65534, "group": 65534} if os.geteuid() == 0 else {}
+        done = subprocess.run(**surroundings(copy), **other, capture_output=True, timeout=60)
+        for path in (copy.parent.parent, copy.parent, copy):
+            path.chmod(0o755)
+    (line,) = refusal(done)
+    assert f"{copy} cannot be written, so .venv cannot be made" in line
+
+
 def interruptible() -> None:
     """In the child, as from a terminal: what a script starts in the background ignores SIGINT, as its children do."""
     signal.signal(signal.SIGINT, signal.SIG_DFL)
@@ -128,6 +217,6 @@ def test_complete_environment_is_used_without_making_one(checkout):
     (checkout / "maco_lib").mkdir()
     (checkout / "maco_lib" / "__main__.py").write_text("import sys; print(sys.prefix, *sys.argv[1:])")
     path = f"{pathlib.Path(sys.executable).parent}:{os.environ['PATH']}"
-    done = start(checkout, PATH=path)
-    assert (done.returncode, done.stdout) == (0, f"{sys.prefix} run\n"), done.stderr
+    done = start(checkout, "--only", "overlap", "--report-only", PATH=path)
+    assert (done.returncode, done.stdout) == (0, f"{sys.prefix} run --only overlap --report-only\n"), done.stderr
     assert not (checkout / ".venv").exists()

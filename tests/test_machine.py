@@ -201,6 +201,18 @@ def test_provenance_lets_no_secret_through(tmp_path, monkeypatch):
     assert provenance.provenance(tmp_path)["source_sha256"] != changed
 
 
+def test_provenance_knows_the_commit_of_a_checkout_of_another_owner(tmp_path, monkeypatch):
+    for arguments in (["init", "-q"], ["commit", "-q", "--allow-empty", "-m", "first"]):
+        author = ["-c", "user.name=a", "-c", "user.email=a@b"]
+        subprocess.run(["git", *author, *arguments], cwd=tmp_path, check=True)
+    commit = provenance.git_state(tmp_path)["commit"]
+    assert len(commit) == 40
+    monkeypatch.setenv("GIT_TEST_ASSUME_DIFFERENT_OWNER", "1")
+    refused = subprocess.run(["git", "-C", tmp_path, "rev-parse", "HEAD"], capture_output=True, text=True)
+    assert refused.returncode and "dubious ownership" in refused.stderr
+    assert provenance.git_state(tmp_path) == {"commit": commit, "dirty": False}
+
+
 def test_sampler_summarises_what_it_saw():
     with sampler.Sampler(period_s=0.01) as running:
         pass

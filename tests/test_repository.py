@@ -13,16 +13,14 @@ import yaml
 from maco_lib.study.sections import SECTIONS
 
 CHECKOUT = pathlib.Path(__file__).resolve().parents[1]
-# A copy of one, or one of a user's own, may lie beside them: it is not looked at.
-NOTEBOOKS = [CHECKOUT / "notebooks" / entry.notebook for entry in SECTIONS.values()]
+NOTEBOOKS = sorted(CHECKOUT / "notebooks" / entry.notebook for entry in SECTIONS.values())
 MODULES = sorted((CHECKOUT / "maco_lib").rglob("*.py"))
 MACHINE_PATH = re.compile(r"(?<![\w.$}-])/(?:work|root|home)/\w")
 REGISTRY_HOST = re.compile(r"pypi\.org|pythonhosted\.org|npmjs\.org|deb\.debian\.org|crates\.io|anaconda\.org")
 
 
 def tracked_texts():
-    listed = subprocess.run(["git", "ls-files", "-z"], cwd=CHECKOUT, capture_output=True, text=True, check=True).stdout
-    for name in filter(None, listed.split("\0")):
+    for name in tracked():
         path = CHECKOUT / name
         if not path.is_file() or path.suffix in {".parquet", ".png", ".pdf"}:
             continue
@@ -40,11 +38,25 @@ def parameter_names(notebook) -> list[str]:
     return [node.targets[0].id for node in ast.parse("".join(cell["source"])).body if isinstance(node, ast.Assign)]
 
 
+def tracked(*patterns: str) -> list[str]:
+    command = ["git", "ls-files", "-z", *patterns]
+    listed = subprocess.run(command, cwd=CHECKOUT, capture_output=True, text=True, check=True).stdout
+    return list(filter(None, listed.split("\0")))
+
+
 def test_each_section_has_its_notebook():
-    command = ["git", "ls-files", "notebooks/*.ipynb"]
-    tracked = subprocess.run(command, cwd=CHECKOUT, capture_output=True, text=True, check=True).stdout.splitlines()
-    assert sorted(pathlib.Path(name).name for name in tracked) == sorted(path.name for path in NOTEBOOKS)
-    assert all(path.is_file() for path in NOTEBOOKS)
+    # Those of the repository: a copy or a user's own beside them is nobody's business.
+    names = [pathlib.Path(name).name for name in tracked("notebooks/*.ipynb")]
+    assert sorted(names) == sorted(path.name for path in NOTEBOOKS)
+
+
+def test_every_text_is_checked_out_with_the_line_ends_that_scripts_need():
+    (line,) = subprocess.run(
+        ["git", "check-attr", "eol", "run_all.sh"], cwd=CHECKOUT, capture_output=True, text=True, check=True
+    ).stdout.splitlines()
+    assert line == "run_all.sh: eol: lf"
+    listed = subprocess.run(["git", "ls-files", "--eol"], cwd=CHECKOUT, capture_output=True, text=True, check=True)
+    assert [line for line in listed.stdout.splitlines() if "i/crlf" in line or "i/mixed" in line] == []
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
@@ -110,7 +122,7 @@ def test_modules_are_of_one_idea():
 
 def pins(lock: str) -> dict[str, str]:
     text = (CHECKOUT / "requirements" / lock).read_text()
-    return dict(re.findall(r"^([\w.-]+)==(\S+?)(?:;.*)?$", text, re.MULTILINE))
+    return dict(re.findall(r"^([\w.-]+)==([^\s;]+)", text, re.MULTILINE))
 
 
 def test_locks_agree_and_hold_every_direct_need():
@@ -125,6 +137,17 @@ def test_locks_agree_and_hold_every_direct_need():
     assert {name for name in cpu if name.startswith("nvidia-")} == nvidia
     assert all(cpu[name] == cuda[name] for name in {*nvidia, "cuda-bindings"})
     assert not {"triton", "torchvision", "torchaudio", "torchcodec"} & set(cpu)
+
+
+@pytest.mark.parametrize("lock", ["cpu.txt", "cuda.txt"])
+def test_every_pin_has_hashes_and_no_address(lock):
+    text = (CHECKOUT / "requirements" / lock).read_text()
+    entries = re.findall(r"^[\w.-]+==[^\n\\]*((?: \\\n    --hash=sha256:[0-9a-f]{64})*)\n", text, re.MULTILINE)
+    assert len(entries) == len(pins(lock)) > 200 and all(entries)
+    assert "://" not in text and "--index" not in text and "--find-links" not in text
+    # torch has a wheel for each Python, and the local folder of one machine shows one of them.
+    torch = re.search(r"^torch==.*\n((?:    --hash.*\n)+)", text, re.MULTILINE)[1]
+    assert torch.count("--hash") >= 3
 
 
 def test_conda_environment_uses_the_cuda_lock():

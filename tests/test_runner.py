@@ -28,7 +28,8 @@ CHECKOUT = pathlib.Path(__file__).resolve().parents[1]
 
 
 def maco(root, *arguments, timeout_s=600):
-    environment = {**os.environ, "MACO_ROOT": str(root), "PYTHONPATH": str(CHECKOUT)}
+    # As on a CPU whose matmuls are slow, without bf16 instructions among others, whatever this one has.
+    environment = {"ONEDNN_MAX_CPU_ISA": "AVX2", **os.environ, "MACO_ROOT": str(root), "PYTHONPATH": str(CHECKOUT)}
     return subprocess.run([sys.executable, "-m", "maco_lib", *arguments], cwd=CHECKOUT, env=environment,
                           capture_output=True, text=True, timeout=timeout_s)  # fmt: skip
 
@@ -70,6 +71,7 @@ def test_smoke_study_is_whole(study):
     assert all(f"notebooks/{section.notebook}" in report for section in SECTIONS.values())
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(700)
 def test_second_start_measures_nothing(study):
     root, _ = study
@@ -83,6 +85,7 @@ def test_second_start_measures_nothing(study):
     assert maco(root, "status").stdout.count("fresh") == len(SECTIONS)
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(700)
 def test_report_comes_out_byte_for_byte(study):
     root, _ = study
@@ -94,6 +97,7 @@ def test_report_comes_out_byte_for_byte(study):
     assert not changed
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(700)
 def test_a_hand_edited_table_is_named_and_the_rest_goes_on(study, tmp_path):
     root = tmp_path / "study"

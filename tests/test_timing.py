@@ -74,7 +74,12 @@ def test_the_published_protocol_does_not_count_a_run_after_another_arm():
     request = {"group": None, "device": CPU, "iterations": 12, "num_blocks": 4, "warmup": 1}
     published = interleave(arms, protocol="published", **request)
     assert [len(timing.values[0]) for timing in published.values()] == [12, 12]
-    assert max(max(timing.slowest) for timing in published.values()) < 2900
+
+    def slowest() -> float:
+        return max(max(timing.slowest) for timing in interleave(arms, protocol="published", **request).values())
+
+    # Other processes lengthen a run now and then; one after another arm would take 3 ms in every attempt.
+    assert any(slowest() < 2900 for _ in range(20))
     assert max(interleave(arms, **request)["a"].slowest) > 2900
 
 

@@ -169,19 +169,24 @@ def check_ram() -> Check:
 def check_kernel() -> Check:
     """What JupyterLab calls python3, which should be this interpreter; runs take it whatever that says."""
     try:
-        from jupyter_client.kernelspec import KernelSpecManager, NoSuchKernel
+        from jupyter_client.kernelspec import KernelSpecManager
     except ImportError:
         return Check("Jupyter kernel", False, "jupyter_client is not installed", INSTALL)
-    remedy = "python -m ipykernel install --sys-prefix"
+    remedy = "python -m ipykernel install --sys-prefix --name python3"
     try:
-        program = KernelSpecManager().get_kernel_spec("python3").argv[0]
-    except NoSuchKernel:
-        return Check("Jupyter kernel", None, "no kernel called python3: JupyterLab opens none of the notebooks", remedy)
+        specs = KernelSpecManager()
+        folder = specs.find_kernel_specs().get("python3")
     except RuntimeError as error:
         return Check("Jupyter kernel", None, f"JupyterLab cannot start: {error}", "set HOME")
-    ours = program in ("python", "python3") or os.path.dirname(program) == os.path.dirname(sys.executable)
-    other = "" if ours else ": JupyterLab opens notebooks in another environment than run_all.sh measures in"
-    return Check("Jupyter kernel", ours or None, f"{program}{other}", "remove that kernel, or " + remedy)
+    if folder is None:
+        return Check("Jupyter kernel", None, "no kernel called python3: JupyterLab opens none of the notebooks", remedy)
+    program = specs.get_kernel_spec("python3").argv[0]
+    # jupyter_client takes its own interpreter for one that is only called python.
+    folders = [pathlib.Path(path).parent.resolve() for path in (program, sys.executable)]
+    if os.path.basename(program) != program and folders[0] != folders[1]:
+        remedy = "notebooks opened by hand run there: unset JUPYTER_PATH, or " + remedy
+        return Check("Jupyter kernel", None, f"{folder} starts {program}, not {sys.executable}", remedy)
+    return Check("Jupyter kernel", True, folder)
 
 
 def check_checkpoint() -> Check:

@@ -21,11 +21,12 @@ from maco_lib.overlap.left_out import without
 from maco_lib.overlap.linear_auto import LinearPlanner, nearby
 from maco_lib.overlap.linear_matmul import LOADED, MatmulTime, in_tiles
 from maco_lib.overlap.linear_model import MIN_POINTS, LinearCosts, Overlapped, Sides, shortlist
-from maco_lib.overlap.linear_plan import SUMMING, TECHNIQUES, candidates
+from maco_lib.overlap.linear_plan import HOPPER, TECHNIQUES, candidates
 from maco_lib.overlap.linear_techniques.decode_time import DecodeTime, decode_time
 from maco_lib.overlap.linear_techniques.persistent_time import (
     TILINGS,
     Tiling,
+    ascii_tiling,
     fastest_tiling,
     parse_tiling,
     persistent_time,
@@ -124,10 +125,10 @@ def test_matmuls_are_foretold_on_gpus_whose_memory_differs(machine):
 @pytest.mark.parametrize(
     ("machine", "tilings", "rate"),
     [
-        ("h100-x2", ["2 × 96", "2 × 128", "2 × 128 staggered"], 2.9e6),
-        ("h100-x4", ["2 × 64 staggered"], 2.9e6),
-        ("h200-x2", ["2 × 128 staggered"], 4e6),
-        ("h200-x4", ["2 × 64 staggered"], 4e6),
+        ("h100-x2", ["2x96", "2x128", "2x128-staggered"], 2.9e6),
+        ("h100-x4", ["2x64-staggered"], 2.9e6),
+        ("h200-x2", ["2x128-staggered"], 4e6),
+        ("h200-x4", ["2x64-staggered"], 4e6),
     ],
 )
 def test_the_persistent_kernel_is_foretold_with_a_factor_for_the_machines_tiles(machine, tilings, rate):
@@ -136,7 +137,8 @@ def test_the_persistent_kernel_is_foretold_with_a_factor_for_the_machines_tiles(
     rows = rows.drop_duplicates(["layer", "m", "tiling"]).sort_values("time_us")
     num_points = 0
     for tiling in tilings:
-        points = [(row.m, row.n, row.k // row.tp, row.time_us) for row in rows[rows["tiling"].eq(tiling)].itertuples()]
+        tiled = rows[rows["tiling"].map(ascii_tiling).eq(tiling)]
+        points = [(row.m, row.n, row.k // row.tp, row.time_us) for row in tiled.itertuples()]
         own = [persistent_time(*shape, parse_tiling(tiling), int(machine[-1]), 66, rate) for *shape, _ in points]
         problems, times_us = [Sides(1.0, 1.0, each) for each in own], [us for *_, us in points]
         known = Overlapped.of_own(problems[::3], times_us[::3])
@@ -156,9 +158,10 @@ def replayed(machine: str, seed: int) -> list[tuple[str, float]]:
         row, sequential = rows.iloc[0], rows["method"].str.startswith("sequential")
         shape = (m, row["n"], row["k"] // tp)
         points[shape] = row["t_matmul_us"], row["t_comm_us"], rows["time_us"][sequential].min()
-        for _, own in rows[rows["method"].isin(SUMMING)].iterrows():
+        for _, own in rows[rows["method"].isin(HOPPER)].iterrows():
             if own["method"] == "decode" or parse_tiling(str(own["tiling"])) in TILINGS:
-                plan = LinearPlan(own["method"], tiling=own["tiling"] if own["method"] == "persistent" else "")
+                tiling = ascii_tiling(own["tiling"]) if own["method"] == "persistent" else ""
+                plan = LinearPlan(own["method"], tiling=tiling)
                 measured.setdefault(plan, {})[shape] = own["time_us"]
     few, many = ([shape for shape in points if (shape[0] <= 64) == is_few] for is_few in (True, False))
     chooser = random.Random(seed)
@@ -217,7 +220,7 @@ def test_an_overlapping_plan_is_predicted_only_where_its_gain_exceeds_the_errors
     assert set(costs_with(60).predict(1, 64, 64)) == {NCCL, PUSH}
     costs = costs_with(60)
     costs.overlapped[LinearPlan("decode")] = Overlapped(scales=(1.1, 0.9), spread=0.1)
-    costs.overlapped[LinearPlan("persistent", tiling="2 × 96")] = Overlapped(scales=(1.1,), spread=0.1)
+    costs.overlapped[LinearPlan("persistent", tiling="2x96")] = Overlapped(scales=(1.1,), spread=0.1)
     assert LinearCosts.from_json(json.loads(json.dumps(costs.to_json()))) == costs
 
 
@@ -248,10 +251,10 @@ def test_every_technique_is_a_candidate_on_gpus_and_fused_ones_nowhere_else():
 
 
 def test_the_shortlist_has_the_default_the_near_ones_and_the_best_of_every_technique():
-    plans = candidates("cuda", ["nccl", "copy_engine", "maco_staged_8", "maco_push_64"])
+    plans = candidates("cuda", ["nccl", "symm_mem_one_shot", "maco_staged_8", "maco_push_64"])
     predicted = {plan: 100.0 + 20 * number for number, plan in enumerate(plans)}
     chosen = shortlist(predicted, plans, NCCL)
-    assert chosen[0] == NCCL and LinearPlan(backend="copy_engine") in chosen
+    assert chosen[0] == NCCL and LinearPlan(backend="symm_mem_one_shot") in chosen
     assert all(predicted[plan] <= 130 for plan in chosen)
     overlapping = [plan for plan in plans if plan.overlapped]
     near = predicted | {plan: 90.0 + number for number, plan in enumerate(overlapping)}

@@ -8,7 +8,6 @@ A backend has `name`, `needs`, `unavailable(collective, device, group) -> why or
 import torch
 import torch.distributed as dist
 
-from maco_lib.comm.copy_engine import CopyEngine
 from maco_lib.comm.gloo import Gloo
 from maco_lib.comm.mailed import LL128, OneShotLines
 from maco_lib.comm.nccl import Nccl
@@ -38,7 +37,6 @@ BACKENDS = {
         OneShotLines("maco_ll"),
         LL128("maco_ll128"),
         PullOneShot("maco_one_shot_64"),
-        CopyEngine("copy_engine"),
         VllmCustom("vllm_custom"),
         Gloo(),
     )

@@ -19,6 +19,9 @@ def measure(point: dict[str, Any], context: Context) -> Result:
     arms, errors = [], {}
     asked = point["backends"].split(",") if "backends" in point else decided(comm.available(name, device, group), group)
     for backend in asked:
+        if backend not in comm.BACKENDS:
+            errors[backend] = f"this version has no backend {backend!r}"
+            continue
         entry = comm.backend(backend)
         error = first_error(entry.unavailable(name, device, group) or "", group)
         try:

@@ -189,8 +189,8 @@ def row(
 
 
 def tiling(problem: Problem, plan: str) -> str:
-    """The tiles that a plan in words takes here, as its model's table shows them; "" of one without."""
-    technique, _, told = plan.partition(", ")
+    """The tiles that the plan of that name takes here; "" of one without."""
+    technique, _, told = plan.partition(":")
     if technique != "persistent":
         return ""
     if told:

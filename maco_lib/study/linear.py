@@ -15,8 +15,6 @@ from maco_lib.study.looks import label_at, look
 from maco_lib.study.report_tables import ABSENT, interval, table, us
 
 PLANNER, UNTUNED = "auto", "auto_untuned"
-# The method version of the first tables that are of kernels which fence their stores, and of judged replays.
-FENCED = 3
 
 
 @dataclass(frozen=True)
@@ -195,18 +193,3 @@ def failures(machine: Evidence) -> list[str]:
         reasons = "; ".join(dict.fromkeys(group["error"]))
         lines.append(f"{look(method).label} ({operation}): failed at {len(group)} of {of} points: {reasons}")
     return lines
-
-
-def unfenced(machines: Iterable[Evidence]) -> list[str]:
-    """A line that names the GPU machines whose tables are of kernels without that fence; none where there is none."""
-    versions = {
-        machine.name: machine.records["linear_all_reduce"]["tables"]["linear_all_reduce"]["method_version"]
-        for machine in machines
-        if machine.kind == "cuda" and "linear_all_reduce" in machine.tables
-    }
-    if not (names := [name for name, version in versions.items() if version < FENCED]):
-        return []
-    return [f"**{', '.join(names)}: by a kernel with a fault.** The persistent and the signalled kernel of that code "
-            "did not fence a tile's stores before they told of them. Where launches follow each other at once, as in a "
-            "replay, their sums could hold what the launch before had left, and only runs issued by themselves were "
-            "judged then. Their times, and the planner's where it chose them, are without the fence."]  # fmt: skip

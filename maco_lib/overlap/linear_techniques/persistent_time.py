@@ -39,12 +39,18 @@ class Tiling(NamedTuple):
     evened: bool = False
 
     def __str__(self) -> str:
-        return f"{'2 × ' * self.pairs}{self.columns}{' staggered' * self.staggered}{' evened' * self.evened}"
+        """ "2x128-staggered-evened", part of a plan's name."""
+        return f"{'2x' * self.pairs}{self.columns}{'-staggered' * self.staggered}{'-evened' * self.evened}"
+
+
+def ascii_tiling(text: str) -> str:
+    """Its name, where tables from before there were names call it "2 × 128 staggered evened"."""
+    return text.replace(" × ", "x").replace(" ", "-")
 
 
 def parse_tiling(text: str) -> Tiling | None:
-    """That which is called so by `str`; None where the model has no constants for it."""
-    parts = re.fullmatch(r"(2 × )?(\d+)(?:( staggered)( evened)?)?", text)
+    """That which is called so by `str`, or by an older table; None where the model has no constants for it."""
+    parts = re.fullmatch(r"(2x)?(\d+)(?:(-staggered)(-evened)?)?", ascii_tiling(text))
     if parts is None or not {int(parts[2]), int(parts[2]) * (2 if parts[1] else 1)} <= STEP_US.keys():
         return None
     return Tiling(int(parts[2]), *(part is not None for part in parts.group(1, 3, 4)))

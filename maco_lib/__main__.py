@@ -1,9 +1,9 @@
-"""The command line: `python -m maco_lib run | status | report | rederive | doctor | advise`."""
+"""The command line: `python -m maco_lib run | status | report | rederive | doctor | advise | export-plans`."""
 
 import argparse
 import sys
 
-from maco_lib.study import advise, doctor
+from maco_lib.study import advise, doctor, export_plans
 from maco_lib.study.files import DataError
 
 
@@ -92,6 +92,7 @@ def main(arguments: list[str] | None = None) -> int:
     for name, module, text in (
         ("doctor", doctor, "what is missing on this machine and how to get it"),
         ("advise", advise, "whether overlap pays for given shapes"),
+        ("export-plans", export_plans, "write the tables of plans that the library ships, from stored data"),
     ):
         command = commands.add_parser(name, help=text)
         module.add_arguments(command)

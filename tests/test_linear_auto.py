@@ -137,7 +137,7 @@ def test_the_persistent_kernel_is_foretold_with_a_factor_for_the_machines_tiles(
     rows = rows.drop_duplicates(["layer", "m", "tiling"]).sort_values("time_us")
     num_points = 0
     for tiling in tilings:
-        tiled = rows[rows["tiling"].map(ascii_tiling).eq(tiling)]
+        tiled = rows[rows["tiling"].fillna("").map(ascii_tiling).eq(tiling)]
         points = [(row.m, row.n, row.k // row.tp, row.time_us) for row in tiled.itertuples()]
         own = [persistent_time(*shape, parse_tiling(tiling), int(machine[-1]), 66, rate) for *shape, _ in points]
         problems, times_us = [Sides(1.0, 1.0, each) for each in own], [us for *_, us in points]

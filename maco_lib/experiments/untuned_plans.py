@@ -13,6 +13,7 @@ import os
 import pathlib
 import random
 import time
+from dataclasses import replace
 
 import torch
 import torch.distributed as dist
@@ -20,10 +21,13 @@ import torch.distributed as dist
 from maco_lib.comm import DTYPES
 from maco_lib.experiments import worker
 from maco_lib.experiments.linear_all_reduce_methods import LAYERS
+from maco_lib.kernels.tile_order import CTAS
 from maco_lib.machine import short_gpu_name
 from maco_lib.overlap.linear_auto import Layer, LinearPlanner, planner
 from maco_lib.overlap.linear_measure import Shape
+from maco_lib.overlap.linear_plan import LinearPlan
 from maco_lib.overlap.linear_tables import shipped
+from maco_lib.overlap.linear_techniques.persistent_time import fastest_tiling
 from maco_lib.timing import decided
 
 SEED, NUM_SHAPES = 25, 20
@@ -86,16 +90,18 @@ def measured(
 
 def choices(owner: LinearPlanner, known: Layer, m: int) -> dict:
     """By name, what the planner takes untuned; and where the table found it."""
-    usable = set(owner.plans(known, m))
-    table = None
-    if owner.device.type == "cuda":
-        table = shipped(short_gpu_name(torch.cuda.get_device_name(owner.device)), owner.group.size())
+    usable = {replace(plan, tiling="") for plan in owner.plans(known, m)}
     told = {"model": owner.predict(known, m).name}
-    if table is not None:
+    gpus = [torch.cuda.get_device_name(owner.device)] if owner.device.type == "cuda" else []
+    for table in filter(None, (shipped(short_gpu_name(gpu), owner.group.size()) for gpu in gpus)):
         found = table.look_up(m, known.n, known.k, usable.__contains__)
-        told |= {
-            "table": (found.plan or owner.default).name, "point": found.point.shape, "distance": found.distance,
-        }  # fmt: skip
+        plan = found.plan or owner.default
+        if plan.technique == "persistent":
+            clusters = owner.costs.matmul.num_sms // CTAS
+            tiling = fastest_tiling(m, known.n, known.k, owner.group.size(), clusters)
+            plan = LinearPlan("persistent", tiling=str(tiling))
+        where = {"n": found.layer.n, "k": found.layer.k, "distance": found.distance, "gain": found.gain}
+        told |= {"table": plan.name, **where}
     return told
 
 

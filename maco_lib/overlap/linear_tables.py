@@ -1,98 +1,111 @@
-"""Plans of `linear_all_reduce` that were measured elsewhere: a table per GPU model and number of ranks, in `tables/`.
+"""Times of `linear_all_reduce` by each plan, measured elsewhere: a table per GPU model and number of ranks (`tables/`).
 
-A table holds points (M, N, K of a rank), of each the time of sequential NCCL and of the plans that beat it. What is
-asked for takes the plans of the nearest point, by
+A table holds layers (N, K of a rank), and of each the times of plans at some M. A shape (M, N, K) is looked up in the
+nearest layer, by the distance |log(N / N0)| + |log(K / K0)|. There the time of each plan follows from its measured
+ones: between two M by a straight line in logarithms of both, below all as at the least, above all in proportion. A
+kernel that computes whole tiles of rows takes as long as for whole tiles. The fastest plan is taken if it is faster
+than the default (sequential NCCL) by more than `NOISE`; else the default, as further than `FAR` from every layer.
 
-    distance = 2 |log(M / M0)| + |log(N / N0)| + |log(K / K0)|
-
-M counts twice, as it decides which technique there is: by the stored tables a plan found at another M is worse than one
-found at another layer. A plan is taken where its gain over sequential NCCL at that point is sure to be one here:
-
-    gain · fill(M) / fill(M0) > 1 + margin + decay · distance
-
-fill: the part of the tiles' rows that are x's, of techniques whose kernels compute whole tiles. Else the default is
-taken, as `FAR` from all points and where there is no table. Without torch.
+"persistent" is without a tiling: the kernel takes that which is predicted to be the fastest for the shape itself, which
+was nearer to the best on other layers than the tiling of the nearest measured shape. Without torch.
 """
 
 import functools
 import json
 import math
 import pathlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from maco_lib.kernels.tile_order import ROWS
 from maco_lib.overlap.linear_plan import LinearPlan
-from maco_lib.overlap.plan import MARGIN
 
 FOLDER = pathlib.Path(__file__).parent / "tables"
-# A factor of 20 in all.
+# Of a gain: stored times of one launch are up to 2 % off those of another, and so are layers from each other.
+NOISE = 0.03
+# A factor of 20 in N and K together.
 FAR = 3.0
-# A gain is less by so much at a distance of 1: by the stored tables, each layer judged by the others', at most 0.2, of
-# gains that were far above it.
-DECAY = 0.1
-Shape = tuple[int, int, int]
+# A plan is looked up for at most so many times more or fewer rows than it was measured with.
+BEYOND = 2
 
 
 @dataclass(frozen=True)
-class Point:
-    """A measured shape (m, n, k of a rank): µs of sequential NCCL, and of each plan that beats it."""
+class Times:
+    """One plan's in µs by M, on one layer."""
 
-    shape: Shape
-    default_us: float
-    times_us: Mapping[LinearPlan, float]
+    plan: LinearPlan
+    by_rows: dict[int, float]
+
+    def covers(self, m: int) -> bool:
+        return min(self.by_rows) / BEYOND <= m <= max(self.by_rows) * BEYOND
+
+    def __call__(self, m: int) -> float:
+        """For m rows."""
+        if self.plan.technique == "persistent":
+            m = -(-m // ROWS) * ROWS
+        least, most = min(self.by_rows), max(self.by_rows)
+        if m >= most:
+            return self.by_rows[most] * m / most
+        below = max((rows for rows in self.by_rows if rows <= m), default=least)
+        above = min(rows for rows in self.by_rows if rows >= m)
+        if below == above or m < least:
+            return self.by_rows[above]
+        part = math.log(m / below) / math.log(above / below)
+        return self.by_rows[below] ** (1 - part) * self.by_rows[above] ** part
+
+
+@dataclass(frozen=True)
+class LayerTimes:
+    """A measured layer: weights (n, k) on each rank, and the times of plans, the default's among them."""
+
+    n: int
+    k: int
+    default: Times
+    plans: tuple[Times, ...]
+
+    def distance(self, n: int, k: int) -> float:
+        return abs(math.log(n / self.n)) + abs(math.log(k / self.k))
 
 
 @dataclass(frozen=True)
 class Found:
-    """What a table says of a shape: the plan, None for the default; the point that says so, and its distance."""
+    """What a table says of a shape. plan: None for the default; gain: of it over the default, at `layer`."""
 
     plan: LinearPlan | None
-    point: Point
+    gain: float
+    layer: LayerTimes
     distance: float
 
 
 @dataclass(frozen=True)
 class PlanTable:
-    """The points of one GPU model and number of ranks."""
+    """The layers of one GPU model and number of ranks. name: "h200-x2"."""
 
     name: str
-    points: tuple[Point, ...]
+    layers: tuple[LayerTimes, ...]
 
     def look_up(self, m: int, n: int, k: int, usable: Callable[[LinearPlan], bool]) -> Found:
-        """The fastest `usable` plan of the nearest point, if it is sure to gain."""
-        shape = (m, n, k)
-        point = min(self.points, key=lambda point: distance(shape, point.shape))
-        far = distance(shape, point.shape)
-        expected_us = {
-            plan: us * fill(plan, point.shape[0]) / fill(plan, m) for plan, us in point.times_us.items() if usable(plan)
-        }
-        best = min(expected_us, key=lambda plan: (expected_us[plan], plan.name), default=None)
-        sure = far <= FAR and best and point.default_us / expected_us[best] > 1 + MARGIN + DECAY * far
-        return Found(best if sure else None, point, far)
+        """The plan for x (m, k) and weight (n, k) on each rank, of those that are `usable`."""
+        layer = min(self.layers, key=lambda layer: layer.distance(n, k))
+        distance, default_us = layer.distance(n, k), layer.default(m)
+        gains = {times.plan: default_us / times(m) for times in layer.plans if times.covers(m) and usable(times.plan)}
+        best = max(gains, key=lambda plan: (gains[plan], plan.name), default=None)
+        if best is None or distance > FAR or gains[best] <= 1 + NOISE:
+            return Found(None, 1.0, layer, distance)
+        return Found(best, gains[best], layer, distance)
 
     @classmethod
     def from_json(cls, content: dict) -> "PlanTable":
-        return cls(
-            f"{content['gpu']}-x{content['num_ranks']}",
-            tuple(
-                Point(
-                    (entry["m"], entry["n"], entry["k"]),
-                    entry["nccl_us"],
-                    {LinearPlan.parse(name): us for name, us in entry["plans"].items()},
-                )
-                for entry in content["points"]
-            ),
-        )
-
-
-def distance(one: Shape, other: Shape) -> float:
-    return sum(weight * abs(math.log(a / b)) for weight, a, b in zip((2, 1, 1), one, other, strict=True))
-
-
-def fill(plan: LinearPlan, m: int) -> float:
-    """The part of the rows that the plan's kernel computes which are x's."""
-    return m / (-(-m // ROWS) * ROWS) if plan.technique == "persistent" else 1.0
+        """What `study.export_plans` writes; KeyError or ValueError where it is of another form."""
+        layers = []
+        for entry in content["layers"]:
+            plans = {
+                name: Times(LinearPlan.parse(name), {int(m): us for m, us in times.items()})
+                for name, times in entry["times_us"].items()
+            }
+            default = plans.pop(content["default"])
+            layers.append(LayerTimes(entry["n"], entry["k"], default, tuple(plans.values())))
+        return cls(f"{content['gpu']}-x{content['num_ranks']}", tuple(layers))
 
 
 @functools.cache

@@ -7,20 +7,18 @@ hardware has a name of its own, and stays out.
 import argparse
 import json
 import re
+from dataclasses import replace
 
 import pandas as pd
 
-from maco_lib.experiments.linear_all_reduce_methods import BASE, MATMUL, METHODS
+from maco_lib.experiments.linear_all_reduce_methods import MATMUL, METHODS
 from maco_lib.overlap.linear_plan import LinearPlan
 from maco_lib.overlap.linear_tables import FOLDER
-from maco_lib.overlap.linear_techniques.persistent_time import TILINGS, ascii_tiling
-from maco_lib.overlap.plan import MARGIN
 from maco_lib.study.files import write_atomically
 from maco_lib.study.store import Store
 
 TABLE = "linear_all_reduce"
-# Backends of other packages, which a user may not have: beside them the fastest without.
-OF_OTHERS = ("vllm_custom",)
+DEFAULT = LinearPlan(backend="nccl")
 
 
 def plan_of(row: pd.Series) -> LinearPlan | None:
@@ -28,45 +26,29 @@ def plan_of(row: pd.Series) -> LinearPlan | None:
     method = METHODS[MATMUL][row["method"]]
     if method.how == "in_place":
         return LinearPlan(backend=method.backend)
-    if method.how not in ("plan", "auto") or not (method.plan or row["plan"]):
-        return None
-    plan = LinearPlan(**method.plan) if method.how == "plan" else LinearPlan.parse(row["plan"])
-    # Tables from before plans had tilings say beside the plan which one was taken.
-    taken = ascii_tiling(row["tiling"])
-    return LinearPlan(plan.technique, tiling=taken) if taken in map(str, TILINGS) else plan
+    if method.how == "plan":
+        return LinearPlan(**method.plan)
+    return LinearPlan.parse(row["plan"]) if method.how == "auto" and row["plan"] else None
 
 
-def kept(times_us: dict[LinearPlan, float], default_us: float) -> dict[str, float]:
-    """By name, those that beat the default, sequential NCCL: the fastest of each technique, and without `OF_OTHERS`."""
-    by_time = sorted(times_us, key=lambda plan: (times_us[plan], plan.name))
-    everywhere = [plan for plan in by_time if plan.backend not in OF_OTHERS]
-    firsts = {
-        plan for plans in (by_time, everywhere) for plan in {each.technique: each for each in plans[::-1]}.values()
-    }
-    chosen = [plan for plan in by_time if plan in firsts and times_us[plan] < (1 - MARGIN) * default_us]
-    return {plan.name: times_us[plan] for plan in chosen}
-
-
-def points(rows: pd.DataFrame) -> list[dict]:
-    """A point for each layer and M of a stored table."""
+def layers(rows: pd.DataFrame) -> list[dict]:
+    """The layers of a stored table, with the times of each plan by M; of the persistent kernel the fastest tiling's."""
     rows = rows[rows["operation"].eq(MATMUL) & rows["time_us"].notna()]
     found = []
-    for (m, n, k, tp), group in rows.groupby(["m", "n", "k", "tp"]):
-        default_us = float(group.loc[group["method"].eq(BASE["cuda"]), "time_us"].iloc[0])
-        times_us: dict[LinearPlan, float] = {}
-        for _, row in group.iterrows():
+    for (n, k, tp), group in rows.groupby(["n", "k", "tp"]):
+        times_us: dict[str, dict[int, float]] = {}
+        for _, row in group.sort_values("m", kind="stable").iterrows():
             if (plan := plan_of(row)) is not None:
-                times_us[plan] = min(times_us.get(plan, row["time_us"]), row["time_us"])
-        shape = {"m": int(m), "n": int(n), "k": int(k // tp)}
-        found.append({**shape, "nccl_us": default_us, "plans": kept(times_us, default_us)})
+                by_rows = times_us.setdefault(replace(plan, tiling="").name, {})
+                by_rows[row["m"]] = min(by_rows.get(row["m"], row["time_us"]), row["time_us"])
+        found.append({"n": int(n), "k": int(k // tp), "times_us": dict(sorted(times_us.items()))})
     return found
 
 
 def as_text(content: dict) -> str:
-    """JSON with a line for each point."""
-    head = {name: value for name, value in content.items() if name != "points"}
-    lines = ",\n".join(f"  {json.dumps(point)}" for point in content["points"])
-    return f'{json.dumps(head, indent=1)[:-2]},\n "points": [\n{lines}\n ]\n}}\n'
+    """JSON with a line for each plan of a layer."""
+    text = json.dumps(content, indent=1)
+    return re.sub(r"\{[^{}]*\}", lambda found: " ".join(found[0].split()), text) + "\n"
 
 
 def exported(store: Store) -> dict[str, str]:
@@ -81,11 +63,12 @@ def exported(store: Store) -> dict[str, str]:
         content = {
             "gpu": shape[1],
             "num_ranks": int(shape[2]),
+            "default": DEFAULT.name,
             "source": f"data/{name}/{TABLE}.csv",
             "sha256": store.checksum(name, TABLE),
             "commits": sorted({facts["git"]["commit"][:7] for facts in launches}),
             "torch": sorted({facts["versions"]["torch"] for facts in launches}),
-            "points": points(store.read(name, TABLE)),
+            "layers": layers(store.read(name, TABLE)),
         }
         texts[f"{name}.json"] = as_text(content)
     return texts
@@ -98,5 +81,5 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def main(options: argparse.Namespace) -> int:
     for name, text in exported(Store()).items():
         write_atomically(FOLDER / name, text.encode())
-        print(f"{FOLDER / name}: {text.count('nccl_us')} points")
+        print(f"{FOLDER / name}: {text.count('times_us')} layers")
     return 0

@@ -33,8 +33,7 @@ def small_grid() -> None:
     from maco_lib.overlap import calibration
 
     beside = ((2**16, 64), (2**16, 128), (2**18, 64))
-    matmuls = ((8, 64, 64), (64, 64, 64), (64, 128, 64))
-    calibration.GRIDS["cpu"] = calibration.Grid((2**16, 2**18), beside, (), matmuls, budget_s=0.02)
+    calibration.GRIDS["cpu"] = calibration.Grid((2**16, 2**18), beside, budget_s=0.02)
 
 
 # -- which plans to try and to keep ------------------------------------------------------------------------------------

@@ -30,7 +30,7 @@ class Method:
     how, a function of `linear_all_reduce_arms`:
         in_place     a matmul into the memory that `backend` sums, then that all-reduce, as anyone would write it
         plan         `linear_all_reduce` with LinearPlan(**plan)
-        untuned      `linear_all_reduce` with the plan that its planner predicts to be the fastest
+        untuned      `linear_all_reduce` with the plan that its planner looks up
         auto         `linear_all_reduce` with plan="auto", tuned for the shape
         retired      nothing: a name that stored tables and their parameters hold, without code
         async_tp     torch's fused_matmul_reduce_scatter, then an all-gather

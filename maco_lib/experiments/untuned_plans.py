@@ -13,7 +13,6 @@ import os
 import pathlib
 import random
 import time
-from dataclasses import replace
 
 import torch
 import torch.distributed as dist
@@ -22,11 +21,9 @@ from maco_lib.comm import DTYPES
 from maco_lib.experiments import worker
 from maco_lib.experiments.linear_all_reduce_methods import LAYERS
 from maco_lib.kernels.tile_order import CTAS
-from maco_lib.machine import short_gpu_name
 from maco_lib.overlap.linear_auto import Layer, LinearPlanner, planner
 from maco_lib.overlap.linear_measure import Shape
 from maco_lib.overlap.linear_plan import LinearPlan
-from maco_lib.overlap.linear_tables import shipped
 from maco_lib.overlap.linear_techniques.persistent_time import fastest_tiling
 from maco_lib.timing import decided
 
@@ -46,7 +43,7 @@ WIDTHS = {
     "Qwen2.5-72B": (8192, 8192, 29568),
     "Llama-3.1-405B": (16384, 16384, 53248),
 }
-# Beside the drawn ones: where the cost models' plan took 141 µs for sequential NCCL's 123 on 2 H200s.
+# Beside the drawn ones: where a plan that was predicted took 141 µs for sequential NCCL's 123 on 2 H200s.
 KNOWN = ("Qwen2.5-7B down_proj", 777, 3584, 18944)
 
 
@@ -81,28 +78,20 @@ def measured(
     matmul_us, times_us = shape.times_us(usable, budget_s=budget_s, min_iterations=10)
     return {
         "layer": layer, "m": m, "n": n, "k": k, "tp": group.size(), "matmul_us": matmul_us,
-        "default": owner.default.name, "chosen": choices(owner, known, m),
+        "default": owner.default.name, "chosen": chosen(owner, known, m).name,
         "times_us": {plan.name: us for plan, us in times_us.items()},
         "faults": {plan.name: why for plan, why in faults.items() if why},
         "seconds": time.perf_counter() - begin,
     }  # fmt: skip
 
 
-def choices(owner: LinearPlanner, known: Layer, m: int) -> dict:
-    """By name, what the planner takes untuned; and where the table found it."""
-    usable = {replace(plan, tiling="") for plan in owner.plans(known, m)}
-    told = {"model": owner.predict(known, m).name}
-    gpus = [torch.cuda.get_device_name(owner.device)] if owner.device.type == "cuda" else []
-    for table in filter(None, (shipped(short_gpu_name(gpu), owner.group.size()) for gpu in gpus)):
-        found = table.look_up(m, known.n, known.k, usable.__contains__)
-        plan = found.plan or owner.default
-        if plan.technique == "persistent":
-            clusters = owner.costs.matmul.num_sms // CTAS
-            tiling = fastest_tiling(m, known.n, known.k, owner.group.size(), clusters)
-            plan = LinearPlan("persistent", tiling=str(tiling))
-        where = {"n": found.layer.n, "k": found.layer.k, "distance": found.distance, "gain": found.gain}
-        told |= {"table": plan.name, **where}
-    return told
+def chosen(owner: LinearPlanner, layer: Layer, m: int) -> LinearPlan:
+    """What the planner takes untuned, with the tiling that the kernel takes here."""
+    plan = owner.look_up(layer, m)
+    if plan.technique != "persistent":
+        return plan
+    clusters = torch.cuda.get_device_properties(owner.device).multi_processor_count // CTAS
+    return LinearPlan("persistent", tiling=str(fastest_tiling(m, layer.n, layer.k, owner.group.size(), clusters)))
 
 
 def main() -> None:

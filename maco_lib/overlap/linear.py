@@ -53,11 +53,10 @@ def linear_all_reduce(
     on its device.
     group: None for all ranks; of one rank, or no process group at all: the plain linear layer.
     plan: "auto", a `LinearPlan`, or None for the sequential one over the default collective. "auto" takes the fastest
-        plan that `linear_auto.tune_linear` measured for about as many rows, without that the one that the model
-        predicts, sequential unless another is sure to win. Its first call for a weight's shape is collective on the
-        host, and takes up to a minute if this machine was never calibrated (`calibrate`). Where K differs between the
-        ranks give a plan: "auto" is then the default sequential one, and not to be used if a weight of the same N has
-        the same K on some of the ranks only.
+        plan that `linear_auto.tune_linear` measured for about as many rows, without that the one that a shipped table
+        of this GPU's model says is faster (`linear_tables`), else the sequential one. Its first call for a weight's
+        shape is collective on the host. Where K differs between the ranks give a plan: "auto" is then the default
+        sequential one, and not to be used if a weight of the same N has the same K on some of the ranks only.
     check: first compare shape, type and plan across the ranks (blocks the host; not for captured or compiled code).
 
     Calls for one group are to be issued from one current stream, or from streams that the caller orders: they share

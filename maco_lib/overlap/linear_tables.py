@@ -17,6 +17,7 @@ import pathlib
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from maco_lib.kernels.decode_tiles import padded_rows
 from maco_lib.kernels.tile_order import ROWS
 from maco_lib.overlap.linear_plan import LinearPlan
 
@@ -41,17 +42,23 @@ class Times:
 
     def __call__(self, m: int) -> float:
         """For m rows."""
-        if self.plan.technique == "persistent":
-            m = -(-m // ROWS) * ROWS
-        least, most = min(self.by_rows), max(self.by_rows)
+        m, times_us = computed(self.plan, m), {computed(self.plan, rows): us for rows, us in self.by_rows.items()}
+        least, most = min(times_us), max(times_us)
         if m >= most:
-            return self.by_rows[most] * m / most
-        below = max((rows for rows in self.by_rows if rows <= m), default=least)
-        above = min(rows for rows in self.by_rows if rows >= m)
+            return times_us[most] * m / most
+        below = max((rows for rows in times_us if rows <= m), default=least)
+        above = min(rows for rows in times_us if rows >= m)
         if below == above or m < least:
-            return self.by_rows[above]
+            return times_us[above]
         part = math.log(m / below) / math.log(above / below)
-        return self.by_rows[below] ** (1 - part) * self.by_rows[above] ** part
+        return times_us[below] ** (1 - part) * times_us[above] ** part
+
+
+def computed(plan: LinearPlan, m: int) -> int:
+    """The rows that the plan's kernel computes for m of x."""
+    if plan.technique == "persistent":
+        return -(-m // ROWS) * ROWS
+    return padded_rows(m) if plan.technique == "decode" else m
 
 
 @dataclass(frozen=True)

@@ -1,5 +1,6 @@
 """Section 5's tables: every layer and number of rows by every method, the planner's choices, and what failed."""
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -7,7 +8,7 @@ import pandas as pd
 
 from maco_lib.experiments.linear_all_reduce_methods import BASE, CHAIN, LAYERS, MATMUL
 from maco_lib.kernels.decode_tiles import MAX_ROWS
-from maco_lib.overlap.linear_techniques.decode_time import ITEMSIZE
+from maco_lib.overlap.linear_techniques.persistent_time import ITEMSIZE
 from maco_lib.study.criteria import LINEAR_TOLERANCE
 from maco_lib.study.evidence import Evidence, Missing
 from maco_lib.study.figures.style import digits
@@ -169,7 +170,7 @@ def planner(machine: Evidence) -> list[str]:
     counts = pd.Series([row["plan"] for row in rows]).value_counts(sort=False)
     counts = counts.sort_values(ascending=False, kind="stable")
     lines = [f"tuned, it chose {', '.join(f'`{plan}` {count}×' for plan, count in counts.items())}"]
-    errors = pd.Series([row["predicted_us"] / row["time_us"] - 1 for row in rows]).dropna().abs()
+    errors = pd.Series([row.get("predicted_us", math.nan) / row["time_us"] - 1 for row in rows]).dropna().abs()
     if len(errors):
         lines.append(f"the time that its model predicts for that plan is off by {errors.median():.1%} in the median, "
                      f"{errors.max():.1%} at worst, over {len(errors)} points")  # fmt: skip

@@ -143,7 +143,8 @@ SCHEMA = pa.DataFrameSchema(
         "technique": pa.Column(str),
         "backend": pa.Column(str),
         "plan": pa.Column(str),
-        "predicted_us": TIME,
+        # By the planner's models, which are no more.
+        "predicted_us": pa.Column(float, pa.Check.gt(0), nullable=True, required=False),
         "tiling": pa.Column(str),  # of the persistent kernel
         "timing": pa.Column(str, pa.Check.isin(["graph", "backlog", "host", ""])),
         **{f"{name}{bound}_us": TIME for name in ("time", "t_matmul") for bound in ("", "_lo", "_hi")},

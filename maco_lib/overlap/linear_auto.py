@@ -16,7 +16,7 @@ told by `overlap.decisions()`, what is looked up once for each plan that a weigh
 import math
 import warnings
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -30,7 +30,7 @@ from maco_lib.overlap.linear_plan import HOPPER, LinearPlan, candidates
 from maco_lib.overlap.linear_tables import PlanTable, shipped
 from maco_lib.overlap.linear_techniques.problem import workspace_address
 from maco_lib.overlap.plan import DEFAULT_BACKEND, Decision, keep, record
-from maco_lib.overlap.validation import check_agreement, device_kinds, group_name
+from maco_lib.overlap.validation import check_agreement, device_kinds, group_name, row_counts
 from maco_lib.timing import gather
 
 # Calls that a capture can rely on, and plans that were looked up; beyond, the oldest are forgotten, so that changing
@@ -245,7 +245,7 @@ def planner(group: dist.ProcessGroup, device: torch.device) -> LinearPlanner:
 
 def tune_linear(
     weight: torch.Tensor,
-    num_rows: Sequence[int],
+    num_rows: Iterable[int],
     group: dist.ProcessGroup | None = None,
     *,
     budget_s: float = 0.1,
@@ -261,8 +261,9 @@ def tune_linear(
     Returns the decision for each M. Raises ValueError, on every rank, on a weight or Ms that are not valid on one of
     them, or differ between ranks.
     """
-    check_agreement(lambda: described(weight, num_rows, group), group)
-    described(weight, num_rows, group)  # also where there is nobody to agree with
+    rows = list(num_rows) if isinstance(num_rows, Iterable) else num_rows  # one that can be iterated twice
+    check_agreement(lambda: described(weight, rows, group), group)
+    described(weight, rows, group)  # also where there is nobody to agree with
     if not group_name(group, "tune_linear"):
         return {}
     group = group or dist.group.WORLD
@@ -270,19 +271,21 @@ def tune_linear(
         owner = planner(group, weight.device)
         layer = owner.layer(weight)
         # The largest first, for which the buffers of all are made.
-        decided = {m: owner.tune(layer, m, weight.detach(), budget_s) for m in sorted(set(num_rows), reverse=True)}
+        decided = {
+            m: owner.tune(layer, m, weight.detach(), budget_s)
+            for m in sorted(set(row_counts(rows, "tune_linear")), reverse=True)
+        }
     return dict(sorted(decided.items()))
 
 
-def described(weight: torch.Tensor, num_rows: Sequence[int], group: dist.ProcessGroup | None) -> str:
+def described(weight: torch.Tensor, num_rows: Iterable[int], group: dist.ProcessGroup | None) -> str:
     """What `tune_linear` needs to be the same on every rank, in words; raises ValueError where this one refuses it."""
     if not isinstance(weight, torch.Tensor) or weight.dim() != 2 or weight.dtype not in DTYPES.values():
         got = f"{tuple(weight.shape)} {weight.dtype}" if isinstance(weight, torch.Tensor) else repr(weight)
         raise ValueError(f"weight = {got} is not a tensor (N, K) of {', '.join(map(str, DTYPES.values()))}")
-    if not num_rows or not all(isinstance(m, int) and m >= 1 for m in num_rows) or not weight.numel():
-        raise ValueError(
-            f"num_rows = {num_rows!r} with a weight of {tuple(weight.shape)}: all are to be ints of 1 or more"
-        )
+    counts = row_counts(num_rows, "tune_linear")
+    if not weight.numel():
+        raise ValueError(f"weight of {tuple(weight.shape)} has no elements")
     if group_name(group, "tune_linear") and weight.device.type not in device_kinds(group):
         raise ValueError(f"weight is on {weight.device}, but the {dist.get_backend(group)} group is not")
-    return f"tune_linear of {sorted(set(num_rows))} rows with N = {weight.shape[0]}, {weight.dtype}"
+    return f"tune_linear of {sorted(set(counts))} rows with N = {weight.shape[0]}, {weight.dtype}"

@@ -89,7 +89,7 @@ def test_untuned_a_plan_is_looked_up_that_is_for_the_rows_of_the_call(monkeypatc
     assert looked_up(monkeypatch, planner, [65, 100])[0].technique == "sequential"  # too many rows for decode
     assert looked_up(monkeypatch, planner, [16, 2048], even=False) == [NCCL] * 2
     assert looked_up(monkeypatch, planner, [16, 2048], dtype=torch.float32) == [NCCL] * 2
-    assert looked_up(monkeypatch, planner, [256, 2048], n=4090) == [PUSH, NCCL]  # N for none of our matmuls
+    assert looked_up(monkeypatch, planner, [256, 2048], n=4090) == [PUSH, CHUNKED]  # N for none of our kernels
     planner.table = None
     assert looked_up(monkeypatch, planner, [16, 2048]) == [NCCL] * 2
 

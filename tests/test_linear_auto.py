@@ -49,7 +49,7 @@ def test_tuning_measures_every_plan_for_the_shape_and_keeps_the_fastest(monkeypa
     monkeypatch.setattr(LinearPlanner, "decide", lambda self, layer, num_rows, how: types.SimpleNamespace())
     decision = gpu_planner().tune(linear_auto.Layer(5120, 6400, torch.bfloat16, even=True), 4096, None, 0.1)
     assert decision.chosen == fastest and decision.measured_us[CHUNKED] == math.inf
-    every = {plan for plan in candidates("cuda", ["nccl", "maco_push_64"]) if plan.technique != "decode"}
+    every = {plan for plan in candidates("cuda", gpu_planner().backends) if plan.technique != "decode"}
     assert set(decision.measured_us) == every and len(TILINGS) < len(every)
 
 
@@ -70,7 +70,8 @@ def test_rows_between_tuned_ones_take_an_overlapping_plan_only_if_both_sides_do(
 
 def gpu_planner(machine: str = "h200-x2") -> LinearPlanner:
     planner = object.__new__(LinearPlanner)
-    planner.device, planner.default, planner.backends = torch.device("cuda"), NCCL, ["nccl", "maco_push_64"]
+    planner.device, planner.default = torch.device("cuda"), NCCL
+    planner.backends = ["nccl", "maco_push_64", "maco_ll"]
     planner.table = shipped(*machine.split("-x")[:1], int(machine[-1]))
     return planner
 
@@ -90,6 +91,8 @@ def test_untuned_a_plan_is_looked_up_that_is_for_the_rows_of_the_call(monkeypatc
     assert looked_up(monkeypatch, planner, [16, 2048], even=False) == [NCCL] * 2
     assert looked_up(monkeypatch, planner, [16, 2048], dtype=torch.float32) == [NCCL] * 2
     assert looked_up(monkeypatch, planner, [256, 2048], n=4090) == [PUSH, CHUNKED]  # N for none of our kernels
+    planner.backends.remove("maco_ll")  # the GPUs do not reach each other's memory
+    assert looked_up(monkeypatch, planner, [16, 4096]) == [NCCL, CHUNKED]
     planner.table = None
     assert looked_up(monkeypatch, planner, [16, 2048]) == [NCCL] * 2
 

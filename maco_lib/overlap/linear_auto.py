@@ -28,6 +28,7 @@ from maco_lib.machine import short_gpu_name
 from maco_lib.overlap.linear_measure import Shape, cuts
 from maco_lib.overlap.linear_plan import HOPPER, LinearPlan, candidates
 from maco_lib.overlap.linear_tables import PlanTable, shipped
+from maco_lib.overlap.linear_techniques.decode import LINES
 from maco_lib.overlap.linear_techniques.problem import workspace_address
 from maco_lib.overlap.plan import DEFAULT_BACKEND, Decision, keep, record
 from maco_lib.overlap.validation import check_agreement, device_kinds, group_name, row_counts
@@ -122,7 +123,7 @@ class LinearPlanner:
             for plan in every
             if cuts(plan, num_rows)
             and (not plan.backend or sums(plan.backend, layer.dtype, num_bytes))
-            and (plan.technique not in HOPPER or fuses(layer))
+            and (plan.technique not in HOPPER or fuses(layer) and LINES in self.backends)
         ]
 
     def decide(self, layer: Layer, num_rows: int, how: str) -> LinearDecision:

@@ -1,11 +1,11 @@
-"""The command line: `python -m maco_lib run | status | report | rederive | doctor | advise`."""
+"""The command line: `python -m maco_lib run`, `status`, `report` and others (`--help`)."""
 
 import argparse
 import os
 import signal
 import sys
 
-from maco_lib.study import advise, doctor
+from maco_lib.study import advise, doctor, export_plans, migrate
 from maco_lib.study.files import DataError
 
 
@@ -127,6 +127,8 @@ def main(arguments: list[str] | None = None) -> int:
     for name, module, text in (
         ("doctor", doctor, "what is missing on this machine and how to get it"),
         ("advise", advise, "whether overlap pays for given shapes"),
+        ("export-plans", export_plans, "write the tables of plans that the library ships, from stored data"),
+        ("migrate", migrate, "give stored tables the names that the code has now"),
     ):
         command = commands.add_parser(name, help=text)
         module.add_arguments(command)

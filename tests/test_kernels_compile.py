@@ -18,7 +18,7 @@ def persistent_of(tiling: Tiling, num_ranks: int, dtype: torch.dtype = BF16, **o
 
 PERSISTENT = dict.fromkeys(
     [
-        *(persistent_of(tiling, num_ranks) for tiling in TILINGS for num_ranks in (1, 2, 4)),
+        *(persistent_of(tiling, num_ranks) for tiling in TILINGS for num_ranks in (2, 4)),
         *(persistent_of(tiling, 3, FP16, has_bias=True, has_residual=True) for tiling in TILINGS),
         persistent_of(TILINGS[0], 2, trace=True),
     ]

@@ -11,9 +11,10 @@ from ranks import run_ranks
 
 from maco_lib import comm
 from maco_lib.overlap import LinearPlan, RowParallelLinear, linear_all_reduce
+from maco_lib.overlap.linear_plan import candidates
 from maco_lib.overlap.linear_techniques.chunked import cut
 
-PLANS = [None, LinearPlan("chunked", num_chunks=2), LinearPlan("chunked", num_chunks=3, dim="n")]
+PLANS = [None, LinearPlan("chunked", num_chunks=2), LinearPlan("chunked", num_chunks=3)]
 # (shape of x without K, N, K of all ranks): odd and uneven ones, a vector, three dimensions, decode and a few chunks.
 SHAPES = [((), 37, 5), ((3,), 129, 64), ((2, 150), 301, 77), ((389,), 256, 130)]
 
@@ -65,8 +66,8 @@ def assert_equal_on_every_rank(result: torch.Tensor) -> None:
 
 def plans_here(rank: int) -> list[LinearPlan | None]:
     names = comm.available("all_reduce", device_of(rank), dist.group.WORLD)[1:]
-    chunks = (("sequential", 1, "m"), ("chunked", 2, "m"), ("chunked", 3, "n"))
-    return PLANS + [LinearPlan(how, name, num, dim) for name in names for how, num, dim in chunks]
+    chunks = (("sequential", 1), ("chunked", 2), ("chunked", 3))
+    return PLANS + [LinearPlan(how, name, num) for name in names for how, num in chunks]
 
 
 def takes(plan: LinearPlan | None, dtype: torch.dtype) -> bool:
@@ -149,10 +150,9 @@ def compiled(rank: int, num_ranks: int) -> None:
         x, residual = torch.randn(num_rows, 64 // num_ranks, device=device), torch.ones(num_rows, 256, device=device)
         with torch.no_grad():
             torch.testing.assert_close(fast(x, residual), block(x, residual))
-    plan = LinearPlan().parts
     name = dist.group.WORLD.group_name
     operands = (torch.randn(3, 4, device=device), torch.randn(5, 4, device=device), None, None)
-    torch.library.opcheck(torch.ops.maco.linear_all_reduce, (*operands, name, *plan))
+    torch.library.opcheck(torch.ops.maco.linear_all_reduce, (*operands, name, "sequential"))
 
 
 def errors_are_clear(rank: int, num_ranks: int) -> None:
@@ -228,7 +228,6 @@ def test_without_a_process_group_it_is_the_plain_layer():
     ("options", "message"),
     [
         ({"technique": "fused"}, "unknown technique 'fused'; the techniques are sequential, chunked"),
-        ({"technique": "chunked", "num_chunks": 2, "dim": "k"}, "unknown dim 'k'; the dims are m, n"),
         ({"technique": "chunked", "num_chunks": 0}, "num_chunks = 0: for chunked it is an int of 2 or more"),
         ({"technique": "chunked"}, "num_chunks = 1: for chunked it is an int of 2 or more"),
         ({"num_chunks": 3}, "num_chunks = 3: for sequential it is 1"),
@@ -237,6 +236,53 @@ def test_without_a_process_group_it_is_the_plain_layer():
 def test_a_wrong_plan_is_named(options, message):
     with pytest.raises(ValueError, match=re.escape(message)):
         LinearPlan(**options)
+
+
+EVERY_PLAN = [
+    *candidates("cpu", comm.BACKENDS), *candidates("cuda", comm.BACKENDS),
+    LinearPlan(), LinearPlan("chunked", num_chunks=4), LinearPlan("persistent"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("plan", dict.fromkeys(EVERY_PLAN), ids=str)
+def test_a_plan_has_one_name_of_ascii_that_reads_back(plan):
+    assert plan.name == str(plan) and plan.name.isascii() and not re.search(r"[\s,]", plan.name)
+    assert LinearPlan.parse(plan.name) == plan
+
+
+@pytest.mark.parametrize(
+    ("stored", "name"),
+    [
+        ("sequential, nccl", "sequential:nccl"),
+        ("sequential, default backend", "sequential"),
+        ("chunked, 4 along m, maco_staged_8", "chunked:4:maco_staged_8"),
+        ("chunked, 2 along m, default backend", "chunked:2"),
+        ("persistent", "persistent"),
+        ("persistent, 2 × 64 staggered evened", "persistent:2x64-staggered-evened"),
+        ("persistent, 64", "persistent:64"),
+        ("decode", "decode"),
+    ],
+)
+def test_what_older_tables_call_a_plan_is_read(stored, name):
+    assert LinearPlan.parse(stored) == LinearPlan.parse(name) and str(LinearPlan.parse(stored)) == name
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("auto", "'auto' is not the name of a plan; names are sequential[:BACKEND]"),
+        ("signalled, 4 along m, maco_staged_8", "is not the name of a plan; names are"),
+        ("chunked", "'chunked' is not the name of a plan; names are"),
+        ("chunked:four:nccl", "'chunked:four:nccl' is not the name of a plan: invalid literal"),
+        ("chunked:1:nccl", "num_chunks = 1: for chunked it is an int of 2 or more"),
+        ("persistent:2x96-evened", "tiling = '2x96-evened': for persistent it is '', '64', '2x64'"),
+        ("decode:nccl", "backend = 'nccl': decode sums by itself"),
+        ("sequential:nccl:4:4:4:4", "'sequential:nccl:4:4:4:4' is not the name of a plan; names are"),
+    ],
+)
+def test_a_wrong_name_is_named(name, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        LinearPlan.parse(name)
 
 
 def test_compiled_code_does_not_look_into_the_operator_where_a_graph_breaks_around_it():
@@ -248,7 +294,7 @@ def test_compiled_code_does_not_look_into_the_operator_where_a_graph_breaks_arou
 
     @torch._dynamo.disable(recursive=False)
     def uncompiled(x, weight):
-        return torch.ops.maco.linear_all_reduce(x, weight, None, None, "", *LinearPlan().parts)
+        return torch.ops.maco.linear_all_reduce(x, weight, None, None, "", "sequential")
 
     x, weight = torch.randn(4, 8), torch.randn(6, 8)
     doubled = torch.compile(lambda: 2 * uncompiled(x, weight), backend=backend)

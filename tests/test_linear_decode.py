@@ -9,7 +9,6 @@ from test_linear_persistent import Example, error
 from maco_lib.kernels.decode_tiles import MAX_ROWS, MAX_TILE_ROWS, tile_rows_of
 from maco_lib.overlap import LinearPlan, linear_all_reduce
 from maco_lib.overlap.linear_techniques.decode import in_whole_lines
-from maco_lib.overlap.linear_techniques.decode_time import decode_time
 
 DECODE = LinearPlan("decode")
 NUM_GPUS = max(2, torch.cuda.device_count())
@@ -84,13 +83,3 @@ def test_operands_are_laid_out_for_tma_with_zeros_where_columns_lack():
         assert torch.equal(laid_out[:, : shape[1]], tensor) and not laid_out[:, shape[1] :].any()
     kept = torch.randn(4, 24).bfloat16()[:, :17]
     assert in_whole_lines(kept) is kept and in_whole_lines(kept.t()).is_contiguous()
-
-
-def test_its_time_is_that_of_reading_and_of_sending():
-    def time_us(*shape) -> float:
-        return decode_time(*shape).scaled_us((1, 1))
-
-    least = time_us(1, 8192, 14336, 2)
-    assert least > 8192 * 14336 * 2 / 4.8e6, "no faster than the memory's peak"
-    assert time_us(64, 8192, 14336, 2) > least and time_us(1, 8192, 28672, 2) > 1.8 * least
-    assert time_us(64, 8192, 3584, 8) > time_us(64, 8192, 3584, 2)

@@ -56,14 +56,14 @@ def test_the_full_study_asks_for_every_layer_and_peer():
         if point["m"] <= 256:
             assert {BASE["cuda"], "sequential_vllm_custom", "auto"} <= set(point["chain_methods"].split(","))
         else:
-            assert {"chunked2_nccl", "async_tp", "signalled"} <= set(names) and not point["chain_methods"]
+            assert {"chunked2_nccl", "async_tp", "persistent"} <= set(names) and not point["chain_methods"]
 
 
 def test_every_technique_stands_repeats_on_both_layers_with_as_many_rows_as_it_is_for():
     asked = points(ENDURANCE, "full", GPUS)
     named = [METHODS[MATMUL][point["method"]] for point in asked if point["method"] in METHODS[MATMUL]]
     techniques = {method.plan.get("technique") for method in named}
-    assert {"sequential", "chunked", "signalled", "persistent", "decode"} <= techniques
+    assert {"sequential", "chunked", "persistent", "decode"} <= techniques
     rows = {(point["layer"], point["method"]): point["m"] for point in asked}
     for layer in ("Qwen3-8B o_proj", "Qwen3-32B down_proj"):
         most = [rows[layer, method] for method in ("persistent", "decode", "fused_norm")]
@@ -136,10 +136,10 @@ def measure_everything(rank: int, num_ranks: int) -> None:
     two_shot = few.loc[(MATMUL, "sequential_two_shot")]
     assert not two_shot["correct"] and "GPUs" in two_shot["error"] and np.isnan(two_shot["time_us"])
     many = measure(300, "sequential_gloo,chunked2_gloo,auto_untuned,auto").loc[MATMUL]
-    plans = {"sequential, gloo", *(f"chunked, {number} along m, gloo" for number in (2, 3))}
+    plans = {"sequential:gloo", *(f"chunked:{number}:gloo" for number in (2, 3))}
     assert {many.loc["auto_untuned", "plan"], many.loc["auto", "plan"]} <= plans and many["correct"].all()
     chunked = many.loc["chunked2_gloo"]
-    assert chunked["plan"] == "chunked, 2 along m, gloo" and chunked["equal_on_ranks"]
+    assert chunked["plan"] == "chunked:2:gloo" and chunked["equal_on_ranks"]
     assert 0 < chunked["relative_error"] <= 1.2 * chunked["base_error"] < 0.01
     assert chunked["ideal_us"] == max(chunked["t_matmul_us"], chunked["t_comm_us"])
     assert chunked["ect_us"] == pytest.approx(chunked["time_us"] - chunked["t_matmul_us"])
@@ -229,16 +229,20 @@ def test_a_row_tells_the_tiles_of_its_plan():
     problem = types.SimpleNamespace(m=4096, n=5120, x=torch.empty(1, 6400), num_sms=132, context=None)
     problem.context = types.SimpleNamespace(num_ranks=4)
     told = [program.tiling(problem, str(plan)) for plan in (
-        LinearPlan("persistent", tiling="2 × 96"), LinearPlan("persistent"), LinearPlan(), LinearPlan("decode"),
+        LinearPlan("persistent", tiling="2x96"), LinearPlan("persistent"), LinearPlan(), LinearPlan("decode"),
     )]  # fmt: skip
-    assert told == ["2 × 96", str(fastest_tiling(4096, 5120, 6400, 4, 66)), "", ""]
+    assert told == ["2x96", str(fastest_tiling(4096, 5120, 6400, 4, 66)), "", ""]
 
 
-def test_tables_of_the_kernel_without_a_fence_are_named(machine):
-    record = machine.records["linear_all_reduce"]["tables"]["linear_all_reduce"]
-    assert record["method_version"] == linear.FENCED and linear.unfenced([machine]) == []
-    record["method_version"] = linear.FENCED - 1
-    assert linear.unfenced([machine])[0].startswith("**h200-x2: by a kernel with a fault.**")
+def test_a_retired_technique_is_a_name_that_stored_parameters_may_hold_and_nothing_runs():
+    from maco_lib.experiments import linear_all_reduce_arms as arms
+
+    (point,) = points(LINEAR, "full", GPUS, methods=["sequential_nccl", "signalled"], layers=["Qwen3-8B o_proj"],
+                      rows=[4096])  # fmt: skip
+    assert point["methods"] == "sequential_nccl,signalled" and looks.look("signalled").label
+    assert all("signalled" not in point["methods"].split(",") for point in points(LINEAR, "full", GPUS))
+    with pytest.raises(ValueError, match="no such technique.*docs/tried.md"):
+        arms.run_of(None, MATMUL, "signalled")
 
 
 def verdicts(machine) -> dict[str, str]:
@@ -324,7 +328,7 @@ def test_the_persistent_kernel_is_told_by_what_keeps_it_short(machine):
 
 
 def test_a_run_that_tells_no_tiles_is_compared_with_no_model_but_its_results_are_told(machine):
-    silent = with_table(machine, stored.linear_all_reduce().drop(columns="tiling"))
+    silent = with_table(machine, stored.linear_all_reduce().assign(tiling=""))
     with pytest.raises(evidence.Missing, match="tells the tiles it took"):
         linear_persistent.told(silent)
     assert linear_persistent.shortfalls(silent) == []

@@ -55,7 +55,7 @@ FINISHED, FETCHED = (
 def run(case: Case, folder: pathlib.Path, edits: tuple[tuple[str, str], ...] = ()) -> subprocess.CompletedProcess:
     """Three launches of persistent.cu, with `edits` in its text."""
     tiles, pairs = (-(-case.m // ROWS), -(-case.n // case.columns)), case.width == 2
-    order = TileOrder(*tiles, case.num_ranks, 2, case.groups, 0, pairs, case.staggered, case.last)
+    order = TileOrder(*tiles, case.num_ranks, 2, case.groups, pairs, case.staggered, case.last)
     assert bool(order.in_pairs) == pairs and (not case.last or order.in_pairs % 4)
     written(order, case.m, case.n, case.k, folder / "problem")
     constants = {

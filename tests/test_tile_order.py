@@ -173,19 +173,6 @@ def test_every_rank_finishes_if_clusters_compute_and_fetch_in_order(order):
     assert not any(computes.values()) and not any(fetches.values())
 
 
-@settings(deadline=None)
-@given(st.integers(1, 40), st.integers(1, 20), st.integers(1, 80), st.integers(1, 40), st.booleans())
-def test_one_rank_finishes_so_many_rows_before_the_next(num_m, num_n, max_clusters, height, pairs):
-    order = TileOrder(num_m, num_n, 1, max_clusters, height=height, pairs=pairs)
-    (placed,) = order.placed()
-    done = [(work.m, n, work.slot + n - work.n) for work, _, _ in placed for n in columns(work)]
-    assert sorted(tile[:2] for tile in done) == [(m, n) for m in range(num_m) for n in range(num_n)]
-    assert [m // height for m, _, _ in done] == sorted(m // height for m in range(num_m) for _ in range(num_n))
-    assert [slot for _, _, slot in done] == list(range(order.num_tiles))
-    _, _, begin, fetches = order.tables(0)
-    assert len(begin) == order.num_clusters + 1 and not begin.any() and fetches.shape == (0, 4)
-
-
 @pytest.mark.parametrize("sizes", [(0, 3), (3, 0)])
 def test_no_tiles_are_no_order(sizes):
     with pytest.raises(ValueError, match=f"{sizes[0]} x {sizes[1]} is no number of tiles"):

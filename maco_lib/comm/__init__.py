@@ -8,7 +8,6 @@ A backend has `name`, `needs`, `unavailable(collective, device, group) -> why or
 import torch
 import torch.distributed as dist
 
-from maco_lib.comm.copy_engine import CopyEngine
 from maco_lib.comm.gloo import Gloo
 from maco_lib.comm.mailed import LL128, OneShotLines
 from maco_lib.comm.nccl import Nccl
@@ -38,7 +37,6 @@ BACKENDS = {
         OneShotLines("maco_ll"),
         LL128("maco_ll128"),
         PullOneShot("maco_one_shot_64"),
-        CopyEngine("copy_engine"),
         VllmCustom("vllm_custom"),
         Gloo(),
     )
@@ -63,11 +61,13 @@ def all_reduce(
     async_op: gloo returns its Work at once; the others are ordered by the stream and return None. The backends in
     symmetric memory need no copy for a tensor from `symmetric_empty`; those of one group share its flags and buffers,
     so on several streams they must be ordered one after the other (`overlap` and `start` do it for what is issued from
-    one stream). Of no elements there is nothing to sum. Raises ValueError on an unknown backend, and on a layout, type
-    or place that it has no kernel for.
+    one stream). Of no elements there is nothing to sum. Raises ValueError on an unknown backend, on a layout, type
+    or place that it has no kernel for, and on a tensor that requires a gradient, but under torch.no_grad().
     """
     if not tensor.is_contiguous():
         raise ValueError(f"all_reduce needs a contiguous tensor; {tuple(tensor.shape)} has strides {tensor.stride()}")
+    if tensor.requires_grad and torch.is_grad_enabled():
+        raise ValueError("tensor requires a gradient and all_reduce has no backward: use torch.no_grad()")
     group = group or dist.group.WORLD
     if why := backend(backend_name).unavailable("all_reduce", tensor.device, group):
         raise ValueError(why)

@@ -20,6 +20,9 @@ def measure(point: dict[str, Any], context: Context) -> Result:
     asked = point["backends"].split(",") if "backends" in point else decided(comm.available(name, device, group), group)
     for backend in asked:
         context.step()
+        if backend not in comm.BACKENDS:
+            errors[backend] = f"this version has no backend {backend!r}"
+            continue
         entry = comm.backend(backend)
         error = first_error(entry.unavailable(name, device, group) or "", group)
         try:

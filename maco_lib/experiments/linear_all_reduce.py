@@ -147,7 +147,7 @@ def row(
     if arm in timings and base in timings:
         before, after = timings[base], timings[arm]
         ratio, lo, hi = stats.paired_ratio(before.slowest, after.slowest, before.blocks)
-    plan, predicted = described(problem, operation, name) if one.run else ("", math.nan)
+    plan = described(problem, operation, name) if one.run else ""
     return {
         "layer": point["layer"],
         "m": point["m"],
@@ -160,7 +160,6 @@ def row(
         "technique": method.plan.get("technique", method.how),
         "backend": method.backend,
         "plan": plan,
-        "predicted_us": predicted,
         "tiling": tiling(problem, plan) if one.run else "",
         "dtype": point["dtype"],
         "timing": timings[arm].timing if arm in timings else "",
@@ -189,8 +188,8 @@ def row(
 
 
 def tiling(problem: Problem, plan: str) -> str:
-    """The tiles that a plan in words takes here, as its model's table shows them; "" of one without."""
-    technique, _, told = plan.partition(", ")
+    """The tiles that the plan of that name takes here; "" of one without."""
+    technique, _, told = plan.partition(":")
     if technique != "persistent":
         return ""
     if told:

@@ -1,6 +1,5 @@
 """The ways of section 5: each method as a function that runs its operation once, on the weight it is told."""
 
-import math
 from collections.abc import Callable
 
 import torch
@@ -51,11 +50,15 @@ def plan(problem: Problem, method: Method) -> Run:
 
 
 @way
+def retired(problem: Problem, method: Method) -> Run:
+    raise ValueError("this version has no such technique: it lost wherever it was measured (docs/tried.md)")
+
+
+@way
 def untuned(problem: Problem, method: Method) -> Run:
     owner = planner(problem.group, problem.device)
     layer = owner.layer(problem.weights[0])
-    chosen = problem.chosen["auto_untuned"] = owner.predict(layer, problem.m)
-    problem.predicted_us |= owner.predicted_us(layer, problem.m)
+    chosen = problem.chosen["auto_untuned"] = owner.look_up(layer, problem.m)
     return lambda number: (linear_all_reduce(problem.x, problem.weights[number], group=problem.group, plan=chosen),)
 
 
@@ -63,7 +66,6 @@ def untuned(problem: Problem, method: Method) -> Run:
 def auto(problem: Problem, method: Method) -> Run:
     decision = tune_linear(problem.weights[0], [problem.m], problem.group)[problem.m]
     problem.chosen["auto"] = decision.chosen
-    problem.predicted_us |= decision.predicted_us
     return lambda number: (linear_all_reduce(problem.x, problem.weights[number], group=problem.group, plan="auto"),)
 
 
@@ -113,15 +115,15 @@ def normed(problem: Problem, run: Run, how: str) -> Run:
     return lambda number: finish(*run(number))
 
 
-def described(problem: Problem, operation: str, name: str) -> tuple[str, float]:
-    """(plan in words, predicted µs) of a method that has run: "" and NaN where it has none."""
+def described(problem: Problem, operation: str, name: str) -> str:
+    """The name of the plan of a method that has run, "" where it has none."""
     method = METHODS[operation][name]
     if operation == CHAIN or method.how not in ("plan", "untuned", "auto"):
-        return "", math.nan
+        return ""
     plan = problem.chosen[name] if name in problem.chosen else LinearPlan(**method.plan)
     if name == "auto" and problem.m in planner(problem.group, problem.device).layer(problem.weights[0]).unprepared:
-        return "default plan: captured unprepared", math.nan
-    return str(plan), problem.predicted_us.get(plan, math.nan)
+        return "default plan: captured unprepared"
+    return plan.name
 
 
 def chunks_alone(problem: Problem, num_chunks: int) -> Run:

@@ -30,8 +30,9 @@ class Method:
     how, a function of `linear_all_reduce_arms`:
         in_place     a matmul into the memory that `backend` sums, then that all-reduce, as anyone would write it
         plan         `linear_all_reduce` with LinearPlan(**plan)
-        untuned      `linear_all_reduce` with the plan that its planner predicts to be the fastest
+        untuned      `linear_all_reduce` with the plan that its planner looks up
         auto         `linear_all_reduce` with plan="auto", tuned for the shape
+        retired      nothing: a name that stored tables and their parameters hold, without code
         async_tp     torch's fused_matmul_reduce_scatter, then an all-gather
         norm         `linear_all_reduce_norm`, this library's chain, with the plan `norm`
     norm: for "norm" its plan; for another chain: "one_kernel" of residual and RMSNorm after the sum, or "two_kernels".
@@ -86,9 +87,7 @@ METHODS: dict[str, dict[str, Method]] = {
             for backend in ("maco_staged_8", "maco_push_64", "gloo")
             for num_chunks in (2, 4, 8)
         },
-        "signalled": Method(
-            "plan", "maco_staged_8", {"technique": "signalled", "backend": "maco_staged_8", "num_chunks": 4}
-        ),
+        "signalled": Method("retired", "maco_staged_8"),
         "persistent": Method("plan", plan={"technique": "persistent"}, min_rows=MAX_ROWS + 1),
         "decode": Method("plan", plan={"technique": "decode"}, max_rows=MAX_ROWS),
         "auto_untuned": Method("untuned"),
@@ -113,7 +112,7 @@ MANY_ROWS_METHODS = {
         "sequential_nccl", "sequential_nccl_symmetric", "sequential_two_shot", "sequential_vllm_custom",
         "chunked2_nccl", "chunked4_nccl", "async_tp", "sequential_maco_ll128", "sequential_maco_push_128",
         *(f"chunked{number}_{backend}" for backend in ("maco_staged_8", "maco_push_64") for number in (2, 4)),
-        "signalled", "persistent", "auto_untuned", "auto",
+        "persistent", "auto_untuned", "auto",
     ],
 }  # fmt: skip
 FEW_ROWS_METHODS = {
@@ -144,12 +143,12 @@ IDEAL_BACKENDS = {
 }  # fmt: skip
 TIMELINE_METHODS = {
     "cpu": ["sequential_gloo", "chunked2_gloo"],
-    "cuda": ["sequential_nccl", "chunked4_maco_staged_8", "signalled", "persistent"],
+    "cuda": ["sequential_nccl", "chunked4_maco_staged_8", "persistent"],
 }
 # Of this library's making, so they have to stand a thousand repeats and ten thousand calls.
 ENDURANCE_METHODS = {
     "cpu": ["chunked2_gloo", "auto"],
     "cuda": [
-        "sequential_maco_push_64", "chunked4_maco_staged_8", "signalled", "persistent", "decode", "auto", "fused_norm",
+        "sequential_maco_push_64", "chunked4_maco_staged_8", "persistent", "decode", "auto", "fused_norm",
     ],
 }  # fmt: skip

@@ -51,9 +51,7 @@ class Problem:
         self.norm_weight = self.normal(self.n, scale=0.1, generator=same) + 1
         self.rows = torch.randperm(self.m, generator=same, device=self.device)[:NUM_CHECKED_ROWS]
         self.operations: dict[str, comm.Operation] = {}
-        # What the planner chose for its methods, and what it predicts for every plan.
-        self.chosen: dict[str, LinearPlan] = {}
-        self.predicted_us: dict[LinearPlan, float] = {}
+        self.chosen: dict[str, LinearPlan] = {}  # by the planner, for its methods
 
     def normal(self, *shape: int, scale: float = 1.0, generator: torch.Generator | None = None) -> torch.Tensor:
         values = torch.randn(shape, device=self.device, generator=generator)

@@ -47,7 +47,12 @@ METHODS: dict[str, dict[str, Plan | str]] = {
 }
 # (protocol, method) whose host waits between the two steps.
 HOST_WAITS = {("published", "sequential")}
-DEVICE_METHODS = {"cpu": ["sequential", "two_stream", "auto"], "cuda": list(METHODS["device"])}
+# Names without code: stored tables hold them, of backends that lost wherever they were measured (docs/tried.md).
+RETIRED = ("copy_engine_stream",)
+DEVICE_METHODS = {
+    "cpu": ["sequential", "two_stream", "auto"],
+    "cuda": [name for name in METHODS["device"] if name not in RETIRED],
+}
 SWEEP_METHODS = {
     "cpu": ["sequential", "two_stream", "auto"],
     "cuda": [
@@ -68,7 +73,7 @@ IDEAL_BACKENDS = {
     "cpu": ["gloo"],
     "cuda": [
         "nccl", "nccl_cta4", "nccl_cta8", "nccl_symmetric", "symm_mem_one_shot", "symm_mem_two_shot",
-        "maco_pull_8", "maco_push_64", "maco_push_128", "maco_staged_8", "maco_staged_12", "copy_engine", "vllm_custom",
+        "maco_pull_8", "maco_push_64", "maco_push_128", "maco_staged_8", "maco_staged_12", "vllm_custom",
     ],
 }  # fmt: skip
 SWEEP_IDEAL_BACKENDS = {
@@ -85,5 +90,5 @@ LAUNCHED = {"cpu": ["eager"], "cuda": ["graph", "eager"]}
 
 __all__ = [
     "DEFAULT_BACKEND", "DEVICE_METHODS", "EAGER_METHODS", "FIRST_METHODS", "FIRST_SWEEP_METHODS", "HOST_WAITS",
-    "IDEAL_BACKENDS", "LAUNCHED", "METHODS", "PUBLISHED", "SWEEP", "SWEEP_IDEAL_BACKENDS", "SWEEP_METHODS",
+    "IDEAL_BACKENDS", "LAUNCHED", "METHODS", "PUBLISHED", "RETIRED", "SWEEP", "SWEEP_IDEAL_BACKENDS", "SWEEP_METHODS",
 ]  # fmt: skip

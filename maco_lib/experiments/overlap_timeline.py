@@ -31,7 +31,6 @@ COMMUNICATION = (
     "two_shot",
     "sum_shares",
     "add_share",
-    "wait_tiles",
     "maco",
     "memcpy",
 )

@@ -19,7 +19,7 @@ from cuda.bindings import driver
 
 from maco_lib.kernels import compiled
 from maco_lib.kernels.compiled import SHARED_BYTES, tensor_map, wgmma
-from maco_lib.kernels.decode_tiles import MAX_ROWS, MAX_TILE_ROWS, tile_rows_of
+from maco_lib.kernels.decode_tiles import MAX_ROWS, MAX_TILE_ROWS, padded_rows, tile_rows_of
 from maco_lib.kernels.inbox import HALF_BYTES, LINE_BYTES, MAX_CTAS
 
 FOLDER = pathlib.Path(__file__).parent
@@ -121,14 +121,14 @@ def decode(
     ValueError where there is no room for two stages of so many boxes.
     """
     (num_rows, k), num_columns = x.shape, len(weight)
-    padded_rows = max(8, 1 << (num_rows - 1).bit_length())
-    constants = Constants(padded_rows, cluster, boxes, len(inboxes), x.dtype)
+    rows = padded_rows(num_rows)
+    constants = Constants(rows, cluster, boxes, len(inboxes), x.dtype)
     kernel, num_ctas = kernel_of(constants, x.device.index)
     tile_rows = tile_rows_of(num_columns, num_ctas)
     num_tiles, num_steps = -(-num_columns // tile_rows), -(-k // (boxes * BK))
     maps = (
         tensor_map(weight.data_ptr(), *weight.shape, weight.stride(0), tile_rows, BK, x.dtype, PROMOTION),
-        tensor_map(x.data_ptr(), *x.shape, x.stride(0), padded_rows, BK, x.dtype, PROMOTION),
+        tensor_map(x.data_ptr(), *x.shape, x.stride(0), rows, BK, x.dtype, PROMOTION),
     )
     num_stages = constants.num_stages(tile_rows)
     if num_stages < 2:

@@ -6,6 +6,11 @@ MAX_ROWS = 64
 MAX_TILE_ROWS = 64
 
 
+def padded_rows(num_rows: int) -> int:
+    """The rows that are multiplied where x has so many: 8, 16, 32 or 64."""
+    return max(8, 1 << (num_rows - 1).bit_length())
+
+
 def tile_rows_of(num_columns: int, num_ctas: int) -> int:
     """How many of the weight's `num_columns` rows a CTA takes at a time, so that all take about as many."""
     tiles_each = -(-num_columns // (MAX_TILE_ROWS * num_ctas))

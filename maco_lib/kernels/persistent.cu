@@ -6,7 +6,6 @@
 //   2          fetches tiles from the peers
 //   3          stores those: partials to the inbox, sums to the result
 //   4 to 11    multiply: two warpgroups, 64 rows each
-// Of one rank (RANKS = 1) it is a matmul: a tile goes to the result, then flag slot * CTAS + CTA up (wait_tiles.py).
 // hopper.cuh and stages.cuh come before this file. Defined at compile time: BN, WIDTH, STAGES (of WIDTH tiles),
 // FETCH_BUFFERS, RANKS, RANK, BF16, HAS_BIAS, HAS_RESIDUAL, WGMMA_1, WGMMA_2 (of one and two tiles), TRACE,
 // TRACE_TILES.
@@ -124,7 +123,7 @@ struct Multiplier {  // one thread of the warps that multiply
             }
 #endif
         }
-        if (RANKS == 1 || work.owner() != RANK) wait(out_sent, (num_done & 1) ^ 1);
+        if (work.owner() != RANK) wait(out_sent, (num_done & 1) ^ 1);
 #pragma unroll
         for (int j = 0; j < W * BN / 8; j++) {
             store_shared(place(j), pack(sum[4 * j], sum[4 * j + 1]));
@@ -209,7 +208,7 @@ extern "C" __global__ void __cluster_dims__(CTAS, 1, 1) __launch_bounds__(384, 1
                         store_bytes(at.partials[RANK] + work.owner() * at.area_bytes + offset, from, TILE_BYTES);
                     } else {
                         const int row = (work.m * CTAS + cta) * BM;
-                        if (RANKS > 1) store_bytes(at.sums[RANK] + offset, from, TILE_BYTES);
+                        store_bytes(at.sums[RANK] + offset, from, TILE_BYTES);
                         for (u32 box = 0; box < NUM_BOXES; box++)
                             store_box(result_map, (work.n + t) * BN + box % HALF_BOXES * BOX_COLUMNS,
                                       row + box / HALF_BOXES * 64, from + box * BOX_BYTES);
@@ -224,9 +223,7 @@ extern "C" __global__ void __cluster_dims__(CTAS, 1, 1) __launch_bounds__(384, 1
                 NOTE(i - begin, STORED);
                 for (u32 t = 0; t < width; t++) {
                     const u32 place = (work.slot + t) * CTAS + cta;
-                    if (RANKS == 1) {
-                        raise(at.flags[RANK], place);
-                    } else if (work.owner() != RANK) {
+                    if (work.owner() != RANK) {
                         raise(at.flags[work.owner()], flag_index(PARTIAL_READY, place, RANK));
                     } else {
                         for (int other = 1; other < RANKS; other++)

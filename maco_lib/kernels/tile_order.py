@@ -44,12 +44,11 @@ class Placed(NamedTuple):
 class TileOrder:
     """For a result of num_m x num_n tiles, on GPUs that run `max_clusters` clusters at a time.
 
-    height: so many rows of tiles are finished before the next so many are begun; 0: no such order. pairs: neighbours
-    are multiplied at once, but for the last tiles: single ones fill the last wave better, and leave less to be fetched
-    after it. staggered: half of the clusters begin with a single tile, and are half a pair ahead from then on: there is
-    something to be fetched earlier, and half as much at a time twice as often. last: so many tiles of each rank's order
-    are the last ones that are multiplied singly; 0, or too few tiles for a wave of pairs before them: those after the
-    last full wave of pairs.
+    pairs: neighbours are multiplied at once, but for the last tiles: single ones fill the last wave better, and leave
+    less to be fetched after it. staggered: half of the clusters begin with a single tile, and are half a pair ahead
+    from then on: there is something to be fetched earlier, and half as much at a time twice as often. last: so many
+    tiles of each rank's order are the last ones that are multiplied singly; 0, or too few tiles for a wave of pairs
+    before them: those after the last full wave of pairs.
 
     Raises ValueError where there are no tiles.
     """
@@ -59,7 +58,6 @@ class TileOrder:
     num_ranks: int
     max_clusters: int
     num_groups: int = 1
-    height: int = 0
     pairs: bool = False
     staggered: bool = False
     last: int = 0
@@ -108,9 +106,8 @@ class TileOrder:
 
     def raster(self) -> list[tuple[int, int, int]]:
         """(m, n, width) of every piece, neighbours near each other."""
-        height, width = self.height or self.num_m, 2 if self.in_pairs else 1
-        ends = [(begin, min(begin + height, self.num_m)) for begin in range(0, self.num_m, height)]
-        bands = [range(first, min(first + BAND, end)) for begin, end in ends for first in range(begin, end, BAND)]
+        width = 2 if self.in_pairs else 1
+        bands = [range(first, min(first + BAND, self.num_m)) for first in range(0, self.num_m, BAND)]
         columns = range(0, self.num_n, width)
         return [(m, n, min(width, self.num_n - n)) for band in bands for n in columns for m in band]
 

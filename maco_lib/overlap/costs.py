@@ -7,8 +7,6 @@ import numpy as np
 import pandas as pd
 
 BYTES_PER_ELEMENT = {"bf16": 2, "fp16": 2, "fp32": 4}
-# Of `side_by_side`, for multiplying and moving the operands from memory and the result there.
-MEMORY_NORM = 4
 
 
 def side_by_side(one_us: float, other_us: float, norm: float) -> float:

@@ -8,6 +8,7 @@ number of rows that it meets at run time. Under a CUDA graph: run it once before
 shapes; buffers are made then, by all ranks together, and "auto" captures only what has run.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Literal
 
@@ -19,7 +20,7 @@ from maco_lib.comm import DTYPES, backend
 from maco_lib.overlap import linear_auto
 from maco_lib.overlap.custom_op import custom_op
 from maco_lib.overlap.linear_plan import AUTO, TECHNIQUES, LinearPlan
-from maco_lib.overlap.linear_techniques import chunked, decode, persistent, sequential, signalled
+from maco_lib.overlap.linear_techniques import chunked, decode, persistent, sequential
 from maco_lib.overlap.linear_techniques.persistent_time import parse_tiling
 from maco_lib.overlap.linear_techniques.problem import Problem, flattened
 from maco_lib.overlap.plan import DEFAULT_BACKEND
@@ -27,12 +28,12 @@ from maco_lib.overlap.validation import check_agreement, device_kinds, group_nam
 
 RUN: dict[str, Callable[[Problem, LinearPlan], None]] = {
     "sequential": lambda problem, plan: sequential.run(problem),
-    "chunked": lambda problem, plan: chunked.run(problem, plan.num_chunks, plan.dim),
-    "signalled": lambda problem, plan: signalled.run(problem, plan.num_chunks),
+    "chunked": lambda problem, plan: chunked.run(problem, plan.num_chunks),
     "persistent": lambda problem, plan: persistent.run(problem, parse_tiling(plan.tiling)),
     "decode": lambda problem, plan: decode.run(problem),
 }
 assert tuple(RUN) == TECHNIQUES
+parsed = functools.lru_cache(LinearPlan.parse)
 
 
 def linear_all_reduce(
@@ -52,11 +53,10 @@ def linear_all_reduce(
     on its device.
     group: None for all ranks; of one rank, or no process group at all: the plain linear layer.
     plan: "auto", a `LinearPlan`, or None for the sequential one over the default collective. "auto" takes the fastest
-        plan that `linear_auto.tune_linear` measured for about as many rows, without that the one that the model
-        predicts, sequential unless another is sure to win. Its first call for a weight's shape is collective on the
-        host, and takes up to a minute if this machine was never calibrated (`calibrate`). Where K differs between the
-        ranks give a plan: "auto" is then the default sequential one, and not to be used if a weight of the same N has
-        the same K on some of the ranks only.
+        plan that `linear_auto.tune_linear` measured for about as many rows, without that the one that a shipped table
+        of this GPU's model says is faster (`linear_tables`), else the sequential one. Its first call for a weight's
+        shape is collective on the host. Where K differs between the ranks give a plan: "auto" is then the default
+        sequential one, and not to be used if a weight of the same N has the same K on some of the ranks only.
     check: first compare shape, type and plan across the ranks (blocks the host; not for captured or compiled code).
 
     Calls for one group are to be issued from one current stream, or from streams that the caller orders: they share
@@ -74,31 +74,30 @@ def linear_all_reduce(
     plan = LinearPlan() if plan is None else plan
     if check:
         check_agreement(lambda: described(operands, group, plan), group)
-    parts, of_group = require_call(operands, group, plan)
-    return torch.ops.maco.linear_all_reduce(x, weight, bias, residual, of_group, *parts)
+    of_group = require_call(operands, group, plan)
+    return torch.ops.maco.linear_all_reduce(x, weight, bias, residual, of_group, plan if plan == AUTO else plan.name)
 
 
 def require_call(
     operands: dict[str, torch.Tensor | None], group: dist.ProcessGroup | None, plan: LinearPlan | str
-) -> tuple[tuple[str, str, int, str, str], str]:
-    """(parts of the plan, name of the group) for `operator`; ValueError on what it cannot be called with."""
+) -> str:
+    """The name of the group for `operator`; ValueError on what it cannot be called with."""
     require_operands(operands, ("bias", "residual"), "linear_all_reduce")
     if plan != AUTO and not isinstance(plan, LinearPlan):
         raise ValueError(f"plan = {plan!r} is not a LinearPlan, 'auto' or None")
-    parts = (AUTO, *LinearPlan().parts[1:]) if plan == AUTO else plan.parts
-    return parts, group_name(group, "linear_all_reduce")
+    return group_name(group, "linear_all_reduce")
 
 
 def described(operands: dict[str, torch.Tensor | None], group: dist.ProcessGroup | None, plan: LinearPlan | str) -> str:
     """What is to be the same on every rank, in words; raises ValueError where this one refuses the call."""
-    (_, backend_name, *_), _ = require_call(operands, group, plan)
+    require_call(operands, group, plan)
     shape, x = result_shape(*operands.values()), operands["x"]
-    usable_backend(backend_name, x.device, group or dist.group.WORLD)
+    usable_backend("" if plan == AUTO else plan.backend, x.device, group or dist.group.WORLD)
     given = ", ".join(operand for operand, tensor in operands.items() if tensor is not None)
     return f"linear_all_reduce({given}; {plan}) of {shape} {x.dtype}"
 
 
-def fake(x, weight, bias, residual, group_name, technique, backend_name, num_chunks, dim, tiling):
+def fake(x, weight, bias, residual, group_name, plan):
     return x.new_empty(result_shape(x, weight, bias, residual))
 
 
@@ -109,36 +108,31 @@ def operator(
     bias: torch.Tensor | None,
     residual: torch.Tensor | None,
     group_name: str,
-    technique: str,
-    backend_name: str,
-    num_chunks: int,
-    dim: str,
-    tiling: str,
+    plan: str,
 ) -> torch.Tensor:
-    """`linear_all_reduce` with the group by its name ("" for a group of one) and the plan in parts, the first "auto"
-    where there is none."""
+    """`linear_all_reduce` with the group and the plan by their names ("" for a group of one)."""
     shape = result_shape(x, weight, bias, residual)
-    plan = LinearPlan() if technique == AUTO else LinearPlan(technique, backend_name, num_chunks, dim, tiling)
-    if plan.backend:
-        backend(plan.backend)  # a wrong name is an error on a single rank, too
+    chosen = LinearPlan() if plan == AUTO else parsed(plan)
+    if chosen.backend:
+        backend(chosen.backend)  # a wrong name is an error on a single rank, too
     if not group_name:
         product = torch.nn.functional.linear(x, weight, bias)
         return product if residual is None else product.add_(residual)
     group = _resolve_process_group(group_name)
-    name = usable_backend(plan.backend, x.device, group)
+    name = usable_backend(chosen.backend, x.device, group)
     result = x.new_empty(shape)
     if not result.numel():
         return result
     flat_x, flat_residual = flattened(x), None if residual is None else flattened(residual)
     call = (len(flat_x), weight, (bias is not None, residual is not None))
-    planner = linear_auto.planner(group, x.device) if technique == AUTO else None
+    planner = linear_auto.planner(group, x.device) if plan == AUTO else None
     if planner:
-        plan = planner.plan(*call)
-        if plan.backend not in ("", name):
-            name = usable_backend(plan.backend, x.device, group)
-    RUN[plan.technique](Problem(flat_x, weight, bias, flat_residual, flattened(result), name, group), plan)
+        chosen = planner.plan(*call)
+        if chosen.backend not in ("", name):
+            name = usable_backend(chosen.backend, x.device, group)
+    RUN[chosen.technique](Problem(flat_x, weight, bias, flat_residual, flattened(result), name, group), chosen)
     if planner:
-        planner.ran(plan, *call)
+        planner.ran(chosen, *call)
     return result
 
 

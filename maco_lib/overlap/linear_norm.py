@@ -73,36 +73,35 @@ def linear_all_reduce_norm(
     operands = {"x": x, "weight": weight, "residual": residual, "norm_weight": norm_weight, "bias": bias}
     if check:
         check_agreement(lambda: described(operands, eps, group, plan), group)
-    parts, of_group = require_call(operands, group, plan)
-    return torch.ops.maco.linear_all_reduce_norm(x, weight, residual, norm_weight, eps, bias, of_group, *parts)
+    of_group, name = require_call(operands, group, plan), plan if isinstance(plan, str) else plan.name
+    return torch.ops.maco.linear_all_reduce_norm(x, weight, residual, norm_weight, eps, bias, of_group, name)
 
 
 def require_call(
     operands: dict[str, torch.Tensor | None], group: dist.ProcessGroup | None, plan: LinearPlan | str
-) -> tuple[tuple[str, str, int, str, str], str]:
-    """(parts of the plan, name of the group) for `operator`; ValueError on what it cannot be called with."""
+) -> str:
+    """The name of the group for `operator`; ValueError on what it cannot be called with."""
     require_operands(operands, ("bias",), "linear_all_reduce_norm")
     if not isinstance(plan, LinearPlan) and plan not in ("auto", "fused"):
         raise ValueError(f"plan = {plan!r} is not a LinearPlan, 'auto' or 'fused'")
-    parts = (plan, *LinearPlan().parts[1:]) if isinstance(plan, str) else plan.parts
-    return parts, group_name(group, "linear_all_reduce_norm")
+    return group_name(group, "linear_all_reduce_norm")
 
 
 def described(
     operands: dict[str, torch.Tensor | None], eps: float, group: dist.ProcessGroup | None, plan: LinearPlan | str
 ) -> str:
     """What is to be the same on every rank, in words; raises ValueError where this one refuses the call."""
-    (technique, backend_name, *_), _ = require_call(operands, group, plan)
+    require_call(operands, group, plan)
     shape, x = norm_shape(*operands.values()), operands["x"]
     group = group or dist.group.WORLD
-    usable_backend(backend_name, x.device, group)
-    if technique == "fused" and (why := unfusable(x, operands["weight"], group)):
+    usable_backend("" if isinstance(plan, str) else plan.backend, x.device, group)
+    if plan == "fused" and (why := unfusable(x, operands["weight"], group)):
         raise ValueError(f"plan = 'fused': {why}")
     given = f"{eps}, {'no ' if operands['bias'] is None else ''}bias; {plan}"
     return f"linear_all_reduce_norm({given}) of {shape} {x.dtype}"
 
 
-def fake(x, weight, residual, norm_weight, eps, bias, group_name, technique, backend_name, num_chunks, dim, tiling):
+def fake(x, weight, residual, norm_weight, eps, bias, group_name, plan):
     shape = norm_shape(x, weight, residual, norm_weight, bias)
     return x.new_empty(shape), x.new_empty(shape)
 
@@ -116,26 +115,21 @@ def operator(
     eps: float,
     bias: torch.Tensor | None,
     group_name: str,
-    technique: str,
-    backend_name: str,
-    num_chunks: int,
-    dim: str,
-    tiling: str,
+    plan: str,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """`linear_all_reduce_norm` with the group by its name ("" for a group of one) and the plan in parts."""
+    """`linear_all_reduce_norm` with the group and the plan by their names ("" for a group of one)."""
     shape = norm_shape(x, weight, residual, norm_weight, bias)
     group = _resolve_process_group(group_name) if group_name else None
     if group is not None:
         usable_backend("", x.device, group)
     why = unfusable(x, weight, group)
-    if technique == "fused" and why:
+    if plan == "fused" and why:
         raise ValueError(f"plan = 'fused': {why}")
     rows, old = flattened(x), flattened(residual)
-    if technique in ("auto", "fused") and not why:
+    if plan in ("auto", "fused") and not why:
         normed, total = fused(rows, weight, old, norm_weight, eps, bias, group)
     else:
-        plan = technique, backend_name, num_chunks, dim, tiling
-        product = linear_operator(rows, weight, bias, None, group_name, *plan)
+        product = linear_operator(rows, weight, bias, None, group_name, plan)
         normed, total = add_norm(product, old, norm_weight, eps)
     return normed.view(shape), total.view(shape)
 

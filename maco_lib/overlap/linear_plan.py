@@ -1,22 +1,18 @@
-"""Plans of `linear_all_reduce`: the ways to multiply and sum. Without torch."""
+"""Plans of `linear_all_reduce`: the ways to multiply and sum, and their names. Without torch."""
 
+import re
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
-from maco_lib.overlap.linear_techniques.persistent_time import TILINGS
+from maco_lib.overlap.linear_techniques.persistent_time import TILINGS, ascii_tiling
 
 AUTO = "auto"  # in place of a plan: the fastest one of this machine
-TECHNIQUES = ("sequential", "chunked", "signalled", "persistent", "decode")
-CUTTING = ("chunked", "signalled")  # sum the result in pieces
-HOPPER = ("signalled", "persistent", "decode")  # multiply with kernels of ours
-SUMMING = ("persistent", "decode")  # sum by themselves, without a backend
-DIMS = ("m", "n")
-# What "chunked" is tried with: backends that leave the matmul its SMs, and numbers of chunks along M. (Along N the
-# tiles are as many, x is read once a chunk, and the sums have to be copied.)
+TECHNIQUES = ("sequential", "chunked", "persistent", "decode")
+HOPPER = ("persistent", "decode")  # kernels of ours multiply, and sum without a backend
+# What "chunked" is tried with: backends that leave the matmul its SMs, and numbers of chunks.
 LIGHT_BACKENDS = ("maco_staged_8", "maco_push_64", "gloo")
 NUM_CHUNKS = (2, 4, 8)
-# And "signalled", whose bands cost the matmul nothing; the first of its backends leaves nothing to be copied.
-BAND_BACKENDS, NUM_BANDS = ("maco_one_shot_64", "maco_staged_8", "maco_push_64"), (4, 8)
+FORMS = "sequential[:BACKEND], chunked:NUMBER[:BACKEND], persistent[:TILING], decode"
 
 
 @dataclass(frozen=True)
@@ -24,28 +20,26 @@ class LinearPlan:
     """A way to run a matmul and the all-reduce of its result, for x (M, K) and weight (N, K).
 
     technique: of `TECHNIQUES`, each a file of `overlap.linear_techniques`. backend: of `maco_lib.comm.BACKENDS`; "":
-    the device's default (NCCL or gloo), and the only value for those that sum by themselves, `SUMMING`. num_chunks: for
-    "chunked", and of "signalled" the bands, 2 or more; else 1. dim: what "chunked" cuts, "m" (rows) or "n" (columns of
-    the result); else "m". tiling: of "persistent", `str` of one of `TILINGS`, or "": that which is predicted to be the
-    fastest without a calibration. Raises ValueError naming what is wrong.
+    the device's default (NCCL or gloo), and the only value for "persistent" and "decode", which sum by themselves.
+    num_chunks: pieces of the rows, for "chunked" 2 or more; else 1. tiling: of "persistent", `str` of one of `TILINGS`,
+    or "": that which is predicted to be the fastest without a calibration. Raises ValueError naming what is wrong.
+
+    name: what `str` gives and `parse` reads, one word of ASCII, the same in code, tables and operators' arguments:
+    "sequential:nccl", "chunked:4:maco_staged_8", "persistent:2x128-staggered", "decode".
     """
 
     technique: str = "sequential"
     backend: str = ""
     num_chunks: int = 1
-    dim: str = "m"
     tiling: str = ""
+    name: str = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         if self.technique not in TECHNIQUES:
             raise ValueError(f"unknown technique {self.technique!r}; the techniques are {', '.join(TECHNIQUES)}")
-        if self.technique in SUMMING and self.backend:
+        if self.technique in HOPPER and self.backend:
             raise ValueError(f"backend = {self.backend!r}: {self.technique} sums by itself, without a backend")
-        if self.dim not in DIMS:
-            raise ValueError(f"unknown dim {self.dim!r}; the dims are {', '.join(DIMS)}")
-        if self.technique == "signalled" and self.dim != "m":
-            raise ValueError(f"dim = {self.dim!r}: signalled cuts 'm' only")
-        cuts = self.technique in CUTTING
+        cuts = self.technique == "chunked"
         if not isinstance(self.num_chunks, int) or self.num_chunks < 1 or cuts != (self.num_chunks > 1):
             valid = "an int of 2 or more" if cuts else "1"
             raise ValueError(f"num_chunks = {self.num_chunks!r}: for {self.technique} it is {valid}")
@@ -53,25 +47,43 @@ class LinearPlan:
         if self.tiling not in tilings:
             valid = ", ".join(map(repr, tilings))
             raise ValueError(f"tiling = {self.tiling!r}: for {self.technique} it is {valid}")
+        number = str(self.num_chunks) if cuts else ""
+        name = ":".join(filter(None, (self.technique, number, self.backend, self.tiling)))
+        object.__setattr__(self, "name", name)
 
     def __str__(self) -> str:
-        """Its parts: "chunked, 4 along m, nccl"."""
-        if self.technique in SUMMING:
-            return ", ".join(filter(None, (self.technique, self.tiling)))
-        words = [self.technique, self.backend or "default backend"]
-        if self.technique in CUTTING:
-            words.insert(1, f"{self.num_chunks} along {self.dim}")
-        return ", ".join(words)
+        return self.name
 
-    @property
-    def parts(self) -> tuple[str, str, int, str, str]:
-        """What a custom operator can be called with: `LinearPlan(*parts)` is the plan."""
-        return self.technique, self.backend, self.num_chunks, self.dim, self.tiling
+    @classmethod
+    def parse(cls, name: str) -> "LinearPlan":
+        """The plan of that name; of what stored tables call it, too: "chunked, 4 along m, nccl", "persistent, 2 × 128".
+
+        Raises ValueError with the forms of a name, or what is wrong with a part of it.
+        """
+        technique, *rest = _of_stored_words(name).split(":")
+        try:
+            if technique == "chunked":
+                return cls(technique, *rest[1:], num_chunks=int(rest[0]))
+            if technique == "persistent":
+                return cls(technique, tiling=":".join(rest))
+            return cls(technique, *rest)
+        except (IndexError, TypeError, ValueError) as error:
+            why = f": {error}" if type(error) is ValueError and technique in TECHNIQUES else ""
+            raise ValueError(f"{name!r} is not the name of a plan{why}; names are {FORMS}") from None
 
     @property
     def overlapped(self) -> bool:
         """Whether it communicates while it multiplies."""
         return self.technique != "sequential"
+
+
+def _of_stored_words(text: str) -> str:
+    """The name of a plan that a table from before there were names calls `text`; other texts as they are."""
+    technique, *words = text.split(", ")
+    if technique == "persistent":
+        return ":".join([technique, *map(ascii_tiling, words)])
+    words = [re.sub(r"^(\d+) along m$", r"\1", word) for word in words if word != "default backend"]
+    return ":".join([technique, *words])
 
 
 def candidates(kind: str, backends: Iterable[str]) -> list[LinearPlan]:
@@ -80,7 +92,6 @@ def candidates(kind: str, backends: Iterable[str]) -> list[LinearPlan]:
     plans = [LinearPlan(backend=name) for name in backends]
     plans += [LinearPlan("chunked", name, num) for name in backends if name in LIGHT_BACKENDS for num in NUM_CHUNKS]
     if kind == "cuda":
-        plans += [LinearPlan("signalled", name, num) for name in backends if name in BAND_BACKENDS for num in NUM_BANDS]
         plans += [LinearPlan("persistent", tiling=str(tiling)) for tiling in TILINGS]
         plans += [LinearPlan("decode")]
     return plans

@@ -30,16 +30,10 @@ def working_dtype(device: torch.device) -> torch.dtype:
 
 @dataclass(frozen=True)
 class Grid:
-    """What is measured. sizes: bytes of the all-reduces alone; beside: (bytes, n of an n×n matmul), at least 3.
-
-    For `linear_all_reduce`, (M, N, K of a rank): linear: with its overlapping plans; matmuls: the matmul alone,
-    and the technique for few rows.
-    """
+    """What is measured. sizes: bytes of the all-reduces alone; beside: (bytes, n of an n×n matmul), at least 3."""
 
     sizes: tuple[int, ...]
     beside: tuple[tuple[int, int], ...]
-    linear: tuple[tuple[int, int, int], ...]
-    matmuls: tuple[tuple[int, int, int], ...]
     budget_s: float = 0.1
 
 
@@ -48,21 +42,8 @@ GRIDS = {
         (8 * KIB, *(64 * KIB * 4**step for step in range(6))),
         ((MIB, 1024), (MIB, 2048), (8 * MIB, 2048), (8 * MIB, 4096), (32 * MIB, 2048), (32 * MIB, 4096),
          (64 * MIB, 4096)),
-        (
-            (256, 4096, 2048), (512, 8192, 4096), (1024, 4096, 6144), (2048, 5120, 4096),
-            (2048, 8192, 14336), (4096, 4096, 1024), (8192, 8192, 4096), (8192, 4096, 2048),
-        ),
-        (
-            (1, 4096, 2048), (2, 6144, 8192), (4, 8192, 14336), (8, 7168, 2048), (16, 8192, 4096),
-            (32, 4096, 4096), (48, 8192, 8192), (64, 5120, 6144), (128, 8192, 2048),
-        ),
     ),
-    "cpu": Grid(
-        (64 * KIB, MIB, 8 * MIB),
-        ((256 * KIB, 256), (MIB, 256), (MIB, 512), (4 * MIB, 512)),
-        ((1024, 64, 128), (1024, 64, 512), (1024, 256, 64), (1024, 256, 256)),
-        ((1, 512, 512), (64, 256, 256), (256, 256, 256)),
-    ),
+    "cpu": Grid((64 * KIB, MIB, 8 * MIB), ((256 * KIB, 256), (MIB, 256), (MIB, 512), (4 * MIB, 512))),
 }  # fmt: skip
 
 

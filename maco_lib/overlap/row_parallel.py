@@ -1,6 +1,8 @@
 """`RowParallelLinear`: a linear layer whose weight is cut along K over the ranks, in place of a torch.nn.Linear."""
 
-from collections.abc import Sequence
+import copy
+import pickle
+from collections.abc import Iterable
 from typing import Literal
 
 import torch
@@ -9,6 +11,7 @@ import torch.distributed as dist
 from maco_lib.overlap.linear import linear_all_reduce
 from maco_lib.overlap.linear_auto import LinearDecision, tune_linear
 from maco_lib.overlap.linear_plan import LinearPlan
+from maco_lib.overlap.validation import num_ranks_of
 
 
 class RowParallelLinear(torch.nn.Module):
@@ -42,9 +45,8 @@ class RowParallelLinear(torch.nn.Module):
         The columns are divided as `torch.tensor_split` does, as is to be the input. Raises ValueError where there are
         fewer of them than ranks, or this rank is not in the group.
         """
-        rank, num_ranks = (dist.get_rank(group), dist.get_world_size(group)) if dist.is_initialized() else (0, 1)
-        if rank < 0:
-            raise ValueError(f"rank {dist.get_rank()} is not in the group given to RowParallelLinear")
+        num_ranks = num_ranks_of(group, "RowParallelLinear")
+        rank = dist.get_rank(group) if num_ranks > 1 else 0
         if linear.in_features < num_ranks:
             raise ValueError(f"in_features = {linear.in_features} cannot be divided among {num_ranks} ranks")
         share = linear.weight.detach().tensor_split(num_ranks, dim=1)[rank]
@@ -54,9 +56,24 @@ class RowParallelLinear(torch.nn.Module):
         """x: (..., K), this rank's share of the input; residual: (..., N). Returns (..., N), equal on every rank."""
         return linear_all_reduce(x, self.weight, self.bias, residual, self.group, self.plan)
 
-    def tune(self, num_rows: Sequence[int]) -> dict[int, LinearDecision]:
+    def tune(self, num_rows: Iterable[int]) -> dict[int, LinearDecision]:
         """`tune_linear` for this weight and these numbers of rows, all that plan="auto" then looks up. Collective."""
         return tune_linear(self.weight, num_rows, self.group)
+
+    def __deepcopy__(self, memo: dict) -> "RowParallelLinear":
+        """Parameters of its own, and the same group, of which there is one in a process."""
+        copied = memo[id(self)] = type(self).__new__(type(self))
+        memo[id(self.group)] = self.group
+        copied.__dict__.update(copy.deepcopy(self.__dict__, memo))
+        return copied
+
+    def __getstate__(self) -> dict:
+        if self.group is not None:
+            raise pickle.PicklingError(
+                "a RowParallelLinear with a group cannot be pickled, as the group is this process's: "
+                "save its state_dict(), or make it with group=None"
+            )
+        return self.__dict__.copy()
 
     def extra_repr(self) -> str:
         num_features, share = self.weight.shape

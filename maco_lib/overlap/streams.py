@@ -261,10 +261,11 @@ def overlap(
     key: names the computation for "auto", equal on every rank; None: where `compute` is defined. Give one if the same
     code does work of different size. The size and type of `tensor` are part of it anyhow.
     """
-    require = functools.partial(require_call, tensor, collective, group, plan, priority, key=key)
+    require = functools.partial(require_call, tensor, collective, group, plan, priority, key=key, compute=compute)
     if check:
         check_agreement(lambda: described(tensor, collective, require()[1], key), group)
     if plan is None and key is None:
+        require()
         handle = start(tensor, collective, group, priority=priority)
         try:
             computed = compute()

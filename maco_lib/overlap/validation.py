@@ -1,7 +1,9 @@
-"""Whether a call of `start` or `overlap` makes sense: errors that name the offending value and the valid ones."""
+"""Whether a call makes sense: errors that name the offending value and the valid ones."""
 
+import operator
+import os
 import weakref
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Iterable
 
 import torch
 import torch.distributed as dist
@@ -10,6 +12,48 @@ from maco_lib.comm import DTYPES, backend, collective
 from maco_lib.overlap import sm_limit
 from maco_lib.overlap.plan import Plan
 from maco_lib.timing import gather
+
+
+def num_ranks_of(group: dist.ProcessGroup | None, name: str) -> int:
+    """The number of ranks of the group that a call of `name` was given; ValueError where it is no group of this rank's.
+
+    1 without torch.distributed, unless this process was started as one of several.
+    """
+    if not dist.is_initialized():
+        if (started := os.environ.get("WORLD_SIZE", "1")) != "1":
+            raise ValueError(f"WORLD_SIZE is {started}, but {name} is called before torch.distributed's "
+                             "init_process_group: nothing would be summed")  # fmt: skip
+        if group is not None:
+            raise ValueError(f"the group given to {name} is none any more: torch.distributed is not initialised")
+        return 1
+    if group is dist.GroupMember.NON_GROUP_MEMBER:
+        raise ValueError(f"rank {dist.get_rank()} is not in the group given to {name}")
+    if group is not None and not isinstance(group, dist.ProcessGroup):
+        hint = "; of a DeviceMesh give mesh.get_group(DIMENSION)" if type(group).__name__ == "DeviceMesh" else ""
+        raise ValueError(
+            f"group = {group!r} given to {name} is a {type(group).__name__}, not a ProcessGroup or None{hint}"
+        )
+    if group is not None and group not in dist.distributed_c10d._world.pg_map:
+        raise ValueError(f"the group given to {name} was destroyed")
+    return dist.get_world_size(group)
+
+
+def require_computation(compute: Callable, name: str) -> None:
+    """Raise ValueError unless `compute` can be called."""
+    if not callable(compute):
+        what = f"{name} takes a function to run, not a {type(compute).__name__}"
+        raise ValueError(f"{what}: {name}(lambda: ..., tensor)")
+
+
+def row_counts(num_rows: Iterable[int], name: str) -> list[int]:
+    """Numbers of rows as ints, numpy's taken too; ValueError on what is no list of ints of 1 or more."""
+    try:
+        counts = [operator.index(rows) for rows in num_rows]
+    except TypeError:
+        counts = []
+    if not counts or min(counts) < 1:
+        raise ValueError(f"num_rows = {num_rows!r} of {name}: it is a list of ints of 1 or more")
+    return counts
 
 
 def validate(tensor: torch.Tensor, name: str, group: dist.ProcessGroup | None) -> int:
@@ -21,9 +65,9 @@ def validate(tensor: torch.Tensor, name: str, group: dist.ProcessGroup | None) -
         raise ValueError(f"{name} of {tensor.dtype}; the types are {', '.join(map(str, DTYPES.values()))}")
     if not tensor.is_contiguous():
         raise ValueError(f"{name} needs a contiguous tensor; shape {tuple(tensor.shape)} has strides {tensor.stride()}")
-    num_ranks = dist.get_world_size(group) if dist.is_initialized() else 1
-    if num_ranks < 1:
-        raise ValueError(f"rank {dist.get_rank()} is not in the group given to {name}")
+    if tensor.requires_grad and torch.is_grad_enabled():
+        raise ValueError(f"tensor requires a gradient and {name} has no backward: use torch.no_grad()")
+    num_ranks = num_ranks_of(group, name)
     if num_ranks == 1:
         return num_ranks
     kinds = device_kinds(group)
@@ -58,7 +102,7 @@ def check_agreement(describe: Callable[[], str], group: dist.ProcessGroup | None
     Its error is raised as it is where it comes from, and as a ValueError with its text on the other ranks. Without a
     group, or where this rank is not in it, there is nobody to agree with.
     """
-    if not dist.is_initialized() or dist.get_world_size(group) <= 1:
+    if not isinstance(group, dist.ProcessGroup | None) or not dist.is_initialized() or dist.get_world_size(group) <= 1:
         return
     described, refused = "", None
     try:
@@ -88,10 +132,7 @@ def require_operands(operands: dict[str, torch.Tensor | None], optional: tuple[s
 
 def group_name(group: dist.ProcessGroup | None, name: str) -> str:
     """What a custom operator finds the group by, "" for one of one rank; ValueError where this rank is not in it."""
-    num_ranks = dist.get_world_size(group) if dist.is_initialized() else 1
-    if num_ranks < 1:
-        raise ValueError(f"rank {dist.get_rank()} is not in the group given to {name}")
-    return (group or dist.group.WORLD).group_name if num_ranks > 1 else ""
+    return (group or dist.group.WORLD).group_name if num_ranks_of(group, name) > 1 else ""
 
 
 def require_plan(
@@ -135,11 +176,14 @@ def require_call(
     priority: int,
     computes: bool = True,
     key: Hashable = None,
+    compute: Callable | None = None,
 ) -> tuple[int, Plan | str | None]:
     """(number of ranks, the plan with its backend said), as `validate` and, where there is a plan, `require_plan`.
 
-    Raises ValueError also on a key of the computation beside a plan that has no use for it.
+    Raises ValueError also on a computation that is none, and on a key of it beside a plan that has no use for it.
     """
+    if computes:
+        require_computation(compute, "overlap")
     if key is not None and plan != "auto":
         raise ValueError(f"key = {key!r} is for plan='auto', not for {plan!r}")
     num_ranks = validate(tensor, name, group)

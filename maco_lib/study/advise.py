@@ -184,7 +184,7 @@ def usage(rows: "pd.DataFrame") -> str:
 
     Surely: beyond the error of a fit that could have missed its points.
     """
-    from maco_lib.experiments.overlap_methods import METHODS
+    from maco_lib.experiments.overlap_methods import METHODS, RETIRED
     from maco_lib.study.sections.when_to_overlap import testable
 
     lines = [
@@ -193,7 +193,7 @@ def usage(rows: "pd.DataFrame") -> str:
         "does not overlap where that loses",
     ]
     sure = rows[rows["verdict"].eq("helps") & rows["num_training"].map(testable)]
-    helping = [method for method in sure["method"] if method in METHODS["device"]]
+    helping = [method for method in sure["method"] if method in METHODS["device"] and method not in RETIRED]
     if helping:
         plan = METHODS["device"][helping[0]]
         lines.append(f"  result, total = overlap(lambda: x @ w, tensor, plan={plan!r})   {helping[0]}")

@@ -1,6 +1,7 @@
 """Section 5's tables: every layer and number of rows by every method, the planner's choices, and what failed."""
 
 import functools
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -8,7 +9,7 @@ import pandas as pd
 
 from maco_lib.experiments.linear_all_reduce_methods import BASE, CHAIN, LAYERS, MATMUL
 from maco_lib.kernels.decode_tiles import MAX_ROWS
-from maco_lib.overlap.linear_techniques.decode_time import ITEMSIZE
+from maco_lib.overlap.linear_techniques.persistent_time import ITEMSIZE
 from maco_lib.study.criteria import LINEAR_TOLERANCE
 from maco_lib.study.evidence import Evidence, Missing
 from maco_lib.study.figures.style import digits
@@ -17,8 +18,6 @@ from maco_lib.study.markdown import verbatim
 from maco_lib.study.report_tables import ABSENT, interval, table, us
 
 PLANNER, UNTUNED = "auto", "auto_untuned"
-# The method version of the first tables that are of kernels which fence their stores, and of judged replays.
-FENCED = 3
 
 
 @dataclass(frozen=True)
@@ -175,16 +174,18 @@ def planner(machine: Evidence) -> list[str]:
     counts = pd.Series([row["plan"] for row in rows]).value_counts(sort=False)
     counts = counts.sort_values(ascending=False, kind="stable")
     lines = [f"tuned, it chose {', '.join(f'`{plan}` {count}×' for plan, count in counts.items())}"]
-    errors = pd.Series([row["predicted_us"] / row["time_us"] - 1 for row in rows]).dropna().abs()
+    errors = pd.Series([row.get("predicted_us", math.nan) / row["time_us"] - 1 for row in rows]).dropna().abs()
     if len(errors):
         lines.append(f"the time that its model predicts for that plan is off by {errors.median():.1%} in the median, "
                      f"{errors.max():.1%} at worst, over {len(errors)} points")  # fmt: skip
+    # The planner's models are no more: only tables of before have what they predicted.
     losses = {cell.name: cell.rows.loc[UNTUNED, "time_us"] / cell.planner["time_us"] - 1 for cell in found
               if UNTUNED in cell.rows.index and cell.planner is not None}  # fmt: skip
     if losses:
         worst = max(losses, key=losses.get)
         near = sum(loss <= LINEAR_TOLERANCE for loss in losses.values())
-        lines.append(f"untuned, by the model alone, it is within {LINEAR_TOLERANCE:.0%} of that in {near} of "
+        source = "model" if len(errors) else "shipped table"
+        lines.append(f"untuned, by the {source} alone, it is within {LINEAR_TOLERANCE:.0%} of that in {near} of "
                      f"{len(losses)} points; at worst {losses[worst]:+.1%}, {worst}")  # fmt: skip
     return lines
 
@@ -199,19 +200,3 @@ def failures(machine: Evidence) -> list[str]:
         reasons = verbatim("; ".join(dict.fromkeys(group["error"])))
         lines.append(f"{look(method).label} ({operation}): failed at {len(group)} of {of} points: {reasons}")
     return lines
-
-
-def unfenced(machines: Iterable[Evidence]) -> list[str]:
-    """A line that names the GPU machines whose tables are of kernels without that fence; none where there is none."""
-    versions = {
-        machine.name: machine.records["linear_all_reduce"]["tables"]["linear_all_reduce"]["method_version"]
-        for machine in machines
-        if machine.kind == "cuda" and "linear_all_reduce" in machine.tables
-    }
-    if not (names := [name for name, version in versions.items() if version < FENCED]):
-        return []
-    return [f"**{', '.join(map(verbatim, names))}: by a kernel with a fault.** The persistent and the signalled kernel "
-            "of that code did not fence a tile's stores before they told of them. Where launches follow each other at "
-            "once, as in a replay, their sums could hold what the launch before had left, and only runs issued by "
-            "themselves were judged then. Their times, and the planner's where it chose them, are without the "
-            "fence."]  # fmt: skip

@@ -9,7 +9,6 @@ from maco_lib.experiments.linear_all_reduce_methods import MATMUL
 from maco_lib.kernels.tile_order import CTAS
 from maco_lib.overlap.linear_techniques.persistent_time import (
     PersistentTime,
-    Tiling,
     parse_tiling,
     persistent_time,
 )
@@ -30,14 +29,14 @@ MATMUL_ITSELF, MODEL, UNDECIDED = "its matmul", "more than the model tells", "un
 
 @dataclass(frozen=True)
 class Point:
-    """One layer and M: `model`, the kernel's time with tiles as `tiling`, beside what was measured, in µs.
+    """One layer and M: `model`, the kernel's time with tiles of that name, `tiling`, beside what was measured, in µs.
 
     matmul_us: cuBLAS's, alone. wanted: the fraction of ideal to be reached, None where none is set.
     """
 
     layer: str
     m: int
-    tiling: Tiling
+    tiling: str
     model: PersistentTime
     matmul_us: float
     ideal_us: float
@@ -106,13 +105,13 @@ def points(machine: Evidence) -> list[Point]:
     """Those that say which tiles they took, if the model has constants for them; raises Missing where there is none."""
     found = []
     for cell, row in finished(machine):
-        tiling = parse_tiling(str(row.get("tiling")))
+        tiling = parse_tiling(row["tiling"])
         if tiling is not None:
             ranks = int(row["tp"])
             shape, clusters = (cell.m, int(row["n"]), int(row["k"]) // ranks), int(row["num_sms"]) // CTAS
             model = persistent_time(*shape, tiling, ranks, clusters)
             times = (row[f"{name}_us"] for name in ("t_matmul", "ideal", "time"))
-            found.append(Point(cell.layer, cell.m, tiling, model, *times, LINEAR_TARGETS.get(ranks)))
+            found.append(Point(cell.layer, cell.m, row["tiling"], model, *times, LINEAR_TARGETS.get(ranks)))
     if not found:
         raise Missing(f"no point of the persistent kernel, {LINEAR_MANY_ROWS} rows or more, tells the tiles it took")
     return found
@@ -121,7 +120,7 @@ def points(machine: Evidence) -> list[Point]:
 def modelled(machine: Evidence) -> str:
     """The parts of its time at every layer and many rows, what they add up to, and what they leave to reach."""
     body = [
-        [one.layer, one.m, str(one.tiling), us(one.model.first), us(one.model.waves), us(one.model.last_sums),
+        [one.layer, one.m, one.tiling, us(one.model.first), us(one.model.waves), us(one.model.last_sums),
          us(one.model.fetched), one.model.limit, f"{us(one.model.total)}, {us(one.time_us)}, {one.error:+.1%}",
          f"{one.fraction:.1%}", spread(one.reach), one.cause]
         for one in points(machine)

@@ -1,9 +1,8 @@
-"""Cut the matmul along M or N; while a chunk is summed on a side stream (by gloo's thread on a CPU), multiply the next.
+"""Cut the matmul along M; while a chunk is summed on a side stream (by gloo's thread on a CPU), multiply the next.
 
 Hides at most (C - 1) / C of the all-reduce with C chunks, and pays for it three times: smaller matmuls fill the GPU
 worse (wave quantisation), smaller all-reduces use the links worse, and the all-reduce takes SMs from the matmul. Wins
-where both are long and the backend needs few SMs; over NCCL it lost wherever we measured. Cutting M leaves every chunk
-one piece of the result; cutting N reads all of x once a chunk, and its sums are copied to where they belong.
+where both are long and the backend needs few SMs; over NCCL it lost wherever we measured.
 """
 
 import torch
@@ -16,20 +15,16 @@ from maco_lib.overlap.streams import highest_priority, side_stream
 TILE = 128
 
 
-def cut(length: int, num_chunks: int, tile: int = TILE) -> list[slice]:
+def cut(length: int, num_chunks: int) -> list[slice]:
     """`length` in at most `num_chunks` pieces of whole tiles, the last one shorter; fewer where the tiles are fewer."""
-    num_tiles = -(-length // tile)
-    step = -(-num_tiles // num_chunks) * tile
+    num_tiles = -(-length // TILE)
+    step = -(-num_tiles // num_chunks) * TILE
     return [slice(begin, min(begin + step, length)) for begin in range(0, length, step)]
 
 
-def run(problem: Problem, num_chunks: int, dim: str) -> None:
-    """Fill `problem.result`. Collective. One chunk, where M or N is at most a tile, is run as `sequential`."""
-    num_rows, num_columns = problem.result.shape
-    if dim == "m":
-        pieces = [(rows, EVERYTHING[1]) for rows in cut(num_rows, num_chunks)]
-    else:
-        pieces = [(EVERYTHING[0], columns) for columns in cut(num_columns, num_chunks)]
+def run(problem: Problem, num_chunks: int) -> None:
+    """Fill `problem.result`. Collective. One chunk, where M is at most a tile, is run as `sequential`."""
+    pieces = [(rows, EVERYTHING[1]) for rows in cut(len(problem.result), num_chunks)]
     if len(pieces) == 1:
         sequential.run(problem)
     elif problem.result.device.type == "cuda":

@@ -13,7 +13,7 @@ from maco_lib.overlap import streams, validation
 from maco_lib.overlap.linear_techniques.persistent import MULTIPLE, for_tma
 from maco_lib.overlap.linear_techniques.problem import Problem
 
-# What lets every rank write into the others' inboxes.
+# What lets every rank write into the others' inboxes: it is there where ranks reach each other's memory.
 LINES = "maco_ll"
 
 

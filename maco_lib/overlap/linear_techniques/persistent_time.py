@@ -11,19 +11,17 @@ The constants of tiles and fetches were fitted to runs of nine tilings in up to 
 and 36 on 4 H200s: there to which was the fastest, as GPUs run into the power limit at different sizes; and to the times
 of 69 other runs that did so less, 33 of them h200-x2's table as of commit 23942ff. Those of the hop, the end and the
 stall to the tables of h100-x2, h100-x4 and h200-x2 (without the fence), with a factor for the steps of each tiling on
-each machine, as calibration finds it.
+each machine.
 """
 
 import functools
 import heapq
-import math
 import re
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import ClassVar, NamedTuple
+from typing import NamedTuple
 
 from maco_lib.kernels.tile_order import ROWS, TileOrder
-from maco_lib.overlap.costs import MEMORY_NORM, side_by_side
+from maco_lib.overlap.costs import side_by_side
 
 
 class Tiling(NamedTuple):
@@ -39,12 +37,18 @@ class Tiling(NamedTuple):
     evened: bool = False
 
     def __str__(self) -> str:
-        return f"{'2 × ' * self.pairs}{self.columns}{' staggered' * self.staggered}{' evened' * self.evened}"
+        """ "2x128-staggered-evened", part of a plan's name."""
+        return f"{'2x' * self.pairs}{self.columns}{'-staggered' * self.staggered}{'-evened' * self.evened}"
+
+
+def ascii_tiling(text: str) -> str:
+    """Its name, where tables from before there were names call it "2 × 128 staggered evened"."""
+    return text.replace(" × ", "x").replace(" ", "-")
 
 
 def parse_tiling(text: str) -> Tiling | None:
-    """That which is called so by `str`; None where the model has no constants for it."""
-    parts = re.fullmatch(r"(2 × )?(\d+)(?:( staggered)( evened)?)?", text)
+    """That which is called so by `str`, or by an older table; None where the model has no constants for it."""
+    parts = re.fullmatch(r"(2x)?(\d+)(?:(-staggered)(-evened)?)?", ascii_tiling(text))
     if parts is None or not {int(parts[2]), int(parts[2]) * (2 if parts[1] else 1)} <= STEP_US.keys():
         return None
     return Tiling(int(parts[2]), *(part is not None for part in parts.group(1, 3, 4)))
@@ -80,8 +84,7 @@ class PersistentTime:
     """In µs.
 
     waves: all waves of tiles. first: one of them. last_sums: to fetch what the others sum in the last wave, which
-    nothing hides. fetched: to fetch everything. end: what comes before the first wave and after the last fetch. memory:
-    to read the operands once; 0 where the machine's bandwidth is not known.
+    nothing hides. fetched: to fetch everything. end: what comes before the first wave and after the last fetch.
     """
 
     waves: float
@@ -89,29 +92,18 @@ class PersistentTime:
     last_sums: float
     fetched: float
     end: float
-    memory: float = 0.0
-    num_scales: ClassVar[int] = 1
-
-    @property
-    def multiplied(self) -> float:
-        """All waves, which take no less than reading the operands."""
-        return side_by_side(self.waves, self.memory, MEMORY_NORM)
 
     @property
     def matmul(self) -> float:
-        return self.multiplied + self.last_sums
+        return self.waves + self.last_sums
 
     @property
     def transfers(self) -> float:
-        return self.first * self.multiplied / self.waves + HOP_US + self.fetched
+        return self.first + HOP_US + self.fetched
 
     @property
     def total(self) -> float:
         return side_by_side(self.matmul, self.transfers, NORM) + self.end
-
-    def scaled_us(self, scales: Sequence[float]) -> float:
-        """Its total if tiles took so many times as long to multiply."""
-        return replace(self, waves=scales[0] * self.waves, first=scales[0] * self.first).total
 
     @property
     def limit(self) -> str:
@@ -196,17 +188,10 @@ def time_of(order: TileOrder, k: int, tiling: Tiling) -> PersistentTime:
 
 
 def persistent_time(
-    num_rows: int,
-    num_columns: int,
-    k: int,
-    tiling: Tiling,
-    num_ranks: int,
-    max_clusters: int,
-    read_bytes_per_us: float = math.inf,
+    num_rows: int, num_columns: int, k: int, tiling: Tiling, num_ranks: int, max_clusters: int
 ) -> PersistentTime:
-    """For x (num_rows, k) and weight (num_columns, k) on each rank, read from memory at such a rate."""
-    time = time_of(order_of(num_rows, num_columns, k, tiling, num_ranks, max_clusters), k, tiling)
-    return replace(time, memory=(num_rows + num_columns) * k * ITEMSIZE / read_bytes_per_us)
+    """For x (num_rows, k) and weight (num_columns, k) on each rank."""
+    return time_of(order_of(num_rows, num_columns, k, tiling, num_ranks, max_clusters), k, tiling)
 
 
 @functools.lru_cache(maxsize=4096)

@@ -169,14 +169,14 @@ SCHEMA = pa.DataFrameSchema(
         "technique": pa.Column(str),
         "backend": pa.Column(str),
         "plan": pa.Column(str),
-        "predicted_us": TIME,
-        # Of the persistent kernel; not in tables of earlier runs.
-        "tiling": pa.Column(str, required=False),
+        # By the planner's models, which are no more.
+        "predicted_us": pa.Column(float, pa.Check.gt(0), nullable=True, required=False),
+        "tiling": pa.Column(str),  # of the persistent kernel
         "timing": pa.Column(str, pa.Check.isin(["graph", "backlog", "host", ""])),
         **{f"{name}{bound}_us": TIME for name in ("time", "t_matmul") for bound in ("", "_lo", "_hi")},
-        # Mean SM clocks: none on CPUs and in tables of earlier runs.
-        "clock_mhz": pa.Column(float, pa.Check.gt(0), nullable=True, required=False),
-        "matmul_clock_mhz": pa.Column(float, pa.Check.gt(0), nullable=True, required=False),
+        # Mean SM clocks: none on CPUs.
+        "clock_mhz": pa.Column(float, pa.Check.gt(0), nullable=True),
+        "matmul_clock_mhz": pa.Column(float, pa.Check.gt(0), nullable=True),
         "t_matmul_chunked_us": TIME,
         "t_comm_us": TIME,
         "t_comm_backend": pa.Column(str),

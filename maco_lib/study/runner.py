@@ -54,9 +54,17 @@ def prepare(only: list[str], profile: str, overrides: Mapping[str, Any], sizes: 
     for name in overrides:
         if name not in known:
             raise ValueError(f"no chosen section has a parameter {name!r}; valid: {', '.join(known)}")
+    of_section = {
+        entry.name: {name: value for name, value in overrides.items() if name in entry.parameters.model_fields}
+        for entry in chosen
+    }
+    for entry in chosen:  # what cannot be in any size is refused before the machine's rates are measured
+        smallest = entry.profiles[profile][sizes.machine.kind][-1]
+        resolved = entry.resolve(profile, sizes.machine, of_section[entry.name], smallest)
+        asked_of(entry, resolved, sizes.machine)
     jobs = []
     for entry in chosen:
-        given = {name: value for name, value in overrides.items() if name in entry.parameters.model_fields}
+        given = of_section[entry.name]
         parameters = sizes.resolve(entry, profile, given)
         asked_of(entry, parameters, sizes.machine)  # refuses points that cannot be
         jobs.append(Job(entry, given, parameters))

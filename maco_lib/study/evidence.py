@@ -26,7 +26,7 @@ class Missing(Exception):
 
 @dataclass(frozen=True)
 class SectionState:
-    """How a section stands: `state` is complete, failed, stale, unavailable, interrupted or missing.
+    """How a section stands: `state` is complete, running, failed, stale, unavailable, interrupted or missing.
 
     `seconds` is what its launches took together, or where it has none what the notebook did.
     """
@@ -155,6 +155,8 @@ def state_of(store: Store, name: str, section, machine: Machine, record: dict[st
         stale = stale_tables(store, name, section, machine, recorded_parameters(section, record), record)
     except (ValueError, KeyError) as error:
         stale = [str(error)]
+    if verdict["state"] == RUNNING and store.running(name) == section.name:
+        return SectionState(RUNNING, "a run is measuring it", **facts)
     if verdict["state"] == RUNNING:
         return SectionState("interrupted", "; ".join(["a run began and did not end", *stale]), **facts)
     return SectionState("stale", "; ".join(stale), **facts) if stale else SectionState(COMPLETE, **facts)

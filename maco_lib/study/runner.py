@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from maco_lib.machine import num_cores, this_machine
+from maco_lib.machine import Machine, num_cores, this_machine
 from maco_lib.study.figures.style import FORMATS
 from maco_lib.study.files import CHECKOUT, NOTEBOOK_FAILED
 from maco_lib.study.journal import Tail
@@ -42,10 +42,12 @@ class Job:
     parameters: SectionParameters
 
 
-def prepare(only: list[str], profile: str, overrides: Mapping[str, Any], sizes: Sizes) -> list[Job]:
-    """What would run, with types and sizes for this machine; ValueError naming a bad name or value and the valid ones.
+def chosen_sections(
+    only: list[str], profile: str, overrides: Mapping[str, Any], machine: Machine
+) -> list[tuple[Section, dict[str, Any]]]:
+    """The sections that would run, each with the overrides that it takes, refused before anything is measured.
 
-    An override goes to every chosen section that has a parameter of that name.
+    Raises ValueError naming a bad name or value and the valid ones, also of what cannot be in any size.
     """
     if profile not in PROFILES:
         raise ValueError(f"unknown profile {profile!r}; the profiles are {', '.join(PROFILES)}")
@@ -54,17 +56,21 @@ def prepare(only: list[str], profile: str, overrides: Mapping[str, Any], sizes: 
     for name in overrides:
         if name not in known:
             raise ValueError(f"no chosen section has a parameter {name!r}; valid: {', '.join(known)}")
-    of_section = {
-        entry.name: {name: value for name, value in overrides.items() if name in entry.parameters.model_fields}
-        for entry in chosen
-    }
-    for entry in chosen:  # what cannot be in any size is refused before the machine's rates are measured
-        smallest = entry.profiles[profile][sizes.machine.kind][-1]
-        resolved = entry.resolve(profile, sizes.machine, of_section[entry.name], smallest)
-        asked_of(entry, resolved, sizes.machine)
-    jobs = []
+    result = []
     for entry in chosen:
-        given = of_section[entry.name]
+        given = {name: value for name, value in overrides.items() if name in entry.parameters.model_fields}
+        smallest = entry.profiles[profile][machine.kind][-1]
+        asked_of(entry, entry.resolve(profile, machine, given, smallest), machine)
+        result.append((entry, given))
+    return result
+
+
+def prepare(chosen: list[tuple[Section, dict[str, Any]]], profile: str, sizes: Sizes) -> list[Job]:
+    """What would run, with types and sizes for this machine, whose rates are measured if they are not known yet."""
+    if not sizes.known:
+        print("Measuring what this machine does, once: some ten seconds", flush=True)
+    jobs = []
+    for entry, given in chosen:
         parameters = sizes.resolve(entry, profile, given)
         asked_of(entry, parameters, sizes.machine)  # refuses points that cannot be
         jobs.append(Job(entry, given, parameters))
@@ -78,10 +84,11 @@ def run(only: list[str], profile: str, assignments: list[str], machine_name: str
     """
     store, machine = Store(), this_machine()
     folder = store.folder_for(machine, machine_name)
-    sizes = Sizes(store, folder, machine)
-    jobs = prepare(only, profile, parse_overrides(assignments), sizes)
+    chosen = chosen_sections(only, profile, parse_overrides(assignments), machine)
     failed: dict[str, str] = {}
     with store.at_work(folder) as tell:
+        sizes = Sizes(store, folder, machine)
+        jobs = prepare(chosen, profile, sizes)
         print(f"Machine {folder}, profile {profile}: {', '.join(job.section.name for job in jobs)}", flush=True)
         tell_forecast(sizes, jobs, profile, force)
         for job in jobs:
@@ -103,11 +110,11 @@ def run(only: list[str], profile: str, assignments: list[str], machine_name: str
                 print(f"{name}: FAILED: {error}", file=sys.stderr, flush=True)
         problems = write_report(store)
     if failed:
-        chosen = [job for job in jobs if job.section.name in failed]
+        again = [job for job in jobs if job.section.name in failed]
         print(f"Failed: {', '.join(failed)}; what was measured is kept.", file=sys.stderr)
         for name, error in failed.items():
             print(f"  {name}: {error.splitlines()[0]}", file=sys.stderr)
-        print(f"To go on: {command_for(chosen, profile, assignments, machine_name, force)}", file=sys.stderr)
+        print(f"To go on: {command_for(again, profile, assignments, machine_name, force)}", file=sys.stderr)
     elif problems:
         print("Every section is done, the report is not whole; again: ./run_all.sh --report-only", file=sys.stderr)
     return 1 if failed or problems else 0

@@ -30,8 +30,13 @@ class Sizes:
         self.kept: dict[str, Any] = store._read_json(self.path) if self.path.exists() else {}
 
     @property
+    def known(self) -> bool:
+        """Whether the rates were measured before."""
+        return "rates" in self.kept
+
+    @property
     def rates(self) -> Rates:
-        if "rates" not in self.kept:
+        if not self.known:
             num_ranks = max(1, resolve_ranks(None, self.machine))
             environment = child_environment(self.machine, num_ranks)
             self.kept["rates"] = machine_rates.measure(self.machine, environment, num_ranks).to_json()

@@ -196,7 +196,7 @@ def test_interrupt_ends_the_installation(checkout):
         silent.accept()
         begun = [running, *psutil.Process(running.pid).children(recursive=True)]
         os.killpg(running.pid, signal.SIGINT)
-        _, errors = running.communicate(timeout=10)
+        _, errors = running.communicate(timeout=60)
     assert running.returncode == 130
     assert errors.strip().splitlines()[-1] == "maco: interrupted"
     time.sleep(0.2)

@@ -81,10 +81,11 @@ def run_ranks(function, num_ranks: int = 2, backend: str = "gloo", timeout_s: fl
                 if any(rank.exitcode for rank in ranks):
                     deadline = min(deadline, time.monotonic() + 2)  # the others end by themselves, or wait for it
         finally:
+            codes = [rank.exitcode for rank in ranks]
             for rank in ranks:
+                rank.kill()
                 with contextlib.suppress(ProcessLookupError):
-                    os.killpg(rank.pid, signal.SIGKILL)
-        codes = [rank.exitcode if rank not in running else None for rank in ranks]
+                    os.killpg(rank.pid, signal.SIGKILL)  # what it has started
         for rank in ranks:
             rank.join()
         output = "\n".join(path.read_text() for path in sorted(pathlib.Path(folder).glob("output-*")))

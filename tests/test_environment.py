@@ -51,7 +51,7 @@ def surroundings(checkout, *arguments, **variables):
     return {"args": ["bash", "run_all.sh", *arguments], "cwd": checkout, "env": environment, "text": True}
 
 
-def start(checkout, *arguments, timeout=60, **variables):
+def start(checkout, *arguments, timeout=240, **variables):
     return subprocess.run(**surroundings(checkout, *arguments, **variables), capture_output=True, timeout=timeout)
 
 
@@ -92,7 +92,7 @@ def test_no_network_leaves_nothing_that_looks_ready(checkout):
     command(checkout, "nvidia-smi", "exit 9")
     offline = {"PIP_NO_INDEX": "1", "PIP_FIND_LINKS": "", "PIP_CONFIG_FILE": os.devnull}
     for _ in range(2):
-        *_, line = refusal(start(checkout, timeout=120, **offline))
+        *_, line = refusal(start(checkout, **offline))
         assert "is there a network?" in line and ".venv/install.log" in line
         assert not (checkout / ".venv" / "maco-lock").exists()
 
@@ -196,7 +196,7 @@ def test_interrupt_ends_the_installation(checkout):
         silent.accept()
         begun = [running, *psutil.Process(running.pid).children(recursive=True)]
         os.killpg(running.pid, signal.SIGINT)
-        _, errors = running.communicate(timeout=10)
+        _, errors = running.communicate(timeout=60)
     assert running.returncode == 130
     assert errors.strip().splitlines()[-1] == "maco: interrupted"
     time.sleep(0.2)

@@ -155,4 +155,4 @@ def test_conda_environment_uses_the_cuda_lock():
     assert set(environment) == {"name", "channels", "dependencies"}
     *packages, pip = environment["dependencies"]
     assert any(re.fullmatch(r"python=3\.1[123]", package) for package in packages) and "pip" in packages
-    assert "-r requirements/cuda.txt" in pip["pip"]
+    assert pip["pip"] == ["-r requirements/cuda.txt"], "pip takes nothing without a hash beside a lock with hashes"

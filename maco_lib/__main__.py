@@ -40,7 +40,7 @@ def run_main(options: argparse.Namespace) -> int:
 
 
 def report_only_main(options: argparse.Namespace, only: list[str]) -> int:
-    from maco_lib.study.runner import report_only
+    from maco_lib.study.rebuild import report_only
     from maco_lib.study.store import Store
 
     given = {"--profile": options.profile, "--force": options.force, "-p": options.overrides}
@@ -78,7 +78,7 @@ def status_main(options: argparse.Namespace) -> int:
 
 
 def report_main(options: argparse.Namespace) -> int:
-    from maco_lib.study.runner import report_only
+    from maco_lib.study.rebuild import report_only
     from maco_lib.study.store import Store
 
     return tell(report_only(Store(), [], "auto"))

@@ -13,12 +13,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from maco_lib.machine import Machine, num_cores, this_machine
+from maco_lib.machine import Machine, this_machine
 from maco_lib.study.figures.style import FORMATS
 from maco_lib.study.files import CHECKOUT, NOTEBOOK_FAILED
 from maco_lib.study.journal import Tail
 from maco_lib.study.overrides import parse_overrides
 from maco_lib.study.progress import View
+from maco_lib.study.rebuild import write_report
 from maco_lib.study.sections import SECTIONS
 from maco_lib.study.sections import section as find_section
 from maco_lib.study.sections import table as find_table
@@ -264,48 +265,3 @@ def record_failure(store: Store, folder: str, job: Job, profile: str, error: str
     )
     store.claim(this_machine(), folder)
     store.write_record(folder, job.section.name, record)
-
-
-def write_report(store: Store) -> list[str]:
-    """REPORT.md, HTML and PDF; prints and returns what could not be written."""
-    from maco_lib.study import publish, report
-
-    try:
-        problems = report.build(store.root, redraw=False)
-        publish.build(store.root)
-    except (DataError, ValueError, RuntimeError) as error:
-        problems = [f"{type(error).__name__}: {error}"]
-    for problem in problems:
-        print(f"report: {problem}", file=sys.stderr)
-    return problems
-
-
-def report_only(store: Store, only: list[str], machine_name: str) -> list[str]:
-    """Draw the figures of the sections `only` (none: of all) on one stored machine ("auto": on all), then the report.
-
-    Returns what could not be drawn or written; raises ValueError naming an unknown section or machine.
-    """
-    from maco_lib.study import figures, publish, report
-
-    stored = store.machines()
-    if machine_name != "auto" and machine_name not in stored:
-        raise ValueError(f"unknown machine {machine_name!r}; data/ holds {', '.join(stored)}; auto: every one")
-    chosen = [find_section(name) for name in only or SECTIONS]
-    print(f"Drawing figures and report from {store.data}", flush=True)
-    if not only and machine_name == "auto":
-        problems = report.build(store.root, processes=num_cores())
-    else:
-        problems = []
-        for folder in stored if machine_name == "auto" else [machine_name]:
-            for entry in chosen:
-                if store.record(folder, entry.name).get("verdict", {}).get("state") != COMPLETE:
-                    continue
-                for name in entry.figures:
-                    try:
-                        figures.write(store, folder, name)
-                    except DataError as error:
-                        problems.append(str(error))
-        problems += report.build(store.root, redraw=False)
-    for path in [store.root / "REPORT.md", *publish.build(store.root)]:
-        print(path, flush=True)
-    return list(dict.fromkeys(problems))

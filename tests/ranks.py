@@ -60,7 +60,7 @@ def with_group(function, rank: int, num_ranks: int, backend: str, store: str) ->
         dist.destroy_process_group()
 
 
-def run_ranks(function, num_ranks: int = 2, backend: str = "gloo", timeout_s: float = 90.0) -> str:
+def run_ranks(function, num_ranks: int = 2, backend: str = "gloo", timeout_s: float = 240.0) -> str:
     """Run `function(rank, num_ranks)`, at the top level of a test module, on every rank; returns what they printed.
 
     backend: of the default group; "": none is named to torch.

@@ -134,11 +134,16 @@ def test_a_hand_edited_table_is_named_and_the_rest_goes_on(study, tmp_path):
         (["-p", "nonsense"], "-p takes name=value, not 'nonsense'"),
     ],
 )
-def test_bad_input_is_refused_before_anything_runs(tmp_path, arguments, says):
-    done = maco(tmp_path, "run", *arguments)
-    assert done.returncode == 2
-    assert says in done.stderr
-    assert "Traceback" not in done.stderr
+def test_bad_input_is_refused_before_anything_runs(tmp_path, arguments, says, monkeypatch, capsys):
+    monkeypatch.setenv("MACO_ROOT", str(tmp_path))
+    try:
+        status = main(["run", *arguments])
+    except SystemExit as refused:  # argparse's own way
+        status = refused.code
+    told = capsys.readouterr().err
+    assert status == 2
+    assert says in told
+    assert "Traceback" not in told
     assert not (tmp_path / "data").exists()
 
 

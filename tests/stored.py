@@ -128,7 +128,7 @@ def linear_all_reduce(fraction: float = 0.92, ours: float = 1.1) -> pd.DataFrame
                         "technique": "persistent" if method == "persistent" else "sequential",
                         "is_peer": method.startswith("sequential") or method == "async_tp",
                         "plan": "persistent" if method == "auto" else "", "predicted_us": time * 1.1,
-                        "tiling": "2 × 64 staggered" if method == "persistent" else "",
+                        "tiling": "2x64-staggered" if method == "persistent" else "",
                         "time_us": time, "time_lo_us": time * 0.99, "time_hi_us": time * 1.01, "t_matmul_us": matmul,
                         "t_comm_us": comm, "t_comm_backend": "symm_mem_two_shot", "ideal_us": max(matmul, comm),
                         "t_matmul_chunked_us": matmul * 1.1 if method.startswith("chunked") else math.nan,

@@ -184,7 +184,7 @@ def planner(machine: Evidence) -> list[str]:
     if losses:
         worst = max(losses, key=losses.get)
         near = sum(loss <= LINEAR_TOLERANCE for loss in losses.values())
-        source = "model" if len(errors) else "shipped table"
+        source = "model" if "predicted_us" in machine.table("linear_all_reduce") else "shipped table"
         lines.append(f"untuned, by the {source} alone, it is within {LINEAR_TOLERANCE:.0%} of that in {near} of "
                      f"{len(losses)} points; at worst {losses[worst]:+.1%}, {worst}")  # fmt: skip
     return lines

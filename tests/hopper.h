@@ -234,6 +234,8 @@ void store_relaxed(u64 address, u32 value) {
     *(volatile u32*)address = value;
     if (value) wake(flag_waiting[address]);
 }
+void fence_gpu();
+void fence_system() { fence_gpu(); }
 void fence_gpu() {
     fence([](const Unfenced& one) { return one.by == self->cta; });
 }

@@ -1,12 +1,14 @@
 // ll128.cu on a CPU: the threads of every rank as fibers, which take turns at random; lines of 128 bytes arrive whole,
 // but whenever they like. Each rank runs launch after launch, a CTA at a time, the least that a GPU may have room for.
-// Exits with 1 and a line that says what is wrong, or that all of them wait. Arguments: seed, number of launches.
+// Exits with 1 and a line that says what is wrong, or that all of them wait, and with 2 where a rank gives up, which it
+// does where one is absent. Arguments: seed, number of launches, the rank that never comes (-1: none).
 // Defined at compile time: RANKS, WARPS, PASSES, ONE_SHOT, NORM; elements are floats.
 
 #include "on_cpu.h"
 
 #define KIND 0
 #define LAUNCH 1024ull
+#define WHO 1792
 #define BEGIN 0
 #define HALF (1ull << 20)
 #define __shared__ static
@@ -96,7 +98,7 @@ void get(u64 place, u64& first, u64& second) {
 #define NAMED(a, b) JOINED(a, b)
 #define ll128_kernel NAMED(kernel_of_rank_, RANK)
 struct Inboxes { u64 at[RANKS]; };
-typedef void (*Kernel)(Inboxes, u64*, const u64*, const u64*, const u64*, u64*, u64*, int, int, int, float);
+typedef void (*Kernel)(Inboxes, u64*, const u64*, const u64*, const u64*, u64*, u64*, int, int, int, float, u64);
 #define RANK 0
 #include "ll128_rank.h"
 #define RANK 1
@@ -135,7 +137,7 @@ void enter() {
     const auto words = [](std::vector<float>& values) { return (u64*)values.data(); };
     KERNELS[self->rank](inboxes, &rank.counter, words(launch.products[self->rank]), words(launch.residual),
                         words(launch.weight), words(launch.normed[self->rank]), words(launch.total[self->rank]),
-                        launch.block_words, launch.num_words, (launch.num_blocks + RANKS - 1) / RANKS, 1e-5f);
+                        launch.block_words, launch.num_words, (launch.num_blocks + RANKS - 1) / RANKS, 1e-5f, 0);
     self->ended = true;
     yield();
 }
@@ -203,7 +205,10 @@ int main(int, char** arguments) {
         }
         launch.residual = drawn(launch.num_words), launch.weight = drawn(launch.block_words);
     }
-    for (int number = 0; number < RANKS; number++) start_cta(number);
+    const int absent = atoi(arguments[3]);
+    bound_ns = absent < 0 ? 0 : 1000;
+    for (int number = 0; number < RANKS; number++)
+        if (number != absent) start_cta(number);
     u32 paces[RANKS];  // turns of 40 that a rank's threads take
     std::fill(paces, paces + RANKS, 40);
     for (idle = 0; !fibers.empty(); idle++) {

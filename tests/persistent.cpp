@@ -10,6 +10,10 @@
 #define __shared__
 #define BF16 1
 #define TRACE 0
+#define WHO 2048
+#ifndef STRICT
+#define STRICT 0
+#endif
 #define TRACE_TILES 0
 #define WGMMA_1 (emulate<BN>(sum, a, b, add))
 #define WGMMA_2 (emulate<WIDTH * BN>(sum, a, b, add))

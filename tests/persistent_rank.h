@@ -8,7 +8,7 @@ void run(const Launch& launch) {
     Addresses at;
     for (int r = 0; r < RANKS; r++)
         at.partials[r] = launch.partials[r], at.sums[r] = launch.sums[r], at.flags[r] = launch.flags[r];
-    at.inbox = launch.inbox, at.area_bytes = launch.area_bytes;
+    at.inbox = launch.inbox, at.area_bytes = launch.area_bytes, at.watch = 0;
     persistent_kernel(launch.x, launch.weight, launch.weight_pair, launch.result, at, launch.tables[0],
                       (const Work*)launch.tables[1], launch.tables[2], (const Fetch*)launch.tables[3], launch.num_steps,
                       launch.num_rows, launch.num_columns, launch.bias, launch.residual, nullptr);

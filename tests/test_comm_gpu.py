@@ -14,6 +14,7 @@ import torch.distributed as dist
 from ranks import run_ranks
 
 from maco_lib import comm
+from maco_lib import context as contexts
 from maco_lib.comm import mailbox, nccl, nccl_symmetric, peers, symmetric, vllm_custom
 from maco_lib.comm.nccl_symmetric import NcclSymmetric
 from maco_lib.comm.vllm_custom import VllmCustom
@@ -250,9 +251,9 @@ def test_vllm_custom_on_every_gpu():
     [
         lambda group: peers.peers(group, torch.device("cuda", 0)),
         lambda group: mailbox.mailbox(group, torch.device("cuda", 0)),
-        lambda group: nccl.limited_group(group, 4),
+        lambda group: nccl.limited_group(group, torch.device("cuda", 0), 4),
         lambda group: nccl_symmetric.memory(group, torch.device("cuda", 0), 16),
-        lambda group: symmetric.Memory(group, torch.device("cuda", 0)).allocate(64),
+        lambda group: symmetric.memory(group, torch.device("cuda", 0)).allocate(64),
     ],
 )
 def test_what_all_ranks_make_is_not_made_in_a_capture(monkeypatch, make):
@@ -338,7 +339,7 @@ def released(rank: int, num_ranks: int) -> None:
     owner = object.__new__(nccl_symmetric.RegisteredMemory)
     owner.pools, owner.communicator = [], dist.new_group(list(range(num_ranks)))
     nccl_symmetric.finalize_before_destruction(owner)
-    nccl_symmetric._MEMORY[dist.group.WORLD] = {16: owner}
+    contexts.of(None, torch.device("cpu")).made[nccl_symmetric.RegisteredMemory, 16] = owner
     communicator, owner = weakref.ref(owner.communicator), weakref.ref(owner)
     num_groups = len(world.pg_map)
     for _ in range(2):  # a second time there is nothing to release
@@ -358,7 +359,7 @@ def released_too_late(rank: int, num_ranks: int) -> None:
     owner.pools, owner.communicator = [], dist.new_group(list(range(num_ranks)))
     nccl_symmetric.finalize_before_destruction(owner)
     world = dist.group.WORLD
-    nccl_symmetric._MEMORY[world] = {16: owner}
+    contexts.of(world, torch.device("cpu")).made[nccl_symmetric.RegisteredMemory, 16] = owner
     dist.destroy_process_group()
     nccl_symmetric.release(world)
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)  # for whoever destroys it at the end

@@ -10,7 +10,7 @@ pytest.importorskip("cuda.bindings")
 
 from maco_lib.kernels.decode import decode, fits, readable
 from maco_lib.kernels.decode_tiles import MAX_ROWS
-from maco_lib.kernels.inbox import INBOX_BYTES
+from maco_lib.kernels.inbox import INBOX_BYTES, Box
 
 EPS = 1e-6
 # (M, N, K): tiles of one stage and of many, several to a CTA, and M, N and K that nothing divides.
@@ -32,14 +32,16 @@ class Example:
         self.zeros = torch.zeros(m, n, device="cuda", dtype=dtype)
         self.inbox = torch.zeros(INBOX_BYTES, device="cuda", dtype=torch.uint8)
         self.counter = torch.zeros(1, device="cuda", dtype=torch.int64)
+        self.watch = torch.zeros(2, dtype=torch.int64, pin_memory=True)  # no bound
+        place = (self.inbox.data_ptr(),), self.counter.data_ptr()
+        self.box = Box(*place, 0, self.watch.data_ptr(), self.inbox.device.index)
 
     def run(self, **options) -> torch.Tensor:
         """The product, as the kernel that takes it has it; of a group of one."""
         from maco_lib.kernels.sum_norm import sum_norm
 
-        box = {"inboxes": (self.inbox.data_ptr(),), "counter": self.counter}
-        decode(self.x, self.weight, self.bias, **box, **options)
-        return sum_norm(None, self.zeros, self.zeros[0], EPS, **box, rank=0)[1]
+        decode(self.x, self.weight, self.bias, self.box, **options)
+        return sum_norm(None, self.zeros, self.zeros[0], EPS, self.box)[1]
 
     def error(self, product: torch.Tensor) -> float:
         bias = None if self.bias is None else self.bias.double()

@@ -195,11 +195,11 @@ def kernels_are_right(rank: int, num_ranks: int) -> None:
     from maco_lib.kernels.sum_norm import sum_norm
 
     device = device_of(rank)
-    box = mailbox(dist.group.WORLD, device)
+    box = mailbox(dist.group.WORLD, device).box
     kinds = [{"one_shot": one} for one in (False, True)]
 
     def run(operands, how):
-        return sum_norm(*operands, EPS, inboxes=box.inboxes, counter=box.counter, rank=box.rank, **how)
+        return sum_norm(*operands, EPS, box, **how)
 
     cases = []
     for seed, (num_rows, n) in enumerate([(1, 4096), (2, 8192), (3, 64), (7, 5120), (61, 8192), (256, 4096)]):

@@ -5,7 +5,8 @@ import torch
 import torch.distributed as dist
 from ranks import run_ranks
 
-from maco_lib.overlap import overlap, start, streams
+from maco_lib import context as contexts
+from maco_lib.overlap import overlap, start
 
 
 def device_of(rank: int) -> torch.device:
@@ -110,15 +111,19 @@ def test_a_capture_that_failed_does_not_stop_later_planned_collectives(monkeypat
             raise RuntimeError("operation not permitted on an event last recorded in a capturing stream")
 
     gpu = torch.device("cuda", 0)
-    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: Stream())
-    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: capturing)
-    monkeypatch.setitem(streams._EXCLUSIVE, gpu, object())
+    now, before = Stream(), Stream()
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: now)
+    monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda index: 8, raising=False)
+    monkeypatch.setattr(contexts, "stream_of", lambda handle, device: before)
+    monkeypatch.setattr(contexts, "capture_of", lambda stream: 2 if capturing and stream is now else 0)
+    turns = contexts.Turns(gpu)
+    turns.stream, turns.end, turns.unawaited, turns.has_ended, turns.captured_in = 7, object(), object(), True, 1
     if capturing:
         with pytest.raises(RuntimeError, match="begun before this capture: wait"):
-            streams.wait_for_planned(gpu)
+            turns.take()
     else:
-        streams.wait_for_planned(gpu)
-    assert (gpu in streams._EXCLUSIVE) == capturing
+        turns.take()
+    assert (turns.stream == 7) == capturing
 
 
 def captured(rank: int, num_ranks: int) -> None:

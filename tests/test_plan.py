@@ -14,6 +14,7 @@ import torch.distributed as dist
 from ranks import run_ranks
 
 from maco_lib import comm
+from maco_lib import context as contexts
 from maco_lib.overlap import LinearPlan, Plan, calibrate, decisions, overlap, start, streams, tune
 from maco_lib.overlap.auto import FIRST_CALLS, ROUNDS
 from maco_lib.overlap.model import Stretch
@@ -397,7 +398,7 @@ def calibrations(rank: int, num_ranks: int) -> None:
     calibration.measure = lambda *rest: (measured.append(1), measure(*rest))[1]
 
     def again(force: bool = False) -> calibration.Calibration:
-        calibration._CALIBRATIONS.clear()  # as in a new process
+        contexts.of(None, CPU).forget(calibration.stored_or_measured)  # as in a new process
         return calibration.calibrate(CPU, force=force)
 
     # A fault of the rank that reads and writes the file: all are told, none waits for it.

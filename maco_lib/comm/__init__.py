@@ -8,6 +8,7 @@ A backend has `name`, `needs`, `unavailable(collective, device, group) -> why or
 import torch
 import torch.distributed as dist
 
+from maco_lib import context as contexts
 from maco_lib.comm.gloo import Gloo
 from maco_lib.comm.mailed import LL128, OneShotLines
 from maco_lib.comm.nccl import Nccl
@@ -59,10 +60,10 @@ def all_reduce(
     """Sum contiguous `tensor` in place over the ranks on the current stream, over the backend of that name. Collective.
 
     async_op: gloo returns its Work at once; the others are ordered by the stream and return None. The backends in
-    symmetric memory need no copy for a tensor from `symmetric_empty`; those of one group share its flags and buffers,
-    so on several streams they must be ordered one after the other (`overlap` and `start` do it for what is issued from
-    one stream). Of no elements there is nothing to sum. Raises ValueError on an unknown backend, on a layout, type
-    or place that it has no kernel for, and on a tensor that requires a gradient, but under torch.no_grad().
+    symmetric memory need no copy for a tensor from `symmetric_empty`. From several streams they run one after the
+    other, in the order in which they are issued (`context.Turns`). Of no elements there is nothing to sum. Raises
+    ValueError on an unknown backend, on a layout, type or place that it has no kernel for, and on a tensor that
+    requires a gradient, but under torch.no_grad().
     """
     if not tensor.is_contiguous():
         raise ValueError(f"all_reduce needs a contiguous tensor; {tuple(tensor.shape)} has strides {tensor.stride()}")
@@ -71,7 +72,13 @@ def all_reduce(
     group = group or dist.group.WORLD
     if why := backend(backend_name).unavailable("all_reduce", tensor.device, group):
         raise ValueError(why)
-    return backend(backend_name).all_reduce(tensor, group, async_op) if tensor.numel() else None
+    if not tensor.numel():
+        return None
+    turns = contexts.on(tensor.device).turns
+    turns.take()
+    work = backend(backend_name).all_reduce(tensor, group, async_op)
+    turns.give()
+    return work
 
 
 def available(name: str, device: torch.device, group: dist.ProcessGroup) -> list[str]:

@@ -10,12 +10,22 @@ reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_sca
 all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 
 
+def all_reduce(tensor: torch.Tensor, group: dist.ProcessGroup, async_op: bool) -> dist.Work | None:
+    """`dist.all_reduce` without what that looks at in every call: a third of its cost to the host."""
+    options = dist.AllreduceOptions()
+    options.asyncOp = async_op
+    work = group.allreduce([tensor], options)
+    if not async_op and work is not None:
+        work.wait()  # on a GPU there is none, or the stream's
+    return work if async_op else None
+
+
 def issue(
     name: str, source: torch.Tensor, result: torch.Tensor, group: dist.ProcessGroup | None, async_op: bool = False
 ) -> dist.Work | None:
     """Sum, scatter, gather or exchange flat contiguous tensors; `all_reduce` works in place, so `result is source`."""
     if name == "all_reduce":
-        return dist.all_reduce(result, group=group, async_op=async_op)
+        return all_reduce(result, group or dist.group.WORLD, async_op)
     if name == "reduce_scatter":
         return reduce_scatter(result, source, group=group, async_op=async_op)
     if name == "all_gather":

@@ -1,39 +1,37 @@
 """The inboxes of a group's ranks, in which small data arrive in lines (`kernels.lines`, `kernels.ll128`)."""
 
-import weakref
-
 import torch
 import torch.distributed as dist
 
-from maco_lib.comm.peers import peers
+from maco_lib import context as contexts
+from maco_lib.comm.peers import Peers
 from maco_lib.comm.symmetric import require_no_capture
-from maco_lib.kernels.inbox import INBOX_BYTES
+from maco_lib.comm.watch import Watch
+from maco_lib.context import Context
+from maco_lib.kernels.inbox import INBOX_BYTES, Box
 
 
 class Mailbox:
     """Where this rank's peers leave small data. Made once, collective; its kernels run one after the other.
 
-    inboxes: the address of every rank's, beginning with the next rank, own last. counter: int64 (1,), of the launches.
+    box: what the kernels need to know of it.
     """
 
-    def __init__(self, group: dist.ProcessGroup, device: torch.device):
-        shared = peers(group, device)
-        self.rank = shared.rank
+    def __init__(self, context: Context):
+        require_no_capture("make a group's mailbox")
+        shared, device = context.get(Peers), context.device
         self.region = shared.memory.allocate(INBOX_BYTES)
         self.region.base.zero_()
-        self.inboxes = shared.rotated(self.region.addresses)
         self.counter = torch.zeros(1, dtype=torch.int64, device=device)
+        self.box = Box(
+            shared.rotated(self.region.addresses), self.counter.data_ptr(), shared.rank, context.get(Watch).address,
+            device.index, together=context.together,
+        )  # fmt: skip
         # Nobody may write into an inbox that its owner has yet to clear.
         torch.cuda.synchronize(device)
-        dist.barrier(group, device_ids=[device.index])
-
-
-_MAILBOXES: "weakref.WeakKeyDictionary[dist.ProcessGroup, Mailbox]" = weakref.WeakKeyDictionary()
+        dist.barrier(context.group, device_ids=[device.index])
 
 
 def mailbox(group: dist.ProcessGroup, device: torch.device) -> Mailbox:
     """The mailbox of `group`, made at the first call; RuntimeError if that is while a graph is captured."""
-    if group not in _MAILBOXES:
-        require_no_capture("make a group's mailbox")
-        _MAILBOXES[group] = Mailbox(group, device)
-    return _MAILBOXES[group]
+    return contexts.of(group, device).get(Mailbox)

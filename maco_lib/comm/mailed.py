@@ -29,8 +29,7 @@ class Mailed(PushTwoShot):
 
     def send(self, tensor: torch.Tensor, group: dist.ProcessGroup) -> None:
         """Sum `tensor` in place, through the mailbox."""
-        box = mailbox(group, tensor.device)
-        self.kernel()(tensor, inboxes=box.inboxes, counter=box.counter, rank=box.rank)
+        self.kernel()(tensor, mailbox(group, tensor.device).box)
 
     def kernel(self) -> Callable:
         raise NotImplementedError

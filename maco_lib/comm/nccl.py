@@ -7,15 +7,16 @@ Collectives run on the current stream (torch 2.8 and later, `async_op=False`), s
 kernel is that of the side stream it is issued on; the option `is_high_priority_stream` would not change it.
 """
 
-import weakref
 from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
 
+from maco_lib import context as contexts
 from maco_lib.comm import c10d
 from maco_lib.comm.record import Operation
 from maco_lib.comm.symmetric import require_no_capture
+from maco_lib.context import Context
 
 
 @dataclass(frozen=True)
@@ -38,12 +39,12 @@ class Nccl:
         self, name: str, numel: int, dtype: torch.dtype, device: torch.device, group: dist.ProcessGroup
     ) -> Operation:
         """The collective on fresh buffers; collective itself when the limited communicator has yet to be made."""
-        limited = group if self.max_ctas is None else limited_group(group, self.max_ctas)
+        limited = group if self.max_ctas is None else limited_group(group, device, self.max_ctas)
         return c10d.operation(name, numel, dtype, device, limited)
 
     def all_reduce(self, tensor: torch.Tensor, group: dist.ProcessGroup, async_op: bool = False) -> dist.Work | None:
         """Sum `tensor` in place on the current stream; collective itself when the limited communicator is made."""
-        limited = group if self.max_ctas is None else limited_group(group, self.max_ctas)
+        limited = group if self.max_ctas is None else limited_group(group, tensor.device, self.max_ctas)
         return c10d.issue("all_reduce", tensor, tensor, limited, async_op)
 
 
@@ -54,19 +55,18 @@ def partial_group(name: str, group: dist.ProcessGroup) -> str:
     return f"{name} makes a communicator, which takes all {dist.get_world_size()} ranks; the group has {group.size()}"
 
 
-_LIMITED: "weakref.WeakKeyDictionary[dist.ProcessGroup, dict[int, dist.ProcessGroup]]" = weakref.WeakKeyDictionary()
-
-
-def limited_group(group: dist.ProcessGroup, max_ctas: int) -> dist.ProcessGroup:
+def limited_group(group: dist.ProcessGroup, device: torch.device, max_ctas: int) -> dist.ProcessGroup:
     """A group of the same ranks whose collectives use at most `max_ctas` CTAs; made once. Collective.
 
     Raises RuntimeError if that would be while a graph is captured.
     """
-    made = _LIMITED.setdefault(group, {})
-    if max_ctas not in made:
-        require_no_capture("make a communicator")
-        options = dist.ProcessGroupNCCL.Options()
-        options.config.min_ctas = 1
-        options.config.max_ctas = max_ctas
-        made[max_ctas] = dist.new_group(dist.get_process_group_ranks(group), backend="nccl", pg_options=options)
-    return made[max_ctas]
+    return contexts.of(group, device).get(new_group, max_ctas)
+
+
+def new_group(context: Context, max_ctas: int) -> dist.ProcessGroup:
+    """What `limited_group` makes."""
+    require_no_capture("make a communicator")
+    options = dist.ProcessGroupNCCL.Options()
+    options.config.min_ctas = 1
+    options.config.max_ctas = max_ctas
+    return dist.new_group(dist.get_process_group_ranks(context.group), backend="nccl", pg_options=options)

@@ -12,16 +12,17 @@ does for plain NCCL.
 import atexit
 import math
 import os
-import weakref
 from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
 
+from maco_lib import context as contexts
 from maco_lib.comm import c10d
 from maco_lib.comm.nccl import partial_group
 from maco_lib.comm.record import Operation, collective
 from maco_lib.comm.symmetric import ALIGNMENT, MIN_WORKSPACE, require_kernel, require_no_capture, unreachable
+from maco_lib.context import Context
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 MIN_NCCL = (2, 27)
@@ -36,7 +37,9 @@ class RegisteredMemory:
     deregisters. torch calls it when the default group is destroyed, Python at exit.
     """
 
-    def __init__(self, group: dist.ProcessGroup, device: torch.device, num_ctas: int):
+    def __init__(self, context: Context, num_ctas: int):
+        require_no_capture("make a communicator")
+        group, device = context.group, context.device
         self.device = device
         options = dist.ProcessGroupNCCL.Options()
         options.config.min_ctas = options.config.max_ctas = num_ctas
@@ -107,19 +110,12 @@ def finalize_before_destruction(owner: object) -> None:
     atexit.register(owner.finalize)
 
 
-_MEMORY: "weakref.WeakKeyDictionary[dist.ProcessGroup, dict[int, RegisteredMemory]]" = weakref.WeakKeyDictionary()
-
-
 def memory(group: dist.ProcessGroup, device: torch.device, num_ctas: int) -> RegisteredMemory:
     """The registered memory of `group` for that number of CTAs; made once. Collective.
 
     Raises RuntimeError if that would be while a graph is captured.
     """
-    made = _MEMORY.setdefault(group, {})
-    if num_ctas not in made:
-        require_no_capture("make a communicator")
-        made[num_ctas] = RegisteredMemory(group, device, num_ctas)
-    return made[num_ctas]
+    return contexts.of(group, device).get(RegisteredMemory, num_ctas)
 
 
 def release(group: dist.ProcessGroup) -> None:
@@ -128,8 +124,9 @@ def release(group: dist.ProcessGroup) -> None:
 
     Every rank calls it. Destroying the default group does the same for all groups.
     """
-    for owner in _MEMORY.pop(group, {}).values():
-        owner.destroy()
+    for context in contexts.of_group(group):
+        for owner in context.forget(RegisteredMemory):
+            owner.destroy()
 
 
 @dataclass(frozen=True)

@@ -7,10 +7,10 @@ moves as much as two-shot, with P ranks P / 2 times that.
 from dataclasses import dataclass
 
 import torch
-import torch.distributed as dist
 
-from maco_lib.comm.peers import SharedSum, peers
+from maco_lib.comm.peers import Peers, SharedSum
 from maco_lib.comm.symmetric import Region
+from maco_lib.kernels.launch import Launch
 
 
 @dataclass(frozen=True)
@@ -20,10 +20,11 @@ class PullOneShot(SharedSum):
     num_ctas: int = 64
     in_place = False
 
-    def reduce(self, region: Region, source: torch.Tensor, result: torch.Tensor, group: dist.ProcessGroup) -> None:
-        shared = peers(group, source.device)
+    def launch(self, region: Region, source: torch.Tensor, result: torch.Tensor, shared: Peers) -> Launch:
+        from maco_lib.kernels.sum_shares import sum_shares
+
         offset = source.data_ptr() - region.base.data_ptr()
         # By rank, not beginning with the next one: the order of the sum is to be the same everywhere.
         sources = tuple(address + offset for address in region.addresses)
-        own = (result.data_ptr(),)
-        shared.sum(sources, own, 0, source.numel(), source.dtype, num_ctas=self.num_ctas, enter=True, leave=True)
+        own, how = (result.data_ptr(),), {"num_ctas": self.num_ctas, "enter": True, "leave": True}
+        return sum_shares(sources, own, 0, source.numel(), source.dtype, shared.at, **how)

@@ -4,14 +4,18 @@ Every rank owns a share of the tensor: it sums the ranks' copies of it (reduce-s
 (all-gather). Every sum is formed by one rank, in one fixed order: deterministic, and bitwise equal on every rank.
 """
 
-import weakref
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
 import torch.distributed._symmetric_memory as symmetric
 
-from maco_lib.comm.symmetric import GRANULE_BYTES, Region, SymmetricAllReduce, memory, require_no_capture
+from maco_lib import context as contexts
+from maco_lib.comm.symmetric import GRANULE_BYTES, Memory, Region, SymmetricAllReduce, require_no_capture
+from maco_lib.comm.watch import Watch
+from maco_lib.context import Context
+from maco_lib.kernels.launch import Launch, Launches
 
 MAX_ELEMENTS = 2**31 - 1
 
@@ -19,20 +23,24 @@ MAX_ELEMENTS = 2**31 - 1
 class Peers:
     """A group's ranks, as kernels see them: lists by rank begin with the next rank and end with this one.
 
-    So at any step every rank works with another one. Made once; collective.
+    So at any step every rank works with another one. Made once; collective. at: what kernels need to know of the flags.
     """
 
-    def __init__(self, group: dist.ProcessGroup, device: torch.device):
+    def __init__(self, context: Context):
+        require_no_capture("make a group's flags")
         from maco_lib.kernels import meet  # needs Triton
 
-        self.memory = memory(group, device)
+        group, device = context.group, context.device
+        self.memory, self.together = context.get(Memory), context.together
         self.rank, self.num_ranks = group.rank(), group.size()
         self.others = [(self.rank + step) % self.num_ranks for step in range(1, self.num_ranks)]
         self.own_flags = symmetric.empty(meet.NUM_FLAGS, dtype=torch.int32, device=device).zero_()
         self.handle = symmetric.rendezvous(self.own_flags, group.group_name)
-        self.flags = self.rotated(list(self.handle.buffer_ptrs))
         self.epochs = torch.zeros(meet.MAX_CTAS, dtype=torch.int32, device=device)
+        flags = self.rotated(list(self.handle.buffer_ptrs))
+        self.at = meet.Flags(flags, self.epochs.data_ptr(), self.rank, context.get(Watch).address, device.index)
         self.inbox: Region | None = None
+        self.prepared = Launches()  # of whole sums, by what they sum
         # Nobody may signal into flags that their owner has yet to clear.
         torch.cuda.synchronize(device)
         dist.barrier(group, device_ids=[device.index])
@@ -58,20 +66,26 @@ class Peers:
 
     def inboxes(self, num_bytes: int) -> Region:
         """Where peers leave data for this rank, at least `num_bytes`; collective when it has to grow."""
-        self.inbox = self.memory.grown(self.inbox, num_bytes)
+        inbox, self.inbox = self.inbox, self.memory.grown(self.inbox, num_bytes)
+        if self.inbox is not inbox:
+            self.prepared.clear()  # with the inbox before
         return self.inbox
 
     def sum(
         self, sources: tuple[int, ...], targets: tuple[int, ...], begin: int, end: int, dtype: torch.dtype,
-        *, num_ctas: int, enter: bool, leave: bool,
+        size: Hashable, *, num_ctas: int, enter: bool, leave: bool,
     ) -> None:  # fmt: skip
-        """`kernels.sum_shares` among these ranks."""
+        """`kernels.sum_shares` among these ranks; size: as in `issue`."""
         from maco_lib.kernels.sum_shares import sum_shares
 
-        sum_shares(
-            sources, targets, begin, end, dtype, flags=self.flags, epochs=self.epochs, rank=self.rank,
-            num_ctas=num_ctas, enter=enter, leave=leave,
-        )  # fmt: skip
+        self.issue(
+            sum_shares(sources, targets, begin, end, dtype, self.at, num_ctas=num_ctas, enter=enter, leave=leave), size
+        )
+
+    def issue(self, launch: Callable[[], None], size: Hashable) -> None:
+        """Launch; the first time for a size, the same on every rank, once all of them have compiled what they need."""
+        self.together(size)
+        launch()
 
     def give(self, region: Region, part: torch.Tensor) -> None:
         """Have the copy engine write `part`, a part of `region`, to the other ranks, and wait for theirs."""
@@ -80,18 +94,12 @@ class Peers:
                 region.peer(rank, part).copy_(part)
         # A kernel that sums nothing: its leave tells the others that the copies before it have arrived.
         own = (region.base.data_ptr(),)
-        self.sum(own, own, 0, 0, torch.float32, num_ctas=1, enter=False, leave=True)
-
-
-_PEERS: "weakref.WeakKeyDictionary[dist.ProcessGroup, Peers]" = weakref.WeakKeyDictionary()
+        self.sum(own, own, 0, 0, torch.float32, "give", num_ctas=1, enter=False, leave=True)
 
 
 def peers(group: dist.ProcessGroup, device: torch.device) -> Peers:
     """The peers of `group`, made at the first call; RuntimeError if that is while a graph is captured."""
-    if group not in _PEERS:
-        require_no_capture("make a group's flags")
-        _PEERS[group] = Peers(group, device)
-    return _PEERS[group]
+    return contexts.of(group, device).get(Peers)
 
 
 @dataclass(frozen=True)
@@ -101,6 +109,22 @@ class SharedSum(SymmetricAllReduce):
     num_ctas: int = 8
     needs: str = "GPUs of one host that can access each other's memory, Triton, bf16, fp16 or fp32"
     dtypes = (torch.bfloat16, torch.float16, torch.float32)
+
+    def launch(self, region: Region, source: torch.Tensor, result: torch.Tensor, shared: Peers) -> Launch:
+        """The kernel that does all of `reduce`, ready."""
+        raise NotImplementedError
+
+    def reduce(self, region: Region, source: torch.Tensor, result: torch.Tensor, group: dist.ProcessGroup) -> None:
+        shared = peers(group, source.device)
+        key = self.name, source.data_ptr(), result.data_ptr(), source.numel(), source.dtype
+        launch = shared.prepared.get(key)
+        if launch is None:
+            launch = shared.prepared.keep(key, self.launch(region, source, result, shared))
+        shared.issue(launch, self.size(source))
+
+    def size(self, source: torch.Tensor) -> Hashable:
+        """What is compiled for about such a source."""
+        return self.name, source.dtype, source.numel().bit_length()
 
     def unavailable(self, collective: str, device: torch.device, group: dist.ProcessGroup) -> str | None:
         """Why it cannot run here, or None."""

@@ -27,8 +27,6 @@ class Staged(SharedSum):
         shared, dtype = peers(group, source.device), source.dtype
         begin, end = shared.share(source.numel(), source.itemsize, shared.rank)
         buffers = shared.everywhere(region, source)
-        add_share(
-            buffers[:-1], buffers[-1], begin, end, dtype,
-            flags=shared.flags, epochs=shared.epochs, rank=shared.rank, num_ctas=self.num_ctas,
-        )  # fmt: skip
+        launch = add_share(buffers[:-1], buffers[-1], begin, end, dtype, shared.at, num_ctas=self.num_ctas)
+        shared.issue(launch, self.size(source))
         shared.give(region, source[begin:end])

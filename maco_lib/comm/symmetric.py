@@ -5,22 +5,26 @@ gives the user a tensor in one, which these backends sum without a copy; any oth
 workspace. No NVLink multicast: the `multimem` operations are left out on purpose.
 """
 
+import functools
 import math
 import os
-import weakref
 from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
 import torch.distributed._symmetric_memory as symmetric
 
+from maco_lib import context as contexts
 from maco_lib.comm.record import Operation, collective
+from maco_lib.context import Context
 
 ALIGNMENT = 16
 # A whole number of these is summed without a copy: the widest accesses of every kernel here (16 elements of fp32).
 GRANULE_BYTES = 64
 # Growing costs a rendezvous of all ranks: start with what most tensors fit into.
 MIN_WORKSPACE = 2**26
+# Of the workspace, kept: beyond, all are forgotten, so that changing sizes take no more memory.
+MAX_VIEWS = 1024
 
 
 @dataclass(frozen=True)
@@ -30,13 +34,14 @@ class Region:
     base: torch.Tensor
     handle: object
 
-    @property
+    @functools.cached_property
     def addresses(self) -> list[int]:
         return list(self.handle.buffer_ptrs)
 
-    def holds(self, tensor: torch.Tensor) -> bool:
-        begin = self.base.data_ptr()
-        return begin <= tensor.data_ptr() and tensor.data_ptr() + tensor.nbytes <= begin + self.base.nbytes
+    @functools.cached_property
+    def ends(self) -> tuple[int, int]:
+        """Where it begins and ends on this rank."""
+        return self.base.data_ptr(), self.base.data_ptr() + self.base.nbytes
 
     def peer(self, rank: int, tensor: torch.Tensor) -> torch.Tensor:
         """`rank`'s copy of `tensor`, a flat tensor of this region."""
@@ -47,9 +52,10 @@ class Region:
 class Memory:
     """What a group has allocated: `workspace` grows as needed, `regions` live as long as the group."""
 
-    def __init__(self, group: dist.ProcessGroup, device: torch.device):
-        self.group_name, self.device = group.group_name, device
+    def __init__(self, context: Context):
+        self.group_name, self.device = context.group.group_name, context.device
         self.workspace: Region | None = None
+        self.views: dict[tuple[int, torch.dtype], tuple[torch.Tensor, torch.Tensor]] = {}
         self.regions: list[Region] = []
 
     def allocate(self, num_bytes: int) -> Region:
@@ -71,23 +77,35 @@ class Memory:
 
     def staging(self, num_bytes: int) -> Region:
         """The workspace, of at least `num_bytes`. Collective when it has to grow."""
-        self.workspace = self.grown(self.workspace, num_bytes, MIN_WORKSPACE)
+        before, self.workspace = self.workspace, self.grown(self.workspace, num_bytes, MIN_WORKSPACE)
+        if self.workspace is not before:
+            self.views.clear()
         return self.workspace
+
+    def staged(self, numel: int, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+        """(in whole granules, its first `numel` elements): where a tensor goes in the workspace; as `staging`."""
+        made = self.views.get((numel, dtype))
+        if made is None:
+            num_bytes = whole(numel * dtype.itemsize)
+            flat = self.staging(num_bytes).base[:num_bytes].view(dtype)
+            if len(self.views) >= MAX_VIEWS:
+                self.views.clear()
+            made = self.views[numel, dtype] = flat, flat[:numel]
+        return made
 
     def find(self, tensor: torch.Tensor) -> Region | None:
         """The region that holds `tensor`."""
-        owned = [*self.regions, *([self.workspace] if self.workspace else [])]
-        return next((region for region in owned if region.holds(tensor)), None)
-
-
-_MEMORY: "weakref.WeakKeyDictionary[dist.ProcessGroup, Memory]" = weakref.WeakKeyDictionary()
+        begin = tensor.data_ptr()
+        end = begin + tensor.nbytes
+        for region in (self.workspace, *self.regions):
+            if region is not None and region.ends[0] <= begin and end <= region.ends[1]:
+                return region
+        return None
 
 
 def memory(group: dist.ProcessGroup, device: torch.device) -> Memory:
     """The symmetric memory of `group` on this rank's GPU."""
-    if group not in _MEMORY:
-        _MEMORY[group] = Memory(group, device)
-    return _MEMORY[group]
+    return contexts.of(group, device).get(Memory)
 
 
 def require_no_capture(what: str, when: str = "once before") -> None:
@@ -118,15 +136,13 @@ def symmetric_empty(
     return region.base[: numel * dtype.itemsize].view(dtype).view(shape)
 
 
-_UNREACHABLE: "weakref.WeakKeyDictionary[dist.ProcessGroup, dict[torch.device, str]]" = weakref.WeakKeyDictionary()
-
-
 def unreachable(device: torch.device, group: dist.ProcessGroup) -> str:
     """Why the ranks of `group` cannot address each other's memory, or ""; found out once."""
-    known = _UNREACHABLE.setdefault(group, {})
-    if device not in known:
-        known[device] = obstacle(device, group)
-    return known[device]
+    return contexts.of(group, device).get(obstacle_of)
+
+
+def obstacle_of(context: Context) -> str:
+    return obstacle(context.device, context.group)
 
 
 def obstacle(device: torch.device, group: dist.ProcessGroup) -> str:
@@ -213,14 +229,14 @@ class SymmetricAllReduce:
         The first call beyond the workspace's size is collective on the host: make it before a graph is captured.
         """
         self.require("all_reduce", tensor.dtype)
-        owner, flat = memory(group, tensor.device), tensor.view(-1)
+        owner, flat = memory(group, tensor.device), tensor if tensor.dim() == 1 else tensor.view(-1)
         region = owner.find(flat)
         if region is not None and flat.nbytes % GRANULE_BYTES == 0 and flat.data_ptr() % ALIGNMENT == 0:
             source = flat
         else:
-            region = owner.staging(whole(flat.nbytes))
-            source = region.base[: whole(flat.nbytes)].view(flat.dtype)
-            source[: flat.numel()].copy_(flat)
+            source, used = owner.staged(flat.numel(), flat.dtype)
+            region = owner.workspace
+            used.copy_(flat)
         if self.in_place:
             result = source
         else:
@@ -228,4 +244,4 @@ class SymmetricAllReduce:
             result = flat if fits else torch.empty_like(source)
         self.reduce(region, source, result, group)
         if result is not flat:
-            flat.copy_(result[: flat.numel()])
+            flat.copy_(used if result is source else result[: flat.numel()])

@@ -10,30 +10,30 @@ push    ranks write their parts of a share to its owner, who writes the sum to a
 from dataclasses import dataclass
 
 import torch
-import torch.distributed as dist
 
-from maco_lib.comm.peers import SharedSum, peers
+from maco_lib.comm.peers import Peers, SharedSum
 from maco_lib.comm.symmetric import Region
+from maco_lib.kernels.launch import Launch
 
 
 @dataclass(frozen=True)
 class PullTwoShot(SharedSum):
-    def reduce(self, region: Region, source: torch.Tensor, result: torch.Tensor, group: dist.ProcessGroup) -> None:
-        shared = peers(group, source.device)
+    def launch(self, region: Region, source: torch.Tensor, result: torch.Tensor, shared: Peers) -> Launch:
+        from maco_lib.kernels.sum_shares import sum_shares
+
         begin, end = shared.share(source.numel(), source.itemsize, shared.rank)
-        buffers = shared.everywhere(region, source)
-        shared.sum(buffers, buffers, begin, end, source.dtype, num_ctas=self.num_ctas, enter=True, leave=True)
+        buffers, how = shared.everywhere(region, source), {"num_ctas": self.num_ctas, "enter": True, "leave": True}
+        return sum_shares(buffers, buffers, begin, end, source.dtype, shared.at, **how)
 
 
 @dataclass(frozen=True)
 class PushTwoShot(SharedSum):
-    def reduce(self, region: Region, source: torch.Tensor, result: torch.Tensor, group: dist.ProcessGroup) -> None:
+    def launch(self, region: Region, source: torch.Tensor, result: torch.Tensor, shared: Peers) -> Launch:
         from maco_lib.kernels.push_two_shot import push_two_shot
 
-        shared = peers(group, source.device)
         length = shared.share_length(source.numel(), source.itemsize)
         inbox = shared.inboxes(shared.num_ranks * length * source.itemsize)
-        push_two_shot(
-            shared.everywhere(region, source), shared.rotated(inbox.addresses), source.numel(), length, source.dtype,
-            flags=shared.flags, epochs=shared.epochs, rank=shared.rank, num_ctas=self.num_ctas,
+        buffers, inboxes = shared.everywhere(region, source), shared.rotated(inbox.addresses)
+        return push_two_shot(
+            buffers, inboxes, source.numel(), length, source.dtype, shared.at, num_ctas=self.num_ctas
         )  # fmt: skip

@@ -4,6 +4,7 @@ from collections.abc import Callable
 
 import torch
 
+from maco_lib import context as contexts
 from maco_lib.comm import c10d
 from maco_lib.experiments.linear_all_reduce_methods import CHAIN, METHODS, Method
 from maco_lib.experiments.linear_all_reduce_problem import EPS, Outputs, Problem, Run
@@ -109,7 +110,7 @@ def normed(problem: Problem, run: Run, how: str) -> Run:
     def one_kernel(total: torch.Tensor) -> Outputs:
         from maco_lib.kernels.add_rms_norm import add_rms_norm
 
-        return add_rms_norm(total, problem.residual, problem.norm_weight, EPS)
+        return add_rms_norm(total, problem.residual, problem.norm_weight, EPS, contexts.on(problem.device).launches)
 
     finish = one_kernel if how == "one_kernel" and problem.device.type == "cuda" else two_kernels
     return lambda number: finish(*run(number))

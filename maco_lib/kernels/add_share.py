@@ -10,7 +10,9 @@ import torch
 import triton
 import triton.language as tl
 
-from maco_lib.kernels.meet import array, meet
+from maco_lib.kernels.launch import Launch, of_triton
+from maco_lib.kernels.meet import Flags, array, meet
+from maco_lib.kernels.patience import code
 from maco_lib.kernels.sum_shares import ELEMENTS
 
 # What a CTA has in flight: the peers are about 2 µs away.
@@ -20,11 +22,12 @@ NUM_WARPS = 32
 
 @triton.jit
 def add_share_kernel(
-    sources, target, flags, epochs, begin, end,
-    rank: tl.constexpr, num_ranks: tl.constexpr, element: tl.constexpr, block: tl.constexpr,
+    sources, target, flags, epochs, watch, begin, end,
+    rank: tl.constexpr, num_ranks: tl.constexpr, element: tl.constexpr, block: tl.constexpr, who: tl.constexpr,
 ):  # fmt: skip
-    epoch = tl.load(epochs + tl.program_id(0)) + 1
-    meet(flags, rank, num_ranks, 0, epoch)
+    own_epoch = array(epochs, tl.int32) + tl.program_id(0)
+    epoch = tl.load(own_epoch) + 1
+    meet(flags, rank, num_ranks, 0, epoch, watch, who)
     sums = array(target, element)
     for number in tl.static_range(num_ranks - 1):
         source = array(sources[number], element)
@@ -34,27 +37,23 @@ def add_share_kernel(
             values = tl.load(source + offsets, mask=inside, cache_modifier=".cg")
             tl.atomic_add(sums + offsets, values, mask=inside, sem="relaxed", scope="gpu")
     tl.debug_barrier()
-    tl.store(epochs + tl.program_id(0), epoch)
+    tl.store(own_epoch, epoch)
 
 
 def add_share(
-    sources: tuple[int, ...],
-    target: int,
-    begin: int,
-    end: int,
-    dtype: torch.dtype,
-    *,
-    flags: tuple[int, ...],
-    epochs: torch.Tensor,
-    rank: int,
-    num_ctas: int,
-) -> None:
-    """Add elements [begin, end) of every source to those of target, once every rank has come here. Collective.
+    sources: tuple[int, ...], target: int, begin: int, end: int, dtype: torch.dtype, at: Flags, *, num_ctas: int
+) -> Launch:
+    """The launch that adds elements [begin, end) of every source to those of target, once every rank has come here.
 
     Arguments as in `sum_shares`; target: the address of this rank's own copy.
     """
-    block = TILE_BYTES // dtype.itemsize
-    add_share_kernel[(num_ctas,)](
-        sources, target, flags, epochs, begin, end,
-        rank=rank, num_ranks=len(flags), element=ELEMENTS[dtype], block=block, num_warps=NUM_WARPS,
-    )  # fmt: skip
+    key = sources, target, begin, end, dtype, num_ctas
+    launch = at.launches.get(key)
+    if launch is None:
+        launch, _ = of_triton(
+            add_share_kernel, num_ctas, (sources, target, at.flags, at.epochs, at.watch, begin, end), at.device_index,
+            rank=at.rank, num_ranks=len(at.flags), element=ELEMENTS[dtype], block=TILE_BYTES // dtype.itemsize,
+            who=code("add_share"), num_warps=NUM_WARPS,
+        )  # fmt: skip
+        at.launches.keep(key, launch)
+    return launch

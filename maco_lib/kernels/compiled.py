@@ -1,10 +1,9 @@
-"""CUDA kernels of our own: compiled by NVRTC, which torch brings along, and launched on the current stream."""
-
-import ctypes
-import functools
+"""CUDA kernels of our own: compiled by NVRTC, which torch brings along."""
 
 import torch
 from cuda.bindings import driver, nvrtc
+
+from maco_lib.kernels.launch import Launch
 
 SHARED_BYTES = 227 * 1024
 DTYPES = {torch.bfloat16: "bf16", torch.float16: "f16"}
@@ -69,10 +68,12 @@ def function(source: str, name: str, shared_bytes: int, device_index: int) -> ob
     return loaded
 
 
-@functools.lru_cache(maxsize=4096)
+L2_256B = driver.CUtensorMapL2promotion.CU_TENSOR_MAP_L2_PROMOTION_L2_256B
+
+
 def tensor_map(
     address: int, num_rows: int, num_columns: int, pitch: int, box_rows: int, box_columns: int, dtype,
-    promotion=driver.CUtensorMapL2promotion.CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
+    promotion=L2_256B,
 ):  # fmt: skip
     """How TMA reads or writes boxes of a row-major matrix; pitch: elements from row to row; promotion: what the L2
     cache reads at a time."""
@@ -90,32 +91,21 @@ def tensor_map(
     )  # fmt: skip
 
 
-def launch(
-    kernel: object,
-    num_ctas: int,
-    num_threads: int,
-    shared_bytes: int,
-    arguments: list,
-    device: torch.device,
-    early: bool = False,
-) -> None:
-    """Launch on the current stream. arguments: tensor maps, ctypes scalars and arrays, and tensors, given by their
-    address (None: 0), in the order of the kernel's parameters. early: before the kernel in front has ended, for which
-    this one waits itself (programmatic dependent launch)."""
-    values = [pointer(each) if each is None or isinstance(each, torch.Tensor) else each for each in arguments]
-    places = [int(each.getPtr()) if hasattr(each, "getPtr") else ctypes.addressof(each) for each in values]
-    packed = (ctypes.c_void_p * len(places))(*places)
-    config = driver.CUlaunchConfig()
-    config.gridDimX, config.gridDimY, config.gridDimZ = num_ctas, 1, 1
-    config.blockDimX, config.blockDimY, config.blockDimZ = num_threads, 1, 1
-    config.sharedMemBytes, config.hStream = shared_bytes, torch.cuda.current_stream(device).cuda_stream
-    if early:
-        attribute = driver.CUlaunchAttribute()
-        attribute.id = driver.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
-        attribute.value.programmaticStreamSerializationAllowed = 1
-        config.attrs, config.numAttrs = [attribute], 1
-    checked(driver.cuLaunchKernelEx(config, kernel, ctypes.addressof(packed), 0))
+class Maps:
+    """The tensor maps of one operand, by where it begins: made once for each place."""
 
+    MOST = 1024
 
-def pointer(tensor: torch.Tensor | None) -> ctypes.c_uint64:
-    return ctypes.c_uint64(0 if tensor is None else tensor.data_ptr())
+    def __init__(self, launch: Launch, index: int):
+        self.launch, self.index, self.made = launch, index, {}
+
+    def set(self, tensor: torch.Tensor, box_rows: int, box_columns: int, promotion=L2_256B) -> None:
+        """Have the launch read or write `tensor`, always of one shape, pitch and type, as its argument `index`."""
+        made = self.made.get(tensor.data_ptr())
+        if made is None:
+            if len(self.made) >= self.MOST:
+                self.made.clear()
+            shape = (*tensor.shape, tensor.stride(0))
+            it = tensor_map(tensor.data_ptr(), *shape, box_rows, box_columns, tensor.dtype, promotion)
+            made = self.made[tensor.data_ptr()] = int(it.getPtr()), it
+        self.launch.places[self.index] = made[0]

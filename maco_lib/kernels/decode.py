@@ -18,9 +18,10 @@ import torch
 from cuda.bindings import driver
 
 from maco_lib.kernels import compiled
-from maco_lib.kernels.compiled import SHARED_BYTES, tensor_map, wgmma
+from maco_lib.kernels.compiled import SHARED_BYTES, Maps, wgmma
 from maco_lib.kernels.decode_tiles import MAX_ROWS, MAX_TILE_ROWS, padded_rows, tile_rows_of
-from maco_lib.kernels.inbox import HALF_BYTES, LINE_BYTES, MAX_CTAS
+from maco_lib.kernels.inbox import HALF_BYTES, LINE_BYTES, MAX_CTAS, Box
+from maco_lib.kernels.launch import Launch
 
 FOLDER = pathlib.Path(__file__).parent
 SOURCES = (FOLDER / "hopper.cuh", FOLDER / "decode_stages.cuh", FOLDER / "decode.cu")
@@ -105,38 +106,44 @@ def readable(x: torch.Tensor, weight: torch.Tensor) -> bool:
 
 
 def decode(
-    x: torch.Tensor,
-    weight: torch.Tensor,
-    bias: torch.Tensor | None,
-    *,
-    inboxes: tuple[int, ...],
-    counter: torch.Tensor,
-    cluster: int = 2,
-    boxes: int = 2,
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, box: Box, *, cluster: int = 2, boxes: int = 2
 ) -> None:
     """x @ weight.T + bias, (M, N), into the inboxes of all ranks, from where `sum_norm` or `take_sum` takes it.
 
-    x: (M, K), weight: (N, K), bf16 or fp16, `readable` and of a shape that `fits`; bias: (N,), contiguous. inboxes,
-    counter: as in `one_shot`. cluster, boxes: as in `Constants`; by default what was fastest on an H200. Raises
-    ValueError where there is no room for two stages of so many boxes.
+    x: (M, K), weight: (N, K), bf16 or fp16, `readable` and of a shape that `fits`; bias: (N,), contiguous. cluster,
+    boxes: as in `Constants`; by default what was fastest on an H200. Raises ValueError where there is no room for two
+    stages of so many boxes.
     """
+    key = "decode", x.shape, weight.shape, x.stride(0), weight.stride(0), x.dtype, cluster, boxes
+    prepared = box.launches.get(key)
+    if prepared is None:
+        prepared = box.launches.keep(key, prepare(x, weight, box, cluster, boxes))
+    launch, weights, its_box, xs, x_box, bias_place = prepared
+    weights.set(weight, *its_box)
+    xs.set(x, *x_box)
+    bias_place.value = 0 if bias is None else bias.data_ptr()
+    launch()
+
+
+def prepare(x: torch.Tensor, weight: torch.Tensor, box: Box, cluster: int, boxes: int) -> tuple:
+    """(the launch; weight's maps and their boxes; x's; where the bias is read). Collective."""
     (num_rows, k), num_columns = x.shape, len(weight)
     rows = padded_rows(num_rows)
-    constants = Constants(rows, cluster, boxes, len(inboxes), x.dtype)
-    kernel, num_ctas = kernel_of(constants, x.device.index)
+    constants = Constants(rows, cluster, boxes, len(box.inboxes), x.dtype)
+    kernel, num_ctas = kernel_of(constants, box.device_index)
+    box.together(("decode", constants))
     tile_rows = tile_rows_of(num_columns, num_ctas)
     num_tiles, num_steps = -(-num_columns // tile_rows), -(-k // (boxes * BK))
-    maps = (
-        tensor_map(weight.data_ptr(), *weight.shape, weight.stride(0), tile_rows, BK, x.dtype, PROMOTION),
-        tensor_map(x.data_ptr(), *x.shape, x.stride(0), rows, BK, x.dtype, PROMOTION),
-    )
     num_stages = constants.num_stages(tile_rows)
     if num_stages < 2:
         raise ValueError(f"boxes = {boxes}: there is no room for two stages of {num_rows} rows; take fewer")
     sizes = (tile_rows, num_stages, num_tiles, num_steps, num_rows, num_columns)
-    compiled.launch(
-        kernel, min(num_ctas, -(-num_tiles // constants.cluster) * constants.cluster), NUM_THREADS,
-        constants.shared_bytes(tile_rows),
-        [*maps, (ctypes.c_uint64 * len(inboxes))(*inboxes), counter, bias, *map(ctypes.c_int32, sizes)],
-        x.device, early=True,
+    bias_place, unset = ctypes.c_uint64(), (ctypes.c_uint64 * 16)()
+    launch = Launch(
+        int(kernel), min(num_ctas, -(-num_tiles // cluster) * cluster), NUM_THREADS, constants.shared_bytes(tile_rows),
+        [unset, unset, (ctypes.c_uint64 * len(box.inboxes))(*box.inboxes), ctypes.c_uint64(box.counter), bias_place,
+         *map(ctypes.c_int32, sizes)],
+        box.device_index, early=True,
     )  # fmt: skip
+    weight_box, x_box = (tile_rows, BK, PROMOTION), (rows, BK, PROMOTION)
+    return launch, Maps(launch, 0), weight_box, Maps(launch, 1), x_box, bias_place

@@ -108,6 +108,7 @@ __device__ __forceinline__ void store_relaxed(u64 address, u32 value) {
     asm volatile("st.relaxed.sys.global.u32 [%0], %1;" ::"l"(address), "r"(value) : "memory");
 }
 __device__ __forceinline__ void fence_gpu() { asm volatile("fence.acq_rel.gpu;" ::: "memory"); }
+__device__ __forceinline__ void fence_system() { asm volatile("fence.acq_rel.sys;" ::: "memory"); }
 
 // Shared memory of K-major tiles, 64 elements a row, swizzled by 128 bytes: groups of 8 rows are 1024 bytes apart.
 __device__ __forceinline__ u64 matrix(u32 address) {

@@ -1,8 +1,13 @@
 """Where a rank's peers leave data for it: what its inbox has room for, and the blocks of what goes in long lines.
 
 An inbox is two halves, used in turn; of each, LINE_BYTES are for lines of 16 bytes (`kernels.lines`), LONG_BYTES for
-long ones of 128 (`kernels.ll128`). Without torch or Triton.
+long ones of 128 (`kernels.ll128`). Without Triton.
 """
+
+from collections.abc import Callable, Hashable
+from dataclasses import dataclass, field
+
+from maco_lib.kernels.launch import Launches
 
 # Data of a line of 16 bytes: a word.
 LINE_DATA = 8
@@ -33,3 +38,21 @@ def has_room(num_blocks: int, block_words: int, num_ranks: int, one_shot: bool) 
     num_slots = others * num_blocks if one_shot else others * owned + num_blocks
     in_inbox = num_slots * -(-block_words // LONG_WORDS) * LONG_LINE <= LONG_BYTES
     return num_blocks <= MAX_CTAS and in_inbox and shape_of(block_words)[1] <= MAX_PASSES
+
+
+@dataclass
+class Box:
+    """What kernels need to know of a group's inboxes.
+
+    inboxes: the address of each rank's, beginning with the next rank, own last; counter: the address of an int64, this
+    rank's own, of the launches on its inbox; rank: this one; watch: as in `patience.cuh`; launches: those prepared;
+    together(key): waits on the host, the first time for a key, until every rank has come as far.
+    """
+
+    inboxes: tuple[int, ...]
+    counter: int
+    rank: int
+    watch: int
+    device_index: int
+    launches: Launches = field(default_factory=Launches)
+    together: Callable[[Hashable], None] = lambda key: None

@@ -37,18 +37,21 @@ PUT = tl.constexpr("""
     mov.b32 $0, 0;
 }
 """)
-# $0, $1: data of two lines; $2, $3: their addresses; $4, $5: the epoch; $6, $7: whether to wait for them.
+# $0, $1: data of two lines; $2, $3: their addresses; $4, $5: the epoch; $6, $7: whether to wait for them; $8, $9: the
+# watch; $10, $11: who is waited for. How long, as in `kernels.poll`.
 TAKE = tl.constexpr("""
 {
-    .reg .b32 a, b, c, d, e, f, g, h, late;
-    .reg .b64 first, second, third, fourth;
-    .reg .pred one, two, again;
+    .reg .b32 a, b, c, d, e, f, g, h, late, polls, phase;
+    .reg .b64 first, second, third, fourth, since, now, bound, waited, place, word;
+    .reg .pred one, two, again, is_early, is_first, is_unbound, is_within;
     mov.b64 first, {$4, $4};
     mov.b64 second, first;
     mov.b64 third, first;
     mov.b64 fourth, first;
     mov.b64 $0, 0;
     mov.b64 $1, 0;
+    mov.b64 since, 0;
+    mov.b32 polls, 0;
     setp.ne.b32 one, $6, 0;
     setp.ne.b32 two, $7, 0;
 wait:
@@ -66,7 +69,26 @@ wait:
     or.b32 late, late, f;
     or.b32 late, late, h;
     setp.ne.b32 again, late, 0;
-    @again bra wait;
+    @!again bra come;
+    add.u32 polls, polls, 1;
+    and.b32 phase, polls, 1023;
+    setp.ne.u32 is_early, phase, 0;
+    @is_early bra wait;
+    mov.u64 now, %globaltimer;
+    setp.eq.u64 is_first, since, 0;
+    @is_first mov.b64 since, now;
+    ld.volatile.global.u64 bound, [$8];
+    setp.eq.u64 is_unbound, bound, 0;
+    @is_unbound bra wait;
+    sub.u64 waited, now, since;
+    setp.le.u64 is_within, waited, bound;
+    @is_within bra wait;
+    add.u64 place, $8, 8;
+    cvt.u64.u32 word, $10;
+    st.volatile.global.u64 [place], word;
+    membar.sys;
+    trap;
+come:
     @one mov.b64 $0, {a, c};
     @two mov.b64 $1, {e, g};
 }
@@ -88,11 +110,15 @@ def put_lines(addresses, data, epoch, inside):
 
 
 @triton.jit
-def take_lines(addresses, epoch, inside):
-    """The data (int64) of the lines at `addresses` once all are of `epoch`; 0 where not `inside`."""
+def take_lines(addresses, epoch, inside, watch, who):
+    """The data (int64) of the lines at `addresses` once all are of `epoch`; 0 where not `inside`.
+
+    watch, who: for a peer that does not come (`kernels.poll`).
+    """
+    operands = [addresses, epoch, inside.to(tl.int32), watch, who]
     return tl.inline_asm_elementwise(
-        TAKE, "=&l,=&l,l,l,r,r,r,r", [addresses, epoch, inside.to(tl.int32)], dtype=tl.int64, is_pure=False, pack=2
-    )
+        TAKE, "=&l,=&l,l,l,r,r,r,r,l,l,r,r", operands, dtype=tl.int64, is_pure=False, pack=2
+    )  # fmt: skip
 
 
 @triton.jit
@@ -110,9 +136,9 @@ def put(half, slot, num_lines, offsets, data, epoch, inside):
 
 
 @triton.jit
-def take(half, slot, num_lines, offsets, epoch, inside):
+def take(half, slot, num_lines, offsets, epoch, inside, watch, who):
     """What a peer has put into this slot of our half, once it has arrived; 0 where not `inside`."""
-    return take_lines(half + (slot * num_lines + offsets).to(tl.int64) * 16, epoch, inside)
+    return take_lines(half + (slot * num_lines + offsets).to(tl.int64) * 16, epoch, inside, watch, who)
 
 
 @triton.jit
@@ -154,7 +180,7 @@ def add(left, right, element: tl.constexpr):
 
 @triton.jit
 def sum_of_ranks(
-    own, half, first_slot, slots_per_peer, num_lines, offsets, epoch, inside,
+    own, half, first_slot, slots_per_peer, num_lines, offsets, epoch, inside, watch, who: tl.constexpr,
     rank: tl.constexpr, num_ranks: tl.constexpr, element: tl.constexpr,
 ):  # fmt: skip
     """Our data and what every peer has put, added in the order of the ranks: the same bits on every rank (float32).
@@ -167,6 +193,6 @@ def sum_of_ranks(
             term = unpack(own, element)
         else:
             slot = first_slot + (number - rank - 1 + num_ranks) % num_ranks * slots_per_peer
-            term = unpack(take(half, slot, num_lines, offsets, epoch, inside), element)
+            term = unpack(take(half, slot, num_lines, offsets, epoch, inside, watch, who + number), element)
         total = term if number == 0 else add(total, term, element)
     return total

@@ -2,7 +2,8 @@
 // before this file.
 // A CTA sums a block; a group of 8 lanes holds a line, each lane 16 bytes: two words of 8 bytes, the last lane's second
 // word being the epoch. Defined at compile time: RANKS, RANK, KIND (0: float, 1: bf16, 2: fp16), WARPS, PASSES (lines
-// of a group), ONE_SHOT, NORM, LAUNCH, HALF, BEGIN (where long lines are in a half).
+// of a group), ONE_SHOT, NORM, LAUNCH, HALF, BEGIN (where long lines are in a half), WHO (this kernel, in
+// patience.cuh, which comes before this file too).
 
 constexpr int DATA = 15, GROUP = 8, LINE_BYTES = 128;  // words of data in a line, its lanes
 constexpr int VALUES = KIND ? 4 : 2;                   // in a word
@@ -85,7 +86,7 @@ __device__ __forceinline__ float sum_of_cta(float value) {
 // block_words: of a CTA's block, a row where NORM; num_words: of all. slots: blocks that a rank owns, at most.
 extern "C" __global__ void __launch_bounds__(32 * WARPS) ll128_kernel(
     const __grid_constant__ Inboxes inboxes, u64* counter, const u64* product, const u64* residual, const u64* weight,
-    u64* normed, u64* total, int block_words, int num_words, int slots, float eps) {
+    u64* normed, u64* total, int block_words, int num_words, int slots, float eps, u64 watch) {
     __shared__ u64 launches;
     const int block = blockIdx.x, begin = block * block_words, count = min(block_words, num_words - begin);
     const int lane = threadIdx.x % GROUP, group = threadIdx.x / GROUP, lines = (block_words + DATA - 1) / DATA;
@@ -133,6 +134,7 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS) ll128_kernel(
         for (int pass = 0; pass < PASSES; pass++) send(inbox, slot, pass, own[pass]);
 #pragma unroll
         for (int pass = 0; pass < PASSES; pass++) {
+            Patience patience(watch);
             bool late;
             do {
                 late = false;
@@ -140,6 +142,7 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS) ll128_kernel(
                     get(place(own_inbox, OTHERS * slots + block, pass), data[pass].word[0], data[pass].word[1]);
                     late = marks && data[pass].word[1] != mark;
                 }
+                if (late) patience.lose([=] { return WHO + owner; });
             } while (__any_sync(0xffffffffu, late));
         }
     } else {
@@ -156,6 +159,7 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS) ll128_kernel(
 #pragma unroll
         for (int pass = 0; pass < PASSES; pass++) {
             Pair others[OTHERS];
+            Patience patience(watch);
             bool late;
             do {
                 late = false;
@@ -167,6 +171,13 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS) ll128_kernel(
                         late |= marks && others[other].word[1] != mark;
                     }
                 }
+                if (late) patience.lose([&] {
+                    int who = RANK;
+#pragma unroll
+                    for (int other = 0; other < OTHERS; other++)
+                        if (others[other].word[1] != mark) who = (RANK + 1 + other) % RANKS;
+                    return WHO + who;
+                });
             } while (__any_sync(0xffffffffu, late));
             data[pass] = sum_of(own[pass], others, old[pass]);
             if (!ONE_SHOT) {

@@ -19,10 +19,12 @@ from dataclasses import dataclass
 import torch
 
 from maco_lib.kernels import compiled
-from maco_lib.kernels.inbox import BLOCK_WORDS, HALF_BYTES, LINE_BYTES, LINE_DATA, MAX_CTAS, shape_of
+from maco_lib.kernels.inbox import BLOCK_WORDS, HALF_BYTES, LINE_BYTES, LINE_DATA, MAX_CTAS, Box, shape_of
+from maco_lib.kernels.launch import Launch
+from maco_lib.kernels.patience import code
 
 FOLDER = pathlib.Path(__file__).parent
-SOURCES = (FOLDER / "long_line.cuh", FOLDER / "ll128.cu")
+SOURCES = (FOLDER / "clock.cuh", FOLDER / "patience.cuh", FOLDER / "long_line.cuh", FOLDER / "ll128.cu")
 KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
 
@@ -43,6 +45,7 @@ class Constants:
             "RANKS": self.num_ranks, "RANK": self.rank, "KIND": KINDS[self.dtype], "WARPS": self.warps,
             "PASSES": self.passes, "ONE_SHOT": int(self.one_shot), "NORM": int(self.norm),
             "LAUNCH": f"{MAX_CTAS + 1}ull", "HALF": f"{HALF_BYTES}ull", "BEGIN": f"{LINE_BYTES}ull",
+            "WHO": code("ll128"),
         }  # fmt: skip
         return compiled.defines(constants) + "".join(path.read_text(encoding="utf-8") for path in SOURCES)
 
@@ -54,34 +57,46 @@ def kernel_of(constants: Constants, device_index: int) -> object:
 
 
 def launch(
-    product: torch.Tensor, total: torch.Tensor, block_words: int, one_shot: bool, *,
-    inboxes: tuple[int, ...], counter: torch.Tensor, rank: int,
+    product: torch.Tensor, total: torch.Tensor, block_words: int, one_shot: bool, box: Box,
     residual: torch.Tensor | None = None, weight: torch.Tensor | None = None, normed: torch.Tensor | None = None,
     eps: float = 0.0,
 ) -> None:  # fmt: skip
     """`total` = sum of the ranks' `product`s, + residual, in blocks of so many words, for which the inbox `has_room`.
 
     With a norm, `normed` = RMSNorm(total) * weight too, a block being a row. Contiguous, of one type of `KINDS`, a
-    whole number of 8 bytes, at multiples of 8; total may be product. inboxes, counter: as in `one_shot`. Collective.
+    whole number of 8 bytes, at multiples of 8; total may be product. Collective.
     """
+    num_words, norm = product.nbytes // LINE_DATA, normed is not None
+    key = "ll128", product.dtype, num_words, block_words, one_shot, norm, eps
+    prepared = box.launches.get(key)
+    if prepared is None:
+        prepared = box.launches.keep(key, prepare(product.dtype, num_words, block_words, one_shot, norm, eps, box))
+    prepared_launch, places = prepared
+    places[0].value, places[4].value = product.data_ptr(), total.data_ptr()
+    if norm:
+        places[1].value, places[2].value, places[3].value = residual.data_ptr(), weight.data_ptr(), normed.data_ptr()
+    prepared_launch()
+
+
+def prepare(
+    dtype: torch.dtype, num_words: int, block_words: int, one_shot: bool, norm: bool, eps: float, box: Box
+) -> tuple[Launch, list]:
+    """(the launch; where it reads product, residual, weight and writes normed, total). Collective."""
     warps, passes = shape_of(block_words)
-    num_words, num_ranks = product.nbytes // LINE_DATA, len(inboxes)
-    num_blocks = -(-num_words // block_words)
-    constants = Constants(rank, num_ranks, product.dtype, warps, passes, one_shot, normed is not None)
+    num_ranks, num_blocks = len(box.inboxes), -(-num_words // block_words)
+    constants = Constants(box.rank, num_ranks, dtype, warps, passes, one_shot, norm)
+    kernel = kernel_of(constants, box.device_index)
+    box.together(("ll128", dtype, warps, passes, one_shot, norm))
+    places = [ctypes.c_uint64() for _ in range(5)]
     sizes = (block_words, num_words, -(-num_blocks // num_ranks))
-    compiled.launch(
-        kernel_of(constants, product.device.index), num_blocks, 32 * warps, 0,
-        [(ctypes.c_uint64 * num_ranks)(*inboxes), counter, product, residual, weight, normed, total,
-         *map(ctypes.c_int32, sizes), ctypes.c_float(eps)],
-        product.device,
-    )  # fmt: skip
+    arguments = [(ctypes.c_uint64 * num_ranks)(*box.inboxes), ctypes.c_uint64(box.counter), *places]
+    arguments += [*map(ctypes.c_int32, sizes), ctypes.c_float(eps), ctypes.c_uint64(box.watch)]
+    return Launch(int(kernel), num_blocks, 32 * warps, 0, arguments, box.device_index), places
 
 
-def ll128_sum(tensor: torch.Tensor, *, inboxes: tuple[int, ...], counter: torch.Tensor, rank: int) -> None:
+def ll128_sum(tensor: torch.Tensor, box: Box) -> None:
     """Sum a contiguous tensor of every rank in place, on the current stream. Collective.
 
     tensor: bf16, fp16 or fp32, a whole number of 8 bytes, of a size for which the inbox `has_room`, at a multiple of 8.
-    inboxes, counter: as in `one_shot`.
     """
-    place = {"inboxes": inboxes, "counter": counter, "rank": rank}
-    launch(tensor, tensor, BLOCK_WORDS, len(inboxes) == 2, **place)
+    launch(tensor, tensor, BLOCK_WORDS, len(box.inboxes) == 2, box)

@@ -6,7 +6,8 @@
 //   2          fetches tiles from the peers
 //   3          stores those: partials to the inbox, sums to the result
 //   4 to 11    multiply: two warpgroups, 64 rows each
-// hopper.cuh and stages.cuh come before this file. Defined at compile time: BN, WIDTH, STAGES (of WIDTH tiles),
+// patience.cuh, hopper.cuh and stages.cuh come before this file. Defined at compile time: WHO (this kernel, in
+// patience.py), STRICT (the fence that PTX asks for), BN, WIDTH, STAGES (of WIDTH tiles),
 // FETCH_BUFFERS, RANKS, RANK, BF16, HAS_BIAS, HAS_RESIDUAL, WGMMA_1, WGMMA_2 (of one and two tiles), TRACE,
 // TRACE_TILES.
 
@@ -16,6 +17,7 @@ struct Addresses {
     u64 partials[RANKS], sums[RANKS], flags[RANKS];  // of each rank, as this one sees them
     u64 inbox;                                       // where this rank keeps the partials that it has fetched
     u64 area_bytes;  // in `partials` from owner to owner, in `inbox` from source to source
+    u64 watch;       // as in patience.cuh
 };
 
 enum Event { MULTIPLY, MULTIPLIED, ADDED, STORED, FETCH, FETCHED, TRACE_EVENTS };
@@ -55,11 +57,15 @@ __device__ __forceinline__ u32 flag_index(u32 kind, u32 place, u32 peer) {
 __device__ __forceinline__ void raise(u64 flags, u32 index) { store_relaxed(flags + 4ull * index, 1); }
 __device__ __forceinline__ void finish_stores() {  // this thread's in bulk, before their flags
     stores_done();
-    fence_gpu();
+    if (STRICT)
+        fence_system();
+    else
+        fence_gpu();
 }
-__device__ __forceinline__ void take(u64 flags, u32 index) {
+__device__ __forceinline__ void take(u64 flags, u32 index, u64 watch, u32 peer) {
     const u64 flag = flags + 4ull * index;
-    while (load_acquire(flag) == 0) {}
+    Patience patience(watch);
+    while (load_acquire(flag) == 0) patience.lose([=] { return WHO + peer; });
     store_relaxed(flag, 0);
     fence_async_global();  // the bulk copy that follows comes after
 }
@@ -192,7 +198,8 @@ extern "C" __global__ void __cluster_dims__(CTAS, 1, 1) __launch_bounds__(384, 1
                         const int source = (RANK + other) % RANKS;
                         const u64 inbox = at.inbox + source * at.area_bytes;
                         for (u32 t = 0; t < width; t++)
-                            take(at.flags[RANK], flag_index(PARTIAL_FETCHED, (work.slot + t) * CTAS + cta, source));
+                            take(at.flags[RANK], flag_index(PARTIAL_FETCHED, (work.slot + t) * CTAS + cta, source),
+                                 at.watch, source);
                         if (other > 1) wait(partial_added, (added - 1) & 1);
                         expect(partial_full, width * TILE_BYTES);
                         for (u32 t = 0; t < width; t++)
@@ -239,7 +246,7 @@ extern "C" __global__ void __cluster_dims__(CTAS, 1, 1) __launch_bounds__(384, 1
                 const u32 place = fetch.slot * CTAS + cta;
                 const u64 from = (is_partial ? at.partials[peer] + RANK * at.area_bytes : at.sums[peer]) +
                                  place_offset(fetch.slot, cta);
-                take(at.flags[RANK], flag_index(is_partial ? PARTIAL_READY : SUM_READY, place, peer));
+                take(at.flags[RANK], flag_index(is_partial ? PARTIAL_READY : SUM_READY, place, peer), at.watch, peer);
                 NOTE(j - fetch_begin[cluster], FETCH);
                 for (u32 box = 0; box < NUM_BOXES; box++, count++) {
                     const u32 buffer = count % FETCH_BUFFERS, barrier = fetched_full + 8 * buffer;

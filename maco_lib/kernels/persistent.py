@@ -13,18 +13,23 @@ call for a type and tile.
 """
 
 import ctypes
+import dataclasses
 import functools
+import os
 import pathlib
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass
 
 import torch
 
 from maco_lib.kernels import compiled
-from maco_lib.kernels.compiled import SHARED_BYTES, tensor_map, wgmma
+from maco_lib.kernels.compiled import SHARED_BYTES, Maps, wgmma
+from maco_lib.kernels.launch import Launch, Launches
+from maco_lib.kernels.patience import code
 from maco_lib.kernels.tile_order import CTAS, TileOrder
 
 FOLDER = pathlib.Path(__file__).parent
-SOURCES = (FOLDER / "hopper.cuh", FOLDER / "stages.cuh", FOLDER / "persistent.cu")
+SOURCES = tuple(FOLDER / name for name in ("clock.cuh", "patience.cuh", "hopper.cuh", "stages.cuh", "persistent.cu"))
 BM, BK = 128, 64
 NUM_THREADS = 384
 BOX_ROWS, BOX_COLUMNS = 64, 32
@@ -39,7 +44,9 @@ TRACE_TILES = 128
 class Constants:
     """What the kernel is compiled for.
 
-    bn: columns of a tile, a multiple of 32; width: tiles multiplied at once, 1 or 2; width * bn is at most 256.
+    bn: columns of a tile, a multiple of 32; width: tiles multiplied at once, 1 or 2; width * bn is at most 256. strict:
+    tiles are handed over behind a fence of the system's scope, which PTX asks for; else of the GPU's, which is cheaper,
+    and why it is enough stands in persistent.cu.
     """
 
     bn: int
@@ -50,6 +57,7 @@ class Constants:
     has_bias: bool
     has_residual: bool
     trace: bool = False
+    strict: bool = False
 
     @property
     def fixed_bytes(self) -> int:
@@ -81,9 +89,14 @@ class Constants:
             "FETCH_BUFFERS": self.fetch_buffers, "BF16": int(self.dtype == torch.bfloat16),
             "HAS_BIAS": int(self.has_bias),
             "HAS_RESIDUAL": int(self.has_residual), "TRACE": int(self.trace), "TRACE_TILES": TRACE_TILES,
-            "WGMMA_2": "", **instructions,
+            "WGMMA_2": "", "WHO": code("persistent"), "STRICT": int(self.strict), **instructions,
         }  # fmt: skip
         return compiled.defines(constants) + "".join(path.read_text(encoding="utf-8") for path in SOURCES)
+
+
+def strict() -> bool:
+    """Whether kernels that are prepared from now on take no short cut in the order of memory: MACO_STRICT=1."""
+    return os.environ.get("MACO_STRICT", "0") != "0"
 
 
 @functools.cache
@@ -94,16 +107,17 @@ def kernel_of(constants: Constants, device_index: int) -> object:
 
 @dataclass(frozen=True)
 class Addresses:
-    """Where tiles and flags lie, by rank; as in persistent.cu."""
+    """Where tiles and flags lie, by rank; as in persistent.cu, `watch` as in patience.cuh."""
 
-    partials: list[int]
-    sums: list[int]
-    flags: list[int]
+    partials: tuple[int, ...]
+    sums: tuple[int, ...]
+    flags: tuple[int, ...]
     inbox: int
     area_bytes: int
+    watch: int
 
     def packed(self) -> ctypes.Array:
-        values = [*self.partials, *self.sums, *self.flags, self.inbox, self.area_bytes]
+        values = [*self.partials, *self.sums, *self.flags, self.inbox, self.area_bytes, self.watch]
         return (ctypes.c_uint64 * len(values))(*values)
 
 
@@ -133,31 +147,45 @@ def persistent(
     schedule: Schedule,
     addresses: Addresses,
     rank: int,
+    launches: Launches,
+    together: Callable[[Hashable], None] = lambda key: None,
     trace: torch.Tensor | None = None,
 ) -> None:
     """Fill `result` on the current stream. Collective.
 
     x: (M, K), weight: (N, K), bf16 or fp16, rows contiguous, addresses and pitches multiples of 16 bytes; bias:
     (N,), residual, result: (M, N), contiguous. bn: columns of a tile, a multiple of 32 up to 256, or 128 where the
-    order has pairs. order: of the result's tiles; schedule: its tables for this rank. trace: None, or int64 (CTAs,
-    TRACE_TILES, len(EVENTS)), zeroed, where the kernel leaves the time in ns of `EVENTS` for each CTA's n-th tile
-    or fetch.
+    order has pairs. order: of the result's tiles; schedule: its tables for this rank. launches: those prepared;
+    together: as of an `inbox.Box`. trace: None, or int64 (CTAs, TRACE_TILES, len(EVENTS)), zeroed, where the kernel
+    leaves the time in ns of `EVENTS` for each CTA's n-th tile or fetch.
     """
-    constants = Constants(
-        bn, 2 if order.in_pairs else 1, rank, order.num_ranks, x.dtype, bias is not None, residual is not None,
-        trace is not None,
+    key = (
+        x.shape, weight.shape, x.stride(0), weight.stride(0), x.dtype, bn, order, addresses,
+        bias is None, residual is None, trace is None,
     )  # fmt: skip
-    maps = (
-        tensor_map(x.data_ptr(), *x.shape, x.stride(0), BM, BK, x.dtype),
-        *(
-            tensor_map(weight.data_ptr(), *weight.shape, weight.stride(0), width * bn // CTAS, BK, x.dtype)
-            for width in (1, constants.width)
-        ),
-        tensor_map(result.data_ptr(), *result.shape, result.stride(0), BOX_ROWS, BOX_COLUMNS, x.dtype),
-    )
-    tables = (schedule.work_begin, schedule.works, schedule.fetch_begin, schedule.fetches)
-    sizes = (ctypes.c_int32(number) for number in (-(-x.shape[1] // BK), *result.shape))
-    compiled.launch(
-        kernel_of(constants, x.device.index), order.num_clusters * CTAS, NUM_THREADS, constants.shared_bytes,
-        [*maps, addresses.packed(), *tables, *sizes, bias, residual, trace], x.device,
-    )  # fmt: skip
+    prepared = launches.get(key)
+    if prepared is None:
+        constants = Constants(
+            bn, 2 if order.in_pairs else 1, rank, order.num_ranks, x.dtype, bias is not None, residual is not None,
+            trace is not None, strict(),
+        )  # fmt: skip
+        kernel = kernel_of(constants, x.device.index)
+        together(("persistent", dataclasses.replace(constants, rank=0)))
+        tables = (schedule.work_begin, schedule.works, schedule.fetch_begin, schedule.fetches)
+        sizes = map(ctypes.c_int32, (-(-x.shape[1] // BK), *result.shape))
+        places, unset = [ctypes.c_uint64() for _ in range(3)], (ctypes.c_uint64 * 16)()
+        launch = Launch(
+            int(kernel), order.num_clusters * CTAS, NUM_THREADS, constants.shared_bytes,
+            [*[unset] * 4, addresses.packed(), *(ctypes.c_uint64(table.data_ptr()) for table in tables), *sizes,
+             *places],
+            x.device.index,
+        )  # fmt: skip
+        maps = [Maps(launch, index) for index in range(4)]
+        boxes = [(BM, BK), (bn // CTAS, BK), (constants.width * bn // CTAS, BK), (BOX_ROWS, BOX_COLUMNS)]
+        prepared = launches.keep(key, (launch, maps, boxes, places, schedule))
+    launch, maps, boxes, places, _ = prepared
+    for operand, tensor_maps, box in zip((x, weight, weight, result), maps, boxes, strict=True):
+        tensor_maps.set(operand, *box)
+    for place, tensor in zip(places, (bias, residual, trace), strict=True):
+        place.value = 0 if tensor is None else tensor.data_ptr()
+    launch()

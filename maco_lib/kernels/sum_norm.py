@@ -9,8 +9,10 @@ import torch
 import triton
 import triton.language as tl
 
-from maco_lib.kernels.inbox import LINE_DATA
+from maco_lib.kernels.inbox import LINE_DATA, Box
+from maco_lib.kernels.launch import of_triton
 from maco_lib.kernels.lines import PACK, add, begin, pack, sum_of_ranks, take, unpack, words
+from maco_lib.kernels.patience import code
 from maco_lib.kernels.sum_shares import ELEMENTS
 
 MAX_WARPS = 32
@@ -18,8 +20,9 @@ MAX_WARPS = 32
 
 @triton.jit(do_not_specialize=["num_rows"])
 def take_norm_kernel(
-    residual, weight, normed, total, inboxes, counter, num_rows, eps,
+    residual, weight, normed, total, inboxes, counter, watch, num_rows, eps,
     num_lines: tl.constexpr, block: tl.constexpr, rank: tl.constexpr, num_ranks: tl.constexpr, element: tl.constexpr,
+    who: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0)
     begin_of_row = row * num_lines
@@ -29,8 +32,10 @@ def take_norm_kernel(
     old = tl.load(words(residual) + begin_of_row + offsets, mask=inside, other=0)
     weights = unpack(tl.load(words(weight) + offsets, mask=inside, other=0), element)
     own_half = inboxes[num_ranks - 1] + half
-    own = take(own_half, (num_ranks - 1) * num_rows + row, num_lines, offsets, epoch, inside)
-    sums = sum_of_ranks(own, own_half, row, num_rows, num_lines, offsets, epoch, inside, rank, num_ranks, element)
+    own = take(own_half, (num_ranks - 1) * num_rows + row, num_lines, offsets, epoch, inside, watch, who + rank)
+    sums = sum_of_ranks(
+        own, own_half, row, num_rows, num_lines, offsets, epoch, inside, watch, who, rank, num_ranks, element
+    )
     data = pack(add(sums, unpack(old, element), element), element)
     tl.store(words(total) + begin_of_row + offsets, data, mask=inside)
     values = unpack(data, element)
@@ -51,34 +56,40 @@ def sum_norm(
     residual: torch.Tensor,
     weight: torch.Tensor,
     eps: float,
+    box: Box,
     *,
-    inboxes: tuple[int, ...],
-    counter: torch.Tensor,
-    rank: int,
     one_shot: bool = True,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """(normed, total), new: total = residual + the ranks' products, normed = RMSNorm(total) * weight. Collective.
 
     product, residual: (M, N); weight: (N,); bf16, fp16 or fp32, contiguous, beginning at multiples of 16, a row being a
-    whole number of 8 bytes; of a size for which the inbox `has_room`. inboxes, counter: as in `one_shot`. product: None
-    where the kernel in front, `decode`, puts it into all inboxes; this one is then launched before that one has ended
-    (programmatic dependent launch), and takes it from there as it arrives.
+    whole number of 8 bytes; of a size for which the inbox `has_room`. product: None where the kernel in front,
+    `decode`, puts it into all inboxes; this one is then launched before that one has ended (programmatic dependent
+    launch), and takes it from there as it arrives.
     """
     normed, total = torch.empty_like(residual), torch.empty_like(residual)
-    num_rows, row_bytes = len(residual), residual.nbytes // len(residual)
-    num_lines = row_bytes // LINE_DATA
+    num_rows, dtype = len(residual), residual.dtype
+    num_lines = residual.nbytes // num_rows // LINE_DATA
     if product is not None:
-        place = {"inboxes": inboxes, "counter": counter, "rank": rank}
-        after = {"residual": residual, "weight": weight, "normed": normed, "eps": eps}
         from maco_lib.kernels import ll128
 
-        ll128.launch(product, total, num_lines, one_shot, **place, **after)
+        ll128.launch(product, total, num_lines, one_shot, box, residual, weight, normed, eps)
         return normed, total
-    block = max(32 * PACK, triton.next_power_of_2(num_lines))
-    take_norm_kernel[(num_rows,)](
-        residual.data_ptr(), weight.data_ptr(), normed.data_ptr(), total.data_ptr(),
-        inboxes, counter.data_ptr(), num_rows, eps,
-        num_lines=num_lines, block=block, rank=rank, num_ranks=len(inboxes), element=ELEMENTS[residual.dtype],
-        num_warps=min(MAX_WARPS, block // (32 * PACK)), launch_pdl=True,
-    )  # fmt: skip
+    addresses = residual.data_ptr(), weight.data_ptr(), normed.data_ptr(), total.data_ptr()
+    key = "take_norm", num_rows, num_lines, dtype, eps
+    prepared = box.launches.get(key)
+    if prepared is None:
+        block = max(32 * PACK, triton.next_power_of_2(num_lines))
+        launch, values = of_triton(
+            take_norm_kernel, num_rows, (*addresses, box.inboxes, box.counter, box.watch, num_rows, eps),
+            box.device_index, num_lines=num_lines, block=block, rank=box.rank, num_ranks=len(box.inboxes),
+            element=ELEMENTS[dtype], who=code("take_norm"),
+            num_warps=min(MAX_WARPS, block // (32 * PACK)), launch_pdl=True,
+        )  # fmt: skip
+        prepared = box.launches.keep(key, (launch, values[:4]))
+        box.together(("take_norm", num_lines, dtype))
+    launch, places = prepared
+    for place, address in zip(places, addresses, strict=True):
+        place.value = address
+    launch()
     return normed, total

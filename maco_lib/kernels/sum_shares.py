@@ -9,7 +9,9 @@ import torch
 import triton
 import triton.language as tl
 
-from maco_lib.kernels.meet import array, meet
+from maco_lib.kernels.launch import Launch, of_triton
+from maco_lib.kernels.meet import Flags, array, meet
+from maco_lib.kernels.patience import code
 
 # All sources of a tile together, per CTA: what 1024 threads can hold in flight in their registers.
 TILE_BYTES = 2**17
@@ -22,13 +24,14 @@ ELEMENTS = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float3
 
 @triton.jit
 def sum_shares_kernel(
-    sources, targets, flags, epochs, begin, end,
+    sources, targets, flags, epochs, watch, begin, end,
     rank: tl.constexpr, num_ranks: tl.constexpr, num_sources: tl.constexpr, num_targets: tl.constexpr,
-    enter: tl.constexpr, leave: tl.constexpr, element: tl.constexpr, block: tl.constexpr,
+    enter: tl.constexpr, leave: tl.constexpr, element: tl.constexpr, block: tl.constexpr, who: tl.constexpr,
 ):  # fmt: skip
-    epoch = tl.load(epochs + tl.program_id(0)) + 1
+    own_epoch = array(epochs, tl.int32) + tl.program_id(0)
+    epoch = tl.load(own_epoch) + 1
     if enter:
-        meet(flags, rank, num_ranks, 0, epoch)
+        meet(flags, rank, num_ranks, 0, epoch, watch, who)
     for start in range(begin + tl.program_id(0) * block, end, tl.num_programs(0) * block):
         offsets = start + tl.arange(0, block)
         inside = offsets < end
@@ -41,9 +44,9 @@ def sum_shares_kernel(
         for number in tl.static_range(num_targets):
             tl.store(array(targets[number], element) + offsets, total.to(element), mask=inside)
     if leave:
-        meet(flags, rank, num_ranks, 1, epoch)
+        meet(flags, rank, num_ranks, 1, epoch, watch, who)
     tl.debug_barrier()
-    tl.store(epochs + tl.program_id(0), epoch)
+    tl.store(own_epoch, epoch)
 
 
 def tile_elements(num_elements: int, num_ctas: int, num_sources: int, itemsize: int) -> int:
@@ -64,24 +67,27 @@ def sum_shares(
     begin: int,
     end: int,
     dtype: torch.dtype,
+    at: Flags,
     *,
-    flags: tuple[int, ...],
-    epochs: torch.Tensor,
-    rank: int,
     num_ctas: int,
     enter: bool,
     leave: bool,
-) -> None:
-    """Store the sum of elements [begin, end) of every source at the same place of every target, on the current stream.
+) -> Launch:
+    """The launch that stores the sum of elements [begin, end) of every source at the same place of every target.
 
     sources, targets: addresses of arrays of `dtype` (bf16, fp16 or fp32), multiples of 16. begin, end: multiples of 16.
-    flags: where each rank's flags are, beginning with the next rank, own last (`kernels.meet`); epochs: int32,
-    `meet.MAX_CTAS`, this rank's own. enter, leave: meet the other ranks before the first access and after the last;
-    then collective.
+    enter, leave: meet the other ranks before the first access and after the last; then collective.
     """
-    block = tile_elements(end - begin, num_ctas, len(sources), dtype.itemsize)
-    sum_shares_kernel[(num_ctas,)](
-        sources, targets, flags, epochs, begin, end,
-        rank=rank, num_ranks=len(flags), num_sources=len(sources), num_targets=len(targets),
-        enter=enter, leave=leave, element=ELEMENTS[dtype], block=block, num_warps=num_warps(block, dtype.itemsize),
-    )  # fmt: skip
+    key = sources, targets, begin, end, dtype, num_ctas, enter, leave
+    launch = at.launches.get(key)
+    if launch is None:
+        block = tile_elements(end - begin, num_ctas, len(sources), dtype.itemsize)
+        launch, _ = of_triton(
+            sum_shares_kernel, num_ctas,
+            (sources, targets, at.flags, at.epochs, at.watch, begin, end), at.device_index,
+            rank=at.rank, num_ranks=len(at.flags), num_sources=len(sources), num_targets=len(targets),
+            enter=enter, leave=leave, element=ELEMENTS[dtype], block=block, who=code("sum_shares"),
+            num_warps=num_warps(block, dtype.itemsize),
+        )  # fmt: skip
+        at.launches.keep(key, launch)
+    return launch

@@ -9,13 +9,14 @@ import functools
 import math
 import statistics
 import time
-import weakref
 from collections.abc import Callable, Hashable
 from typing import TypeVar
 
 import torch
 import torch.distributed as dist
 
+from maco_lib import context as contexts
+from maco_lib.context import Context, capturing
 from maco_lib.overlap import streams
 from maco_lib.overlap.calibration import Calibration, calibrate
 from maco_lib.overlap.measure import in_symmetric_memory, median_us
@@ -110,16 +111,15 @@ class Trial:
 class Planner:
     """The keys of one group on one device. `calibration` is None until a call that may measure."""
 
-    def __init__(self, group: dist.ProcessGroup, device: torch.device):
-        # The group keeps its planner, which must not keep it in turn: a gloo group left at exit aborts the process.
-        self.reference, self.device = weakref.ref(group), device
+    def __init__(self, context: Context):
+        self.context, self.device = context, context.device
         self.calibration: Calibration | None = None
         self.trials: dict[tuple, Trial] = {}
         self.foretold: dict[tuple, Decision] = {}
 
     @property
     def group(self) -> dist.ProcessGroup:
-        return self.reference()
+        return self.context.group
 
     def identify(self, compute: Callable, tensor: torch.Tensor, key: Hashable) -> tuple[str, int, str, bool]:
         """What has a plan of its own: (name, bytes, type, whether the tensor is in symmetric memory)."""
@@ -143,7 +143,7 @@ class Planner:
                 trial = self.trials[which] = Trial(self.decide(which, "calls"), self.device.type)
             plan = self.advance(trial, tensor, which[-1])
             chosen = trial.decision.chosen
-        issue = functools.partial(streams.planned_all_reduce, tensor=tensor, group=self.group)
+        issue = functools.partial(streams.issue_of, tensor=tensor, group=self.group)
         if chosen is not None:
             return streams.run_plan(chosen, compute, issue(chosen), tensor)
         return trial.run(plan, compute, issue(plan), tensor)
@@ -250,11 +250,6 @@ def refill(tensor: torch.Tensor, values: torch.Tensor) -> None:
         tensor.copy_(values)
 
 
-def capturing(device: torch.device) -> bool:
-    """Whether the current stream is being captured in a CUDA graph."""
-    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
-
-
 def refusal(plan: Plan, scratch: torch.Tensor, group: dist.ProcessGroup) -> str:
     """Why the plan's backend does not sum such a tensor, or "", it then being ready for the next. Collective."""
     try:
@@ -266,16 +261,9 @@ def refusal(plan: Plan, scratch: torch.Tensor, group: dist.ProcessGroup) -> str:
     return ""
 
 
-_PLANNERS: "weakref.WeakKeyDictionary[dist.ProcessGroup, dict[torch.device, Planner]]" = weakref.WeakKeyDictionary()
-
-
 def planner(group: dist.ProcessGroup | None, device: torch.device) -> Planner:
     """The planner of a group on this rank's device; it lives as long as the group."""
-    group = group or dist.group.WORLD
-    of_group = _PLANNERS.setdefault(group, {})
-    if device not in of_group:
-        of_group[device] = Planner(group, device)
-    return of_group[device]
+    return contexts.of(group, device).get(Planner)
 
 
 def tune(

@@ -13,7 +13,6 @@ import pathlib
 import tempfile
 import time
 import warnings
-import weakref
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any, TypeVar
@@ -21,7 +20,9 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 
+from maco_lib import context as contexts
 from maco_lib.checkpoint import default_cache
+from maco_lib.context import Context
 from maco_lib.machine import Machine, this_machine
 from maco_lib.overlap import model
 from maco_lib.overlap.costs import Curve
@@ -97,19 +98,16 @@ class Calibration:
         )
 
 
-_CALIBRATIONS: "weakref.WeakKeyDictionary[dist.ProcessGroup, dict[str, Calibration]]" = weakref.WeakKeyDictionary()
-
-
 def calibrate(device: torch.device, group: dist.ProcessGroup | None = None, *, force: bool = False) -> Calibration:
     """The calibration of this machine for the ranks of `group`: known, stored or (`force`) measured now. Collective.
 
     The same on every rank: rank 0 reads and writes the file.
     """
-    group = group or dist.group.WORLD
-    of_group, kind = _CALIBRATIONS.setdefault(group, {}), device.type
-    if force or kind not in of_group:
-        of_group[kind] = stored_or_measured(device, group, force, GRIDS[kind])
-    return of_group[kind]
+    context = contexts.of(group, device)
+    if force:
+        context.forget(stored_or_measured)
+        context.made[stored_or_measured,] = stored_or_measured(context, force=True)
+    return context.get(stored_or_measured)
 
 
 def of_first_rank(make: Callable[[], T], group: dist.ProcessGroup) -> T:
@@ -126,7 +124,9 @@ def of_first_rank(make: Callable[[], T], group: dist.ProcessGroup) -> T:
     return value
 
 
-def stored_or_measured(device: torch.device, group: dist.ProcessGroup, force: bool, grid: Grid) -> Calibration:
+def stored_or_measured(context: Context, force: bool = False) -> Calibration:
+    device, group, grid = context.device, context.group, GRIDS[context.device.type]
+
     def stored() -> dict[str, Any] | None:
         return None if force else read(this_machine(), device.type, group.size(), grid)
 

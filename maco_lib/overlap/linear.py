@@ -9,15 +9,18 @@ shapes; buffers are made then, by all ranks together, and "auto" captures only w
 """
 
 import functools
+import math
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
 import torch.distributed as dist
 from torch.distributed.distributed_c10d import _resolve_process_group
 
+from maco_lib import context as contexts
 from maco_lib.comm import DTYPES, backend
-from maco_lib.overlap import linear_auto
+from maco_lib.overlap import calls, linear_auto
 from maco_lib.overlap.custom_op import custom_op
 from maco_lib.overlap.linear_plan import AUTO, TECHNIQUES, LinearPlan
 from maco_lib.overlap.linear_techniques import chunked, decode, persistent, sequential
@@ -59,9 +62,13 @@ def linear_all_reduce(
         sequential one, and not to be used if a weight of the same N has the same K on some of the ranks only.
     check: first compare shape, type and plan across the ranks (blocks the host; not for captured or compiled code).
 
-    Calls for one group are to be issued from one current stream, or from streams that the caller orders: they share
-    buffers and flags. The persistent kernel needs all SMs of every rank: an unplanned collective (`start` without a
-    plan, torch's own) may not be in flight beside "auto".
+    Calls may come from several streams, also inside the compute of `overlap`: with all that this library issues they
+    take turns, in the order in which they are issued, which is to be the same on every rank (`context.Turns`). Not
+    ordered are torch's own collectives, none of which may be in flight beside "auto", as the persistent kernel needs
+    all SMs, and replays of graphs: the caller orders those. One thread at a time.
+
+    The first call on a shape makes what it needs, as `Context.prepare` does for many; later ones look it up. Where a
+    rank does not come, kernels of this library give up after 10 s (`comm.watch`).
 
     Returns (..., N), a new tensor of x's type; the same bits on every rank, and every time for the same input and plan.
     For inference: there is no backward, so call it under torch.no_grad() or with tensors that require no gradient.
@@ -70,12 +77,21 @@ def linear_all_reduce(
     gradients, and on a plan that cannot be followed here: here alone, but with `check` on every rank, and there also
     when the ranks disagree.
     """
+    key = None if check else calls.key_of("linear", plan, x, weight, bias, residual)
+    if known := calls.found(x, group, key):
+        context, call = known
+        return call.run(context, x, weight, bias, residual)
     operands = {"x": x, "weight": weight, "bias": bias, "residual": residual}
     plan = LinearPlan() if plan is None else plan
     if check:
         check_agreement(lambda: described(operands, group, plan), group)
-    of_group = require_call(operands, group, plan)
-    return torch.ops.maco.linear_all_reduce(x, weight, bias, residual, of_group, plan if plan == AUTO else plan.name)
+    of_group, name = require_call(operands, group, plan), plan if plan == AUTO else plan.name
+    if key is None or not of_group:
+        return torch.ops.maco.linear_all_reduce(x, weight, bias, residual, of_group, name)
+    result, call = first_call(x, weight, bias, residual, of_group, name)
+    if call is not None:
+        contexts.of(group, x.device).calls.keep(key, call)
+    return result
 
 
 def require_call(
@@ -101,8 +117,37 @@ def fake(x, weight, bias, residual, group_name, plan):
     return x.new_empty(result_shape(x, weight, bias, residual))
 
 
-@custom_op("linear_all_reduce", fake)
-def operator(
+@dataclass(frozen=True)
+class Call:
+    """What is known of a call once one like it has run: the shape of its result, its plan with the backend's name.
+
+    direct: all of it, where nothing but a matmul and a sum is needed.
+    """
+
+    shape: tuple[int, ...]
+    plan: LinearPlan
+    backend_name: str
+    direct: Callable[..., torch.Tensor] | None = None
+
+    def run(
+        self,
+        context: contexts.Context,
+        x: torch.Tensor,
+        weight: torch.Tensor,
+        bias: torch.Tensor | None,
+        residual: torch.Tensor | None,
+    ) -> torch.Tensor:
+        """The call. Collective."""
+        context.turns.check()
+        if self.direct is not None:
+            return self.direct(x, weight, bias, residual)
+        result = x.new_empty(self.shape)
+        operands = flattened(x), weight, bias, residual if residual is None else flattened(residual), flattened(result)
+        RUN[self.plan.technique](Problem(*operands, self.backend_name, context.group), self.plan)
+        return result
+
+
+def eager(
     x: torch.Tensor,
     weight: torch.Tensor,
     bias: torch.Tensor | None,
@@ -111,29 +156,46 @@ def operator(
     plan: str,
 ) -> torch.Tensor:
     """`linear_all_reduce` with the group and the plan by their names ("" for a group of one)."""
+    return first_call(x, weight, bias, residual, group_name, plan)[0]
+
+
+operator = custom_op("linear_all_reduce", fake)(eager)
+
+
+def first_call(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    residual: torch.Tensor | None,
+    group_name: str,
+    plan: str,
+) -> tuple[torch.Tensor, Call | None]:
+    """The result, and what later calls like this one need not find out; None where there is nothing of the kind."""
     shape = result_shape(x, weight, bias, residual)
     chosen = LinearPlan() if plan == AUTO else parsed(plan)
     if chosen.backend:
         backend(chosen.backend)  # a wrong name is an error on a single rank, too
     if not group_name:
         product = torch.nn.functional.linear(x, weight, bias)
-        return product if residual is None else product.add_(residual)
+        return product if residual is None else product.add_(residual), None
     group = _resolve_process_group(group_name)
     name = usable_backend(chosen.backend, x.device, group)
-    result = x.new_empty(shape)
-    if not result.numel():
-        return result
-    flat_x, flat_residual = flattened(x), None if residual is None else flattened(residual)
-    call = (len(flat_x), weight, (bias is not None, residual is not None))
+    if not math.prod(shape):
+        return x.new_empty(shape), None
+    about = math.prod(shape[:-1]), weight, (bias is not None, residual is not None)
     planner = linear_auto.planner(group, x.device) if plan == AUTO else None
     if planner:
-        chosen = planner.plan(*call)
+        chosen = planner.plan(*about)
         if chosen.backend not in ("", name):
             name = usable_backend(chosen.backend, x.device, group)
-    RUN[chosen.technique](Problem(flat_x, weight, bias, flat_residual, flattened(result), name, group), chosen)
+    context, direct = contexts.of(group, x.device), None
+    if chosen.technique == "sequential":
+        direct = sequential.bound(context, name, shape, x.dtype)
+    call = Call(shape, chosen, name, direct)
+    result = call.run(context, x, weight, bias, residual)
     if planner:
-        planner.ran(chosen, *call)
-    return result
+        planner.ran(chosen, *about)
+    return result, None if contexts.capturing(x.device) else call
 
 
 def result_shape(

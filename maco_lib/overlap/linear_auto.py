@@ -15,7 +15,6 @@ told by `overlap.decisions()`, what is looked up once for each plan that a weigh
 
 import math
 import warnings
-import weakref
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 
@@ -23,7 +22,9 @@ import torch
 import torch.distributed as dist
 
 from maco_lib import comm
+from maco_lib import context as contexts
 from maco_lib.comm import DTYPES
+from maco_lib.context import Context
 from maco_lib.machine import short_gpu_name
 from maco_lib.overlap.linear_measure import Shape, cuts
 from maco_lib.overlap.linear_plan import HOPPER, LinearPlan, candidates
@@ -83,9 +84,9 @@ def nearby(tuned: Mapping[int, LinearPlan], num_rows: int) -> LinearPlan | None:
 class LinearPlanner:
     """The layers of one group on one device."""
 
-    def __init__(self, group: dist.ProcessGroup, device: torch.device):
-        self.reference, self.device = weakref.ref(group), device
-        self.default = LinearPlan(backend=DEFAULT_BACKEND[device.type])
+    def __init__(self, context: Context):
+        self.context, self.device = context, context.device
+        self.default = LinearPlan(backend=DEFAULT_BACKEND[self.device.type])
         self.backends: list[str] = []  # that every rank has
         self.table: PlanTable | None = None
         self.layers: dict[tuple[int, int, torch.dtype], Layer] = {}
@@ -94,7 +95,7 @@ class LinearPlanner:
 
     @property
     def group(self) -> dist.ProcessGroup:
-        return self.reference()
+        return self.context.group
 
     def layer(self, weight: torch.Tensor) -> Layer:
         """What is known of weights of this shape. Collective when it is the first of its shape."""
@@ -202,6 +203,7 @@ class LinearPlanner:
         for plan in usable:
             self.ran(plan, num_rows, weight, (False, False))
         layer.tuned[num_rows] = decision
+        self.context.calls.clear()  # which may have another plan from now on
         return decision
 
 
@@ -232,16 +234,9 @@ def warn_unprepared(num_rows: int, weight: torch.Tensor, default: LinearPlan) ->
     )
 
 
-_PLANNERS: "weakref.WeakKeyDictionary[dist.ProcessGroup, dict[torch.device, LinearPlanner]]"
-_PLANNERS = weakref.WeakKeyDictionary()
-
-
 def planner(group: dist.ProcessGroup, device: torch.device) -> LinearPlanner:
     """The planner of a group on this rank's device; it lives as long as the group."""
-    of_group = _PLANNERS.setdefault(group, {})
-    if device not in of_group:
-        of_group[device] = LinearPlanner(group, device)
-    return of_group[device]
+    return contexts.of(group, device).get(LinearPlanner)
 
 
 def tune_linear(

@@ -10,18 +10,19 @@ the same shapes; buffers and kernels are made then, by all ranks together.
 """
 
 import math
+from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
 from torch.distributed.distributed_c10d import _resolve_process_group
 
+from maco_lib import context as contexts
 from maco_lib.comm import backend
-from maco_lib.comm.mailbox import mailbox
+from maco_lib.comm.mailbox import Mailbox
 from maco_lib.comm.symmetric import ALIGNMENT
 from maco_lib.kernels.inbox import LINE_DATA, has_room
-from maco_lib.overlap import streams
+from maco_lib.overlap import calls, linear
 from maco_lib.overlap.custom_op import custom_op
-from maco_lib.overlap.linear import operator as linear_operator
 from maco_lib.overlap.linear import result_shape, usable_backend
 from maco_lib.overlap.linear_plan import LinearPlan
 from maco_lib.overlap.linear_techniques.decode import in_whole_lines, unsuited
@@ -70,11 +71,20 @@ def linear_all_reduce_norm(
     gradients, and on a plan that cannot be followed here: here alone, but with `check` on every rank, and there also
     when the ranks disagree.
     """
+    key = None if check else calls.key_of("norm", plan, x, weight, residual, norm_weight, bias)
+    if known := calls.found(x, group, key):
+        context, call = known
+        return call.run(context, x, weight, residual, norm_weight, eps, bias)
     operands = {"x": x, "weight": weight, "residual": residual, "norm_weight": norm_weight, "bias": bias}
     if check:
         check_agreement(lambda: described(operands, eps, group, plan), group)
     of_group, name = require_call(operands, group, plan), plan if isinstance(plan, str) else plan.name
-    return torch.ops.maco.linear_all_reduce_norm(x, weight, residual, norm_weight, eps, bias, of_group, name)
+    if key is None or not of_group:
+        return torch.ops.maco.linear_all_reduce_norm(x, weight, residual, norm_weight, eps, bias, of_group, name)
+    results, call = first_call(x, weight, residual, norm_weight, eps, bias, of_group, name)
+    if call is not None:
+        contexts.of(group, x.device).calls.keep(key, call)
+    return results
 
 
 def require_call(
@@ -106,8 +116,38 @@ def fake(x, weight, residual, norm_weight, eps, bias, group_name, plan):
     return x.new_empty(shape), x.new_empty(shape)
 
 
-@custom_op("linear_all_reduce_norm", fake)
-def operator(
+@dataclass(frozen=True)
+class Call:
+    """What is known of a call once one like it has run: the shape of its results, and how the sum is made: by `linear`,
+    None where it is fused: with a matmul that sends its product or, where `in_memory` is no None, one-shot or not."""
+
+    shape: tuple[int, ...]
+    linear: linear.Call | None
+    in_memory: bool | None = None
+
+    def run(
+        self,
+        context: contexts.Context,
+        x: torch.Tensor,
+        weight: torch.Tensor,
+        residual: torch.Tensor,
+        norm_weight: torch.Tensor,
+        eps: float,
+        bias: torch.Tensor | None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The call. Collective."""
+        context.turns.check()
+        rows, old = flattened(x), flattened(residual)
+        if self.linear is None:
+            normed, total = fused(rows, weight, old, norm_weight, eps, bias, context, self.in_memory)
+        else:
+            normed, total = add_norm(self.linear.run(context, rows, weight, bias, None), old, norm_weight, eps)
+        if len(self.shape) == 2:
+            return normed, total
+        return normed.view(self.shape), total.view(self.shape)
+
+
+def eager(
     x: torch.Tensor,
     weight: torch.Tensor,
     residual: torch.Tensor,
@@ -118,6 +158,23 @@ def operator(
     plan: str,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """`linear_all_reduce_norm` with the group and the plan by their names ("" for a group of one)."""
+    return first_call(x, weight, residual, norm_weight, eps, bias, group_name, plan)[0]
+
+
+operator = custom_op("linear_all_reduce_norm", fake)(eager)
+
+
+def first_call(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    residual: torch.Tensor,
+    norm_weight: torch.Tensor,
+    eps: float,
+    bias: torch.Tensor | None,
+    group_name: str,
+    plan: str,
+) -> tuple[tuple[torch.Tensor, torch.Tensor], Call | None]:
+    """The results, and what later calls like this one need not find out; None where there is nothing of the kind."""
     shape = norm_shape(x, weight, residual, norm_weight, bias)
     group = _resolve_process_group(group_name) if group_name else None
     if group is not None:
@@ -125,13 +182,16 @@ def operator(
     why = unfusable(x, weight, group)
     if plan == "fused" and why:
         raise ValueError(f"plan = 'fused': {why}")
-    rows, old = flattened(x), flattened(residual)
     if plan in ("auto", "fused") and not why:
-        normed, total = fused(rows, weight, old, norm_weight, eps, bias, group)
-    else:
-        product = linear_operator(rows, weight, bias, None, group_name, plan)
-        normed, total = add_norm(product, old, norm_weight, eps)
-    return normed.view(shape), total.view(shape)
+        rows, num_ranks, in_memory = flattened(x), group.size(), None
+        if not sends(rows, weight, num_ranks):
+            in_memory = fastest_way(len(rows), len(weight) * x.itemsize, num_ranks)
+        call = Call(shape, None, in_memory)
+        results = call.run(contexts.of(group, x.device), x, weight, residual, norm_weight, eps, bias)
+        return results, None if contexts.capturing(x.device) else call
+    product, of_linear = linear.first_call(flattened(x), weight, bias, None, group_name, plan)
+    normed, total = add_norm(product, flattened(residual), norm_weight, eps)
+    return (normed.view(shape), total.view(shape)), None if of_linear is None else Call(shape, of_linear)
 
 
 def norm_shape(
@@ -204,25 +264,30 @@ def fused(
     norm_weight: torch.Tensor,
     eps: float,
     bias: torch.Tensor | None,
-    group: dist.ProcessGroup,
+    context: contexts.Context,
+    one_shot: bool | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """(normed, residual_out) of (M, K) x by a matmul and one kernel. Collective."""
+    """(normed, residual_out) of (M, K) x by a matmul and one kernel. Collective.
+
+    one_shot: of a sum of products in memory; None: the matmul is to send its own.
+    """
     from maco_lib.kernels.sum_norm import sum_norm
 
-    # A planned collective that nobody has waited for may still use the mailbox.
-    streams.wait_for_planned(x.device)
-    box = mailbox(group, x.device)
-    own_bias = bias.contiguous() if bias is not None and group.rank() == 0 else None
-    place = {"inboxes": box.inboxes, "counter": box.counter}
-    product, one_shot = None, True
-    if sends(x, weight, group.size()):
+    box = context.get(Mailbox).box
+    own_bias = bias.contiguous() if bias is not None and box.rank == 0 else None
+    product = None
+    if one_shot is None:
         from maco_lib.kernels.decode import decode
 
-        decode(in_whole_lines(x), in_whole_lines(weight), own_bias, **place)
+        x, weight = in_whole_lines(x), in_whole_lines(weight)
+        context.turns.take()
+        decode(x, weight, own_bias, box)
     else:
         product = torch.nn.functional.linear(x, weight, own_bias)
-        one_shot = fastest_way(len(product), product.nbytes // len(product), group.size())
-    return sum_norm(product, aligned(residual), aligned(norm_weight), eps, **place, rank=box.rank, one_shot=one_shot)
+        context.turns.take()
+    both = sum_norm(product, aligned(residual), aligned(norm_weight), eps, box, one_shot=bool(one_shot))
+    context.turns.give()
+    return both
 
 
 def add_norm(
@@ -232,7 +297,8 @@ def add_norm(
     if total.device.type == "cuda" and total.numel() and total.dtype in backend(SUM).dtypes:
         from maco_lib.kernels.add_rms_norm import add_rms_norm
 
-        return add_rms_norm(total, residual.contiguous(), weight.contiguous(), eps)
+        launches = contexts.on(total.device).launches
+        return add_rms_norm(total, aligned(residual), aligned(weight), eps, launches)
     wide = torch.promote_types(total.dtype, torch.float32)
     total = (total.to(wide) + residual.to(wide)).to(total.dtype)
     values = total.to(wide)

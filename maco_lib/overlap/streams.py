@@ -17,7 +17,9 @@ import torch.distributed as dist
 from torch.utils._pytree import tree_leaves
 
 from maco_lib import comm
+from maco_lib import context as contexts
 from maco_lib.comm import c10d
+from maco_lib.overlap import calls
 from maco_lib.overlap.plan import Plan
 from maco_lib.overlap.sm_limit import leaving
 from maco_lib.overlap.validation import check_agreement, described, require_call, result_shape
@@ -40,41 +42,16 @@ class Handle:
         May be called again. Raises RuntimeError when the collective failed on a CPU.
         """
         if self.event is not None:
-            if _EXCLUSIVE.get(self.result.device) is self.event:
-                del _EXCLUSIVE[self.result.device]
-            torch.cuda.current_stream(self.result.device).wait_event(self.event)
+            contexts.on(self.result.device).turns.awaited(self.event)
         if self.work is not None:
             self.work.wait()
             self.work = None
         return self.result
 
 
-# The end of a GPU's last planned collective that nobody has waited for. Those that work in symmetric memory share their
-# flags and workspace, so planned ones run one after the other, whatever side streams they are on. All must be issued
-# from one stream, or from streams that the caller has ordered: one that was waited for is only ordered by that stream.
-_EXCLUSIVE: dict[torch.device, torch.cuda.Event] = {}
-
-
-def wait_for_planned(device: torch.device) -> None:
-    """Order what the current stream of a GPU does next after its last planned collective that nobody has waited for.
-
-    Raises RuntimeError while a graph is captured if that was begun before the capture.
-    """
-    if device not in _EXCLUSIVE:
-        return
-    try:
-        torch.cuda.current_stream(device).wait_event(_EXCLUSIVE[device])
-    except RuntimeError as error:
-        if torch.cuda.is_current_stream_capturing():
-            raise RuntimeError("a planned collective was begun before this capture: wait() for it first") from error
-        # It was captured, and the capture failed before anybody waited for it: nothing runs that could be waited for.
-        del _EXCLUSIVE[device]
-
-
-@functools.cache
 def side_stream(device: torch.device, priority: int) -> torch.cuda.Stream:
     """The stream for collectives of this device and priority, made once: those issued on it run in order."""
-    return torch.cuda.Stream(device, priority=priority)
+    return contexts.on(device).side_stream(priority)
 
 
 def highest_priority() -> int:
@@ -93,24 +70,24 @@ def launch(
 ) -> Handle:
     """Issue `run(async_op)` beside the current stream; `result` and `used` are the tensors that it touches.
 
-    On GPUs it begins once what the current stream holds is done, or at the earlier event `after`; if `exclusive`, also
-    after the exclusive one before it.
+    On GPUs it begins once what the current stream holds is done, or at the earlier event `after`, and when its turn has
+    come (`context.Turns`). exclusive: it may not be left unawaited where a capture begins.
     """
     device = result.device
     if device.type != "cuda":
         return Handle(result, work=run(True))
-    side = side_stream(device, priority)
-    side.wait_event(after or torch.cuda.current_stream(device).record_event())
-    with torch.cuda.stream(side):
-        if exclusive:
-            wait_for_planned(device)
+    side, turns = side_stream(device, priority), contexts.on(device).turns
+    side.wait_event(after or turns.current().record_event())
+    with contexts.Within(side, turns):
+        turns.take()
         run(False)
+        turns.give()
     # Memory freed while the side stream still uses it must not be handed out again by the allocator.
     for tensor in (result, *used):
         tensor.record_stream(side)
     event = side.record_event()
     if exclusive:
-        _EXCLUSIVE[device] = event
+        turns.unawaited = event
     return Handle(result, event=event)
 
 
@@ -126,8 +103,10 @@ def launch_planned(
     if plan.overlapped:
         priority = highest_priority() if plan.urgent and on_gpu else 0
         return launch(run, result, used=used, priority=priority, after=after, exclusive=True)
-    wait_for_planned(result.device)
+    turns = contexts.on(result.device).turns
+    turns.take()
     run(False)
+    turns.give()
     return Handle(result)
 
 
@@ -145,7 +124,7 @@ def run_plan(
             compute = functools.partial(run_held_back, compute, result.device)
         return run_leading(compute, run, result.device)
     forks = plan.overlapped and result.device.type == "cuda"
-    fork = torch.cuda.current_stream(result.device).record_event() if forks else None
+    fork = contexts.on(result.device).turns.current().record_event() if forks else None
     issue = functools.partial(launch_planned, plan, run, result, used, fork)
     handle = None if plan.overlapped and plan.compute_first else issue()
     try:
@@ -165,29 +144,28 @@ def run_held_back(compute: Callable[[], R], device: torch.device) -> R:
     Where eager code has just joined two streams, both go on at the same moment, and a matmul that then gets its SMs a
     few µs before a collective lets it begin at its own end only (table `overlap_eager`): one launch more decides that.
     """
-    spare_element(device).zero_()
+    contexts.on(device).spare_element().zero_()
     return compute()
-
-
-@functools.cache
-def spare_element(device: torch.device) -> torch.Tensor:
-    with torch.inference_mode(False):  # one made in inference mode could not be written to outside
-        return torch.zeros(1, device=device)
 
 
 def run_leading(compute: Callable[[], R], run: Run, device: torch.device) -> R:
     """The collective in the current stream, `compute()` on a side stream that starts where the current one stands."""
-    current, side = torch.cuda.current_stream(device), side_stream(device, 0)
-    wait_for_planned(device)
-    side.wait_event(current.record_event())
+    here = contexts.on(device)
+    turns, current, side = here.turns, here.turns.current(), here.side_stream(0)
+    turns.take()
+    fork, join = here.fork_and_join()
+    fork.record(current)
+    side.wait_event(fork)
     run(False)
+    turns.give()
     try:
-        with torch.cuda.stream(side):
+        with contexts.Within(side, turns):
             computed = compute()
     finally:
-        current.wait_event(side.record_event())
+        join.record(side)
+        current.wait_event(join)
     # What it returned is the side stream's memory, and used here.
-    for leaf in tree_leaves(computed):
+    for leaf in (computed,) if isinstance(computed, torch.Tensor) else tree_leaves(computed):
         if isinstance(leaf, torch.Tensor) and leaf.is_cuda:
             leaf.record_stream(current)
     return computed
@@ -212,9 +190,10 @@ def start(
     group: None for all ranks. A group of one, and no process group at all: the result is `tensor` itself, at once.
     priority: of the side stream, on GPUs; lower is more urgent (`highest_priority()`).
     check: first compare collective, shape, type and plan across the ranks (blocks the host, not for captured code).
-    plan: for an all-reduce, the backend and stream that run it; planned ones run one after the other, and are to be
-        issued from one current stream (or from streams that the caller orders). A tensor from `comm.symmetric_empty` is
-        summed where it lies, any other is copied into symmetric memory and back.
+    plan: for an all-reduce, the backend and stream that run it. A tensor from `comm.symmetric_empty` is summed where it
+        lies, any other is copied into symmetric memory and back.
+
+    On a GPU collectives run one after the other, whatever streams they are issued from (`context.Turns`).
 
     Raises ValueError on an unknown collective, a wrong device, layout, type or shape, and a plan that cannot be
     followed here (nothing else is run in its place): here alone, but with `check` on every rank, and there also when
@@ -261,6 +240,14 @@ def overlap(
     key: names the computation for "auto", equal on every rank; None: where `compute` is defined. Give one if the same
     code does work of different size. The size and type of `tensor` are part of it anyhow.
     """
+    known = None
+    if collective == "all_reduce" and not (check or priority) and (plan == "auto" or plan is not None and key is None):
+        known = calls.key_of("overlap", plan, tensor) if callable(compute) else None
+        if found := calls.found(tensor, group, known):
+            context, record = found
+            if plan == "auto":
+                return record.run(compute, tensor, key), tensor
+            return run_plan(record, compute, issue_of(record, tensor, context.group), tensor), tensor
     require = functools.partial(require_call, tensor, collective, group, plan, priority, key=key, compute=compute)
     if check:
         check_agreement(lambda: described(tensor, collective, require()[1], key), group)
@@ -275,13 +262,25 @@ def overlap(
     num_ranks, plan = require()
     if num_ranks == 1:
         return compute(), tensor
+    record = plan
     if plan == "auto":
         from maco_lib.overlap.auto import planner  # it measures through this module
 
-        return planner(group, tensor.device).run(compute, tensor, key), tensor
+        record = planner(group, tensor.device)
+    if known is not None:
+        contexts.of(group, tensor.device).calls.keep(known, record)
+    if plan == "auto":
+        return record.run(compute, tensor, key), tensor
     return run_plan(plan, compute, planned_all_reduce(plan, tensor, group), tensor), tensor
 
 
 def planned_all_reduce(plan: Plan, tensor: torch.Tensor, group: dist.ProcessGroup | None) -> Run:
     """The all-reduce of `tensor` over the plan's backend, to be issued with `async_op`."""
     return functools.partial(comm.all_reduce, tensor, plan.backend, group or dist.group.WORLD)
+
+
+def issue_of(plan: Plan, tensor: torch.Tensor, group: dist.ProcessGroup) -> Run:
+    """As `planned_all_reduce`, of a tensor and a plan that were found to be valid; it takes no turn itself."""
+    if not tensor.numel():
+        return lambda async_op: None
+    return functools.partial(comm.backend(plan.backend).all_reduce, tensor, group)

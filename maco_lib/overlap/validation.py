@@ -2,12 +2,12 @@
 
 import operator
 import os
-import weakref
 from collections.abc import Callable, Hashable, Iterable
 
 import torch
 import torch.distributed as dist
 
+from maco_lib import context as contexts
 from maco_lib.comm import DTYPES, backend, collective
 from maco_lib.overlap import sm_limit
 from maco_lib.overlap.plan import Plan
@@ -199,13 +199,10 @@ def described(tensor: torch.Tensor, name: str, plan: Plan | str | None, key: Has
     return " ".join(words)
 
 
-_UNAVAILABLE: "weakref.WeakKeyDictionary[dist.ProcessGroup, dict[tuple[str, torch.device], str]]"
-_UNAVAILABLE = weakref.WeakKeyDictionary()
-
-
 def unavailable(name: str, device: torch.device, group: dist.ProcessGroup) -> str:
     """Why the backend `name` cannot all-reduce here, or ""; asked once."""
-    known = _UNAVAILABLE.setdefault(group, {})
-    if (name, device) not in known:
-        known[name, device] = backend(name).unavailable("all_reduce", device, group) or ""
-    return known[name, device]
+    return contexts.of(group, device).get(why_not, name)
+
+
+def why_not(context: contexts.Context, name: str) -> str:
+    return backend(name).unavailable("all_reduce", context.device, context.group) or ""

@@ -5,18 +5,19 @@ last; no SM is given up for them. Wins where both the matmul and the all-reduce 
 wave of tiles, before which there is nothing to transfer, and the sums of the last wave, which all SMs finish together.
 
 Its CTAs wait for those of the other ranks, and need all SMs: no other collective of these ranks may run beside it on
-another stream (those that `overlap.start` planned are waited for).
+another stream. Those of this library take turns with it (`context.Turns`); torch's own are the caller's to order.
 """
-
-import weakref
 
 import torch
 import torch.distributed as dist
 import torch.distributed._symmetric_memory as symmetric
 
-from maco_lib.comm.symmetric import Region, memory, unreachable
+from maco_lib import context as contexts
+from maco_lib.comm.symmetric import Memory, Region, unreachable
+from maco_lib.comm.watch import Watch
+from maco_lib.context import Context
+from maco_lib.kernels.launch import Launches
 from maco_lib.kernels.tile_order import CTAS, ROWS, TileOrder
-from maco_lib.overlap import streams
 from maco_lib.overlap.linear_techniques.persistent_time import TILINGS, Tiling, fastest_tiling, order_of
 from maco_lib.overlap.linear_techniques.problem import Problem
 from maco_lib.timing import gather
@@ -39,19 +40,23 @@ def require_preparation(what: str) -> None:
 class Exchange:
     """Where a group's ranks leave tiles and flags for each other. Made at the first call; collective."""
 
-    def __init__(self, group: dist.ProcessGroup, device: torch.device):
-        self.reference, self.device, self.rank, self.num_ranks = weakref.ref(group), device, group.rank(), group.size()
+    def __init__(self, context: Context):
+        require_preparation("a group's flags")
+        group, device = context.group, context.device
+        self.context, self.device, self.rank, self.num_ranks = context, device, group.rank(), group.size()
         # The ranks compute the same tiles at a time, also on GPUs that differ.
         num_sms = torch.cuda.get_device_properties(device).multi_processor_count
         self.max_clusters = min(gather(num_sms, group)) // CTAS
         self.weights: set[tuple[int, int]] = set()
-        self.memory = memory(group, device)
+        self.memory, self.watch, self.launches = context.get(Memory), context.get(Watch), Launches()
         self.own_flags = symmetric.empty(NUM_FLAGS, dtype=torch.int32, device=device).zero_()
         self.handle = symmetric.rendezvous(self.own_flags, group.group_name)
+        self.flags = tuple(self.handle.buffer_ptrs)
         # Partials and sums apart: a rank may write the next call's partials while another reads this call's sums.
         self.areas: dict[str, Region] = {}
         self.inboxes: list[torch.Tensor] = []  # the last one is used, the others by graphs that were captured with them
         self.schedules: dict[TileOrder, object] = {}
+        self.parts = Launches()  # of a problem, as `divide` gives them
         # Nobody may raise flags that their owner has yet to clear.
         torch.cuda.synchronize(device)
         dist.barrier(group, device_ids=[device.index])
@@ -60,18 +65,19 @@ class Exchange:
         """Raise ValueError unless all ranks have weights of the same shape; compared once for each. Collective."""
         if (n, k) not in self.weights:
             require_preparation("an agreement on the weight")
-            every = gather((n, k), self.reference())
+            every = gather((n, k), self.context.group)
             if len(set(every)) > 1:
                 raise ValueError(f"technique 'persistent': the ranks' weights have different shapes: {every}")
             self.weights.add((n, k))
 
-    def area(self, name: str, num_bytes: int) -> list[int]:
+    def area(self, name: str, num_bytes: int) -> tuple[int, ...]:
         """Addresses, by rank, of memory of at least `num_bytes`; collective when it has to grow."""
         area = self.areas.get(name)
         if area is None or area.base.nbytes < num_bytes:
             require_preparation(f"{num_bytes} bytes for {name}")
             self.areas[name] = self.memory.grown(area, num_bytes)
-        return self.areas[name].addresses
+            self.parts.clear()  # they say where the areas are
+        return tuple(self.areas[name].addresses)
 
     def inbox(self, num_bytes: int) -> int:
         """The address of this rank's own memory of at least `num_bytes`."""
@@ -79,6 +85,7 @@ class Exchange:
             require_preparation(f"an inbox of {num_bytes} bytes")
             size = 1 << (num_bytes - 1).bit_length()
             self.inboxes.append(torch.empty(size, dtype=torch.uint8, device=self.device))
+            self.parts.clear()
         return self.inboxes[-1].data_ptr()
 
     def schedule(self, order: TileOrder) -> object:
@@ -97,18 +104,12 @@ class Exchange:
         num_bytes = order.num_slots * ROWS * bn * 2
         partials, sums = self.area("partials", num_bytes * self.num_ranks), self.area("sums", num_bytes)
         inbox = self.inbox(num_bytes * self.num_ranks)
-        return Addresses(partials, sums, list(self.handle.buffer_ptrs), inbox, num_bytes)
-
-
-_EXCHANGES: "weakref.WeakKeyDictionary[dist.ProcessGroup, Exchange]" = weakref.WeakKeyDictionary()
+        return Addresses(partials, sums, self.flags, inbox, num_bytes, self.watch.address)
 
 
 def exchange(group: dist.ProcessGroup, device: torch.device) -> Exchange:
     """The exchange of `group`, made at the first call; RuntimeError if that is while a graph is captured."""
-    if group not in _EXCHANGES:
-        require_preparation("a group's flags")
-        _EXCHANGES[group] = Exchange(group, device)
-    return _EXCHANGES[group]
+    return contexts.of(group, device).get(Exchange)
 
 
 def misplaced(problem: Problem) -> str:
@@ -142,30 +143,50 @@ def run(problem: Problem, tiling: Tiling | None = None, trace: torch.Tensor | No
     Copies x or weight where they are not laid out for TMA. Raises ValueError on a problem that the kernel cannot run,
     and where K differs between the ranks.
     """
-    device = problem.result.device
-    if why := misplaced(problem) or unreachable(device, problem.group):
-        raise ValueError(f"technique 'persistent': {why}")
     from maco_lib.kernels.persistent import persistent
 
-    streams.wait_for_planned(device)
+    context = contexts.of(problem.group, problem.result.device)
+    shared = context.known(Exchange)
+    key = problem.x.shape, problem.weight.shape, problem.x.dtype, tiling
+    parts = shared.parts.get(key) if shared else None
+    if parts is None:
+        parts = divide(problem, tiling)
+        shared = context.get(Exchange)
+        shared.parts.keep(key, parts)
+    x, weight = for_tma(problem.x), for_tma(problem.weight)
+    bias = None if problem.bias is None else for_tma(problem.bias[None])[0]
+    residual = None if problem.residual is None else for_tma(problem.residual.contiguous())
+    context.turns.take()
+    for rows, columns, order, schedule, addresses in parts:
+        whole = len(parts) == 1
+        persistent(
+            x if whole else x[rows], weight, bias, residual if whole or residual is None else residual[rows],
+            problem.result if whole else problem.result[rows], columns, order, schedule, addresses, shared.rank,
+            shared.launches, context.together, trace,
+        )  # fmt: skip
+    context.turns.give()
+
+
+def divide(problem: Problem, tiling: Tiling | None) -> list[tuple[slice, int, TileOrder, object, object]]:
+    """Of each launch its rows, columns of a tile, order of the tiles, its tables, and where tiles lie. Collective.
+
+    Raises ValueError as `run`.
+    """
+    if why := misplaced(problem) or unreachable(problem.result.device, problem.group):
+        raise ValueError(f"technique 'persistent': {why}")
     (num_rows, num_columns), k = problem.result.shape, problem.x.shape[1]
-    shared = exchange(problem.group, device)
+    shared = exchange(problem.group, problem.result.device)
     shared.agree(num_columns, k)
     # After that, so that no rank refuses alone.
     if why := misshapen(problem):
         raise ValueError(f"technique 'persistent': {why}")
-    x, weight = for_tma(problem.x), for_tma(problem.weight)
-    bias = None if problem.bias is None else for_tma(problem.bias[None])[0]
-    residual = None if problem.residual is None else for_tma(problem.residual.contiguous())
     most = NUM_FLAGS // FLAGS_PER_TILE // shared.num_ranks // -(-num_columns // NARROWEST) * ROWS
     step = min(MAX_ROWS, max(ROWS, most))
+    orders = []
     for first in range(0, num_rows, step):
         rows = slice(first, min(first + step, num_rows))
-        size = rows.stop - first
-        of_part = (size, num_columns, k)
+        of_part = (rows.stop - first, num_columns, k)
         tiles = tiling or fastest_tiling(*of_part, shared.num_ranks, shared.max_clusters)
-        order = order_of(*of_part, tiles, shared.num_ranks, shared.max_clusters)
-        persistent(
-            x[rows], weight, bias, None if residual is None else residual[rows], problem.result[rows], tiles.columns,
-            order, shared.schedule(order), shared.addresses(order, tiles.columns), shared.rank, trace,
-        )  # fmt: skip
+        orders.append((rows, tiles.columns, order_of(*of_part, tiles, shared.num_ranks, shared.max_clusters)))
+    # The first is the largest: the memory of all has its size with it.
+    return [(*part, shared.schedule(part[2]), shared.addresses(part[2], part[1])) for part in orders]

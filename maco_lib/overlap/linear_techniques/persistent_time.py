@@ -46,6 +46,7 @@ def ascii_tiling(text: str) -> str:
     return text.replace(" × ", "x").replace(" ", "-")
 
 
+@functools.cache
 def parse_tiling(text: str) -> Tiling | None:
     """That which is called so by `str`, or by an older table; None where the model has no constants for it."""
     parts = re.fullmatch(r"(2x)?(\d+)(?:(-staggered)(-evened)?)?", ascii_tiling(text))

@@ -7,18 +7,19 @@ the stream comes to it.
 """
 
 import math
-import weakref
 from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
 
 from maco_lib import comm
+from maco_lib import context as contexts
 from maco_lib.comm import nccl_symmetric, symmetric
 from maco_lib.comm.nccl_symmetric import NcclSymmetric
 from maco_lib.comm.symmetric import GRANULE_BYTES, MIN_WORKSPACE, SymmetricAllReduce, symmetric_empty, whole
 from maco_lib.comm.vllm_custom import VllmCustom
-from maco_lib.overlap import streams
+from maco_lib.context import Context
+from maco_lib.kernels.launch import Launches
 
 Piece = tuple[slice, slice]
 EVERYTHING: Piece = (slice(None), slice(None))
@@ -42,7 +43,7 @@ def taken(tensor: torch.Tensor, piece: Piece) -> torch.Tensor:
     return tensor if piece is EVERYTHING else tensor[piece]
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False)
 class Problem:
     """result (M, N) = sum over the ranks of x (M, K) @ weight (N, K).T, + bias (N,) once, + residual (M, N) once.
 
@@ -58,19 +59,22 @@ class Problem:
     backend_name: str
     group: dist.ProcessGroup
 
+    @property
+    def turns(self) -> contexts.Turns | contexts.NoTurns:
+        """Those of the device: `sum`, and `blocks` where they are in the workspace, take one; `finish` gives it."""
+        return contexts.on(self.result.device).turns
+
     def blocks(self, pieces: list[Piece]) -> list[Block]:
         """A block for each piece, none sharing memory with another. Collective when the workspace has to grow.
 
         Raises ValueError on a type or size that the backend has no kernel for.
         """
         backend, dtype = comm.backend(self.backend_name), self.result.dtype
-        in_workspace = isinstance(backend, SymmetricAllReduce | NcclSymmetric)
+        in_workspace = isinstance(backend, (SymmetricAllReduce, NcclSymmetric))
         targets = [taken(self.result, piece) for piece in pieces]
         if isinstance(backend, SymmetricAllReduce) and all(backend.anywhere(target.nbytes) for target in targets):
             backend.require("all_reduce", dtype)
             in_workspace = False
-            # A planned collective that nobody has waited for may still use the mailbox.
-            streams.wait_for_planned(self.result.device)
         if not in_workspace and all(target.is_contiguous() for target in targets):
             flats = [target.view(-1) for target in targets]
             return [Block(*each, in_result=True) for each in zip(pieces, targets, flats, flats, strict=True)]
@@ -92,11 +96,12 @@ class Problem:
     def workspace(self, backend: SymmetricAllReduce | NcclSymmetric, numel: int) -> torch.Tensor:
         """Flat memory that the backend sums without a copy, free for what the current stream does next."""
         device, dtype = self.result.device, self.result.dtype
-        # A planned collective that nobody has waited for may still use the backend's memory and flags.
-        streams.wait_for_planned(device)
+        # The matmul that comes writes to it.
+        self.turns.take()
         if isinstance(backend, NcclSymmetric):
             return nccl_symmetric.memory(self.group, device, backend.num_ctas).staging(numel, dtype)
-        return symmetric_workspace(numel * dtype.itemsize, device, self.group)[: numel * dtype.itemsize].view(dtype)
+        storage = contexts.of(self.group, device).get(Workspace).of(numel * dtype.itemsize)
+        return storage[: numel * dtype.itemsize].view(dtype)
 
     def multiply(self, block: Block) -> None:
         """This rank's product, on the current stream."""
@@ -110,7 +115,8 @@ class Problem:
     def sum(self, block: Block, async_op: bool = False) -> dist.Work | None:
         """Sum the block over the ranks, on the current stream; async_op: as `comm.all_reduce`. Collective."""
         backend = comm.backend(self.backend_name)
-        if block.total is block.source:
+        self.turns.take()
+        if not isinstance(backend, SymmetricAllReduce) or block.in_result and block.total is block.source:
             return backend.all_reduce(block.source, self.group, async_op)
         region = symmetric.memory(self.group, block.source.device).find(block.source)
         backend.reduce(region, block.source, block.total, self.group)
@@ -118,14 +124,14 @@ class Problem:
 
     def finish(self, block: Block) -> None:
         """Bring the sum to the result, with the residual, on the current stream."""
-        if block.in_result and self.residual is None:
-            return
-        target = taken(self.result, block.piece)
-        total = block.total[: target.numel()].view(target.shape)
-        if self.residual is not None:
-            torch.add(total, taken(self.residual, block.piece), out=target)
-        else:
-            target.copy_(total)
+        if not block.in_result or self.residual is not None:
+            target = taken(self.result, block.piece)
+            total = block.total[: target.numel()].view(target.shape)
+            if self.residual is not None:
+                torch.add(total, taken(self.residual, block.piece), out=target)
+            else:
+                target.copy_(total)
+        self.turns.give()
 
 
 def beside(target: torch.Tensor, source: torch.Tensor) -> torch.Tensor:
@@ -134,31 +140,39 @@ def beside(target: torch.Tensor, source: torch.Tensor) -> torch.Tensor:
     return target.view(-1) if fits else torch.empty_like(source)
 
 
-_WORKSPACES: "weakref.WeakKeyDictionary[dist.ProcessGroup, dict[torch.device, torch.Tensor]]"
-_WORKSPACES = weakref.WeakKeyDictionary()
+class Workspace:
+    """The symmetric memory that matmuls write to. It grows; the smaller ones are kept for the graphs that use them."""
 
+    def __init__(self, context: Context):
+        self.context = context
+        self.memory: torch.Tensor | None = None
+        self.bound = Launches()  # calls of `sequential`, by backend, shape and type
 
-def symmetric_workspace(num_bytes: int, device: torch.device, group: dist.ProcessGroup) -> torch.Tensor:
-    """At least `num_bytes` (uint8) of symmetric memory, made anew, twice as large or more, when they do not suffice.
+    def of(self, num_bytes: int) -> torch.Tensor:
+        """At least `num_bytes` (uint8), made anew, twice as large or more, when they do not suffice.
 
-    The smaller ones are kept as long as the group, for the graphs that were captured with them. Collective when it
-    grows. Raises RuntimeError where that would be while a graph is captured.
-    """
-    made = _WORKSPACES.setdefault(group, {})
-    if device not in made or made[device].nbytes < num_bytes:
-        if torch.cuda.is_current_stream_capturing():
-            raise RuntimeError(f"cannot make a workspace of {num_bytes} bytes while a graph is captured: call before")
-        size = max(MIN_WORKSPACE, 1 << (num_bytes - 1).bit_length())
-        made[device] = symmetric_empty((size,), torch.uint8, device, group)
-    return made[device]
+        Collective when it grows. Raises RuntimeError where that would be while a graph is captured.
+        """
+        if self.memory is None or self.memory.nbytes < num_bytes:
+            if torch.cuda.is_current_stream_capturing():
+                raise RuntimeError(
+                    f"cannot make a workspace of {num_bytes} bytes while a graph is captured: call before"
+                )
+            size = max(MIN_WORKSPACE, 1 << (num_bytes - 1).bit_length())
+            self.memory = symmetric_empty((size,), torch.uint8, self.context.device, self.context.group)
+            self.bound.clear()
+            self.context.calls.clear()  # a backend may have to be told of it before a capture
+        return self.memory
 
 
 def workspace_address(device: torch.device, group: dist.ProcessGroup) -> int:
-    """Where `symmetric_workspace` is, 0 where there is none: another one when it has grown."""
-    made = _WORKSPACES.get(group, {})
-    return made[device].data_ptr() if device in made else 0
+    """Where the workspace is, 0 where there is none: another one when it has grown."""
+    made = contexts.of(group, device).known(Workspace)
+    return 0 if made is None or made.memory is None else made.memory.data_ptr()
 
 
 def flattened(tensor: torch.Tensor) -> torch.Tensor:
     """(..., n) as (m, n); a vector is one row."""
+    if tensor.dim() == 2:
+        return tensor
     return tensor.reshape(math.prod(tensor.shape[:-1]), tensor.shape[-1])

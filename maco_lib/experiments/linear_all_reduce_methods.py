@@ -8,6 +8,8 @@ from maco_lib.models import MODELS
 
 # The two operations. The second goes on as a decoder layer does: residual added, RMSNorm, both results wanted.
 MATMUL, CHAIN = "matmul_all_reduce", "matmul_all_reduce_norm"
+# Beside them in the table of what calls cost the host.
+OVERLAP = "overlap_auto"
 # Up to so many rows (decoding) it is the chain that counts, and other methods are compared than above.
 FEW_ROWS = 256
 

@@ -18,6 +18,7 @@ from maco_lib.experiments.linear_all_reduce_methods import (
     MANY_ROWS_METHODS,
     MATMUL,
     METHODS,
+    OVERLAP,
     TIMELINE_METHODS,
 )
 from maco_lib.machine import Machine
@@ -48,6 +49,9 @@ class LinearParameters(Parameters):
     endurance_rows: int = Field(1024, ge=1, description="largest M of the runs over and over")
     num_repeats: int = Field(1000, ge=1, description="runs that have to give the same bits")
     num_calls: int = Field(10_000, ge=10, description="calls of changing shapes in one process")
+    host_cost_layer: str = Field("Qwen3-32B down_proj", description="layer whose calls' cost to the host is measured")
+    host_cost_rows: list[int] = Field([], description="rows M of those calls; []: none")
+    host_cost_rounds: int = Field(40, ge=10, description="samples of each of those calls")
 
 
 def shape(parameters: LinearParameters, machine: Machine, layer: str, rows: int) -> Point:
@@ -120,6 +124,11 @@ def endurance_points(parameters: LinearParameters, machine: Machine) -> list[Poi
     return asked
 
 
+def host_cost_points(parameters: LinearParameters, machine: Machine) -> list[Point]:
+    layer, rounds = parameters.host_cost_layer, parameters.host_cost_rounds
+    return [{**shape(parameters, machine, layer, rows), "num_rounds": rounds} for rows in parameters.host_cost_rows]
+
+
 def once_s(point: Point, rates: Rates) -> float:
     """The matmul and the all-reduce, once."""
     m, n = point["m"], point["n"]
@@ -143,6 +152,11 @@ def endurance_seconds(point: Point, rates: Rates) -> float:
     """Of a method's repeats and calls, the latter of half as many rows in the mean; a call costs the host some time."""
     call_s = 2e-3 if is_cpu(rates) else 3e-4
     return (point["num_repeats"] + 0.5 * point["num_calls"]) * (once_s(point, rates) + call_s)
+
+
+def host_cost_seconds(point: Point, rates: Rates) -> float:
+    """Ten arms a round; on a GPU some ms of calls each, and the host's waits for the other ranks."""
+    return 5.0 + 10 * (point["num_rounds"] + 1) * (2 * once_s(point, rates) + (3e-3 if is_cpu(rates) else 3e-2))
 
 
 TIME = pa.Column(float, pa.Check.gt(0), nullable=True)
@@ -226,6 +240,19 @@ ENDURANCE_SCHEMA = pa.DataFrameSchema(
 )
 
 
+HOST_COST_SCHEMA = pa.DataFrameSchema(
+    {
+        **{name: column for name, column in COMMON.items() if name != "method"},
+        "operation": pa.Column(str, pa.Check.isin([MATMUL, CHAIN, OVERLAP])),
+        # False: of a shape that is met for the first time, everything shared being there.
+        "prepared": pa.Column(bool),
+        **dict.fromkeys(("host_us", "host_lo_us", "host_hi_us", "baseline_us", "ratio", "ratio_hi"), TIME),
+    },
+    strict=False,
+    coerce=True,
+)
+
+
 def judge_launches(rows: pd.DataFrame) -> pd.DataFrame:
     """The ratios of the reported medians, so that each divides the times beside it."""
     speedup = rows["t_base_us"] / rows["time_us"]
@@ -280,6 +307,18 @@ ENDURANCE = Dataset(
     unavailable=too_few_ranks,
     seconds=endurance_seconds,
 )
+HOST_COST = Dataset(
+    name="host_cost",
+    program="maco_lib.experiments.linear_all_reduce_host_cost",
+    method_version=1,
+    schema=HOST_COST_SCHEMA,
+    index=("layer", "m", "operation", "prepared"),
+    repeated=False,
+    points=host_cost_points,
+    num_ranks=num_ranks,
+    unavailable=too_few_ranks,
+    seconds=host_cost_seconds,
+)
 EVERY = {
     kind: {
         "methods": MANY_ROWS_METHODS[kind],
@@ -301,11 +340,13 @@ SECTION = Section(
             "cpu": [{
                 **EVERY["cpu"], "layers": ["Qwen3-8B o_proj"], "rows": [1, 512], "shrink": 16, "budget_s": 0.05,
                 "min_iterations": 5, "timeline_layers": ["Qwen3-8B o_proj"], "timeline_rows": 512,
-                "endurance_rows": 300, "num_repeats": 20, "num_calls": 100,
+                "endurance_rows": 300, "num_repeats": 20, "num_calls": 100, "host_cost_rows": [1],
+                "host_cost_rounds": 10,
             }],
             "cuda": [{
                 **EVERY["cuda"], "layers": ["Qwen3-8B o_proj"], "rows": [16, 4096], "budget_s": 0.1,
                 "timeline_layers": ["Qwen3-8B o_proj"], "num_repeats": 100, "num_calls": 1000,
+                "host_cost_rows": [16], "host_cost_rounds": 10,
             }],
         },
         "standard": {
@@ -313,7 +354,7 @@ SECTION = Section(
                 {
                     **EVERY["cpu"], "layers": ONE_OF_EACH_N, "rows": [1, 64, 256, 512, 1024], "shrink": 8,
                     "budget_s": 0.6, "min_iterations": 5, "timeline_layers": ["Qwen3-32B down_proj"],
-                    "timeline_rows": 1024, "endurance_rows": 300, "num_calls": 1000,
+                    "timeline_rows": 1024, "endurance_rows": 300, "num_calls": 1000, "host_cost_rows": [1, 128],
                 },
                 {"endurance_rows": 64, "num_repeats": 200, "budget_s": 0.3},
                 {"shrink": 16, "num_calls": 400},
@@ -322,7 +363,7 @@ SECTION = Section(
             "cuda": smaller(
                 {
                     **EVERY["cuda"], "layers": ONE_OF_EACH_N, "rows": [1, 16, 128, 256, 1024, 2048, 4096, 8192],
-                    "timeline_layers": ["Qwen3-32B down_proj"],
+                    "timeline_layers": ["Qwen3-32B down_proj"], "host_cost_rows": [1, 16, 128, 512, 1024],
                 },
                 {"rows": [1, 16, 128, 256, 2048, 8192]},
                 {"shrink": 4, "rows": [1, 16, 256, 2048], "num_repeats": 100, "num_calls": 1000},
@@ -332,15 +373,17 @@ SECTION = Section(
             "cpu": [{
                 **EVERY["cpu"], "rows": [1, 16, 64, 256, 512, 1024, 2048], "shrink": 4, "budget_s": 2.0,
                 "num_launches": 3, "timeline_layers": ["Qwen3-32B down_proj"], "timeline_rows": 1024,
+                "host_cost_rows": [1, 128],
             }],
             "cuda": [{
                 **EVERY["cuda"], "rows": [1, 16, 64, 256, 512, 1024, 2048, 4096, 8192, 16384],
                 "num_launches": 3, "timeline_layers": ["Qwen3-8B o_proj", "Qwen3-32B down_proj"],
                 "endurance_layers": ["Qwen3-8B o_proj", "Qwen3-32B down_proj"],
+                "host_cost_rows": [1, 16, 128, 512, 1024],
             }],
         },
     },
     share=0.13,
-    datasets=(LINEAR, TIMELINE, ENDURANCE),
+    datasets=(LINEAR, TIMELINE, ENDURANCE, HOST_COST),
     figures=("linear_fraction", "linear_speedup", "linear_chain", "linear_timeline"),
 )  # fmt: skip

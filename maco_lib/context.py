@@ -85,6 +85,7 @@ class Context:
         """
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
+        gather(None, self.group)  # nor by a peer's kernels
         for made in reversed(self.made.values()):
             if hasattr(made, "destroy"):
                 made.destroy()

@@ -26,7 +26,9 @@ def default_s() -> float:
     given = os.environ.get("MACO_WAIT_S")
     if given is not None:
         return float(given)
-    return 0.0 if sys.gettrace() is not None else DEFAULT_S
+    monitoring = getattr(sys, "monitoring", None)  # from Python 3.12 on
+    debugged = sys.gettrace() is not None or monitoring and monitoring.get_tool(monitoring.DEBUGGER_ID)
+    return 0.0 if debugged else DEFAULT_S
 
 
 class Watch:

@@ -43,9 +43,11 @@ def key_of(operation: str, plan: Hashable, *operands: torch.Tensor | None) -> tu
 
 def found(x: torch.Tensor, group: dist.ProcessGroup | None, key: tuple | None) -> tuple[contexts.Context, Any] | None:
     """The context, and the record of a call like this one, None where none has run."""
-    if key is None or group is not None and group not in dist.distributed_c10d._world.pg_map:
-        return None  # none, or destroyed: whoever answers the call says so
+    if key is None:
+        return None
     try:
+        if group is not None and group not in dist.distributed_c10d._world.pg_map:
+            return None  # destroyed: whoever answers the call says so
         context = contexts.REGISTRY.contexts[group or dist.group.WORLD][x.device]
         record = context.calls.get(key)
     except (KeyError, TypeError):  # no group, one that this rank is not in, or a plan that is none

@@ -10,13 +10,15 @@ import sys
 
 import IPython.display
 import nbformat
+import pandas as pd
 import pytest
 
 from maco_lib.machine import this_machine
-from maco_lib.study import evidence, figures, notebook
+from maco_lib.study import evidence, figures, notebook, rates
 from maco_lib.study.files import CHECKOUT
 from maco_lib.study.sections import SECTIONS
 from maco_lib.study.store import Store
+from tests import toy
 
 MACHINES = Store(CHECKOUT).machines()
 
@@ -71,16 +73,21 @@ def files(root: pathlib.Path) -> dict[pathlib.Path, int]:
 def test_a_notebook_shows_what_is_stored_of_a_machine(stored, shown, capsys, section, machine):
     before = files(stored.root)
     execute(section.notebook, shown, machine=machine)
-    assert f"**{section.title}** on `{machine}` (stored results" in told(shown)
+    record = stored.record(machine, section.name)
+    folder = machine if record else notebook.reference_for(stored, section.tables[0])
+    instead = f"This section was never run on `{machine}`; `{folder}` is shown instead"
+    assert (instead in told(shown)) == (not record)
+    assert f"**{section.title}** on `{folder}` (stored results" in told(shown)
     images = [entry for entry in shown if isinstance(entry, IPython.display.Image)]
     assert images, "no figure was shown"
-    record = stored.record(machine, section.name)
-    state = evidence.state_of(stored, machine, section, stored.measured_machine(machine), record)
+    record = stored.record(folder, section.name)
+    state = evidence.state_of(stored, folder, section, stored.measured_machine(folder), record)
+    assert state.state != "missing"
     said = f"{state.state}: {state.error}" if state.state == "stale" else state.state
-    assert f"section {section.name} of {machine} is {said}" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert f"section {section.name} of {folder} is {said}" in printed
+    assert f"Nothing is measured: {folder} is another host's." in printed
     assert (f"(stored results; {said})" in told(shown)) == (state.state == "stale")
-    if state.state == "missing":
-        assert "Stored results of the reference machine" in told(shown) and "was measured without it" in told(shown)
     assert files(stored.root) == before, "showing changes nothing"
 
 
@@ -118,6 +125,7 @@ def test_a_section_whose_figure_cannot_be_drawn_is_not_complete(stored, shown, m
     here = dataclasses.replace(copy.measured_machine("cpu-2"), identity=copy.machine("cpu-2")["identities"][0])
     monkeypatch.setenv("MACO_ROOT", str(copy.root))
     monkeypatch.setattr(notebook, "this_machine", lambda: here)
+    monkeypatch.setattr(rates, "measure", lambda machine, environment, num_ranks: toy.RATES)
     monkeypatch.setattr(figures.style, "rendered", lambda figure, data: [][0])
     run = notebook.begin("environment")
     run.figure("environment_ceilings")
@@ -125,6 +133,34 @@ def test_a_section_whose_figure_cannot_be_drawn_is_not_complete(stored, shown, m
         run.complete()
 
 
+def test_equal_hardware_of_another_host_is_shown_and_left_alone(stored, shown, monkeypatch):
+    elsewhere = dataclasses.replace(stored.measured_machine("cpu-2"), identity="f" * 16)
+    monkeypatch.setattr(notebook, "this_machine", lambda: elsewhere)
+    before = files(stored.root)
+    execute("03_bandwidth.ipynb", shown, machine="cpu-2")
+    assert "on `cpu-2` (stored results" in told(shown)
+    assert files(stored.root) == before, "neither claimed nor measured"
+    entry = stored.machine("cpu-2")
+    monkeypatch.setenv("MACO_RUN_ID", "a run's")
+    assert not notebook.is_shown(entry, elsewhere), "./run_all.sh --machine cpu-2 goes on in it"
+    assert notebook.is_shown(stored.machine("h200-x2"), elsewhere)
+    monkeypatch.delenv("MACO_RUN_ID")
+    own = dataclasses.replace(elsewhere, identity=entry["identities"][0])
+    assert not notebook.is_shown(entry, own), "its own host measures what is missing"
+    one_core = dataclasses.replace(own, name="cpu-1", num_devices=1)
+    assert notebook.is_shown(entry, one_core), "and not with fewer cores than it was measured with"
+
+
+def test_what_failed_is_told_with_its_whole_error(shown):
+    notebook.begin("bandwidth", machine="h200-x2")  # what it sets
+    error = "NCCL: " + "a long reason, " * 20 + "read to its end"
+    rows = pd.DataFrame({"backend": ["gloo", "nccl"], "correct": [True, False], "error": ["", error]})
+    failed = notebook.failures(rows, "backend")
+    assert error in failed._repr_html_() and "gloo" not in failed._repr_html_()
+    assert notebook.failures(rows[rows["correct"]], "backend").data == "*Every arm passed its check.*"
+
+
 def test_the_machines_that_can_be_shown_are_named(stored, shown):
-    with pytest.raises(ValueError, match=f"'nope' is not one .*auto, cpu-3; stored .*: {', '.join(MACHINES)}"):
+    refused = f"'nope' is not one .*auto, cpu-3; stored, to look at .*: {', '.join(MACHINES)}$"
+    with pytest.raises(ValueError, match=refused):
         notebook.begin("overlap", machine="nope")

@@ -36,33 +36,64 @@ SCREEN_DPI = 110
 def begin(section: str, profile: str = "standard", machine: str = "auto", **parameters: Any) -> "Run":
     """Open a section: validate the parameters (None: as the profile says), choose the machine folder, show both.
 
-    `machine`: "auto" for this host's own folder, or the name of a folder in data/. Raises ValueError naming an unknown
-    section, profile, parameter, machine or a value of the wrong type, with the valid ones.
+    `machine`: "auto" for this host's own folder, or the name of a folder in data/; what another host measured is shown
+    and never measured again (`is_shown`). Raises ValueError naming an unknown section, profile, parameter, machine or a
+    value of the wrong type, with the valid ones.
     """
     if os.environ.get("MACO_RUN_ID"):
         die_with_parent()
     pd.set_option("display.html.use_mathjax", False)  # a dollar in an error or a name is a dollar
+    pd.set_option("display.max_colwidth", None)  # an error is read to its end
     entry, store, here = find_section(section), Store(), this_machine()
-    others = [name for name in store.machines() if store.machine(name)["hardware"] != here.name]
-    if machine in others:
-        shown = entry.resolve(profile, store.measured_machine(machine), parameters)
-        record = store.record(machine, section)
-        if record:  # the parameters that it was measured with: those given here change nothing
-            try:
-                profile, shown, parameters = record["profile"], recorded_parameters(entry, record), {}
-            except ValueError:  # the section takes others today; what is stored is shown, and that it is stale
-                profile, parameters = record["profile"], {}
-        run = Run(store, entry, here, machine, profile, shown)
+    if machine in store.machines() and is_shown(store.machine(machine), here):
+        entry.resolve(profile, store.measured_machine(machine), parameters)  # refuses what is wrong
+        run, parameters = show(store, entry, here, machine), {}  # those that it was measured with are in force
     else:
-        try:
-            folder = store.folder_for(here, machine)
-        except ValueError as error:
-            shown = f"; stored results can be shown of: {', '.join(others)}" if others else ""
-            raise ValueError(f"{error}{shown}") from None
+        folder = store.folder_for(here, machine)
         sizes = Sizes(store, folder, here)
         run = Run(store, entry, here, folder, profile, sizes.resolve(entry, profile, parameters), sizes)
     run.show_parameters(parameters)
     return run
+
+
+def is_shown(stored: dict[str, Any], here: Machine) -> bool:
+    """Whether a machine folder, by its machine.json, is only shown here: another host's, even of equal hardware.
+
+    To go on in it from here, the runner has to be told: `./run_all.sh --machine NAME`.
+    """
+    by_hand = not os.environ.get("MACO_RUN_ID")
+    return stored["hardware"] != here.name or (by_hand and here.identity not in stored["identities"])
+
+
+def show(store: Store, section: Section, here: Machine, folder: str) -> "Run":
+    """A run that shows what is stored in `folder`, or of a reference machine where the section was never run there."""
+    if not store.record(folder, section.name):
+        lacking, folder = folder, reference_for(store, section.tables[0])
+        if not folder:
+            raise DataError(f"section {section.name} was never run on {lacking}, nor on any other machine in data/")
+        display(Markdown(f"*This section was never run on {code(lacking)}; {code(folder)} is shown instead.*"))
+    record = store.record(folder, section.name)
+    try:
+        parameters = recorded_parameters(section, record)
+    except ValueError:  # the section takes others today; what is stored is shown, and that it is stale
+        parameters = section.resolve(record["profile"], store.measured_machine(folder))
+    return Run(store, section, here, folder, record["profile"], parameters)
+
+
+def reference_for(store: Store, table: str) -> str | None:
+    """The machine that has `table` and shows most: the one with most GPUs."""
+    having = [name for name in store.machines() if (store.data / name / f"{table}.csv").exists()]
+    return max(
+        having,
+        key=lambda name: (store.machine(name)["kind"] == "cuda", store.machine(name)["num_devices"]),
+        default=None,
+    )
+
+
+def failures(rows: pd.DataFrame, *columns: str) -> pd.DataFrame | Markdown:
+    """The rows of a reported table that failed their check, by `columns`, each with its error; or that none did."""
+    failed = rows.loc[~rows["correct"], [*columns, "error"]]
+    return failed if len(failed) else Markdown("*Every arm passed its check.*")
 
 
 class Run:
@@ -114,7 +145,10 @@ class Run:
         A table this machine cannot measure is left out, with the reason. Raises LaunchError when a program fails.
         """
         if self.view_only:
-            print(f"Nothing is measured: these are the stored results of {self.folder}.")
+            print(
+                f"Nothing is measured: {self.folder} is another host's. Its stored results are shown, "
+                'measured with the parameters above. machine = "auto" measures this host.'
+            )
             return
         # Under the runner the lock is the runner's.
         by_hand = not os.environ.get("MACO_RUN_ID")
@@ -172,15 +206,11 @@ class Run:
             self.reasons.setdefault(table, f"{self.folder} was measured without it")
         if table not in self.reasons:
             return self.folder
-        others = [name for name in self.store.machines() if (self.store.data / name / f"{table}.csv").exists()]
-        if not others:
+        reference = reference_for(self.store, table)
+        if not reference:
             raise DataError(
                 f"{table} cannot be measured here ({self.reasons[table]}), and data/ holds no machine that has it"
             )
-        reference = max(
-            others,
-            key=lambda name: (self.store.machine(name)["kind"] == "cuda", self.store.machine(name)["num_devices"]),
-        )
         told = verbatim("; ".join(filter(None, [self.reasons[table], self.caveat(reference)])))
         display(Markdown(f"*Stored results of the reference machine {code(reference)}: {told}.*"))
         return reference

@@ -26,12 +26,14 @@ def draw_all(
                    for evidence in machines}  # fmt: skip
         for evidence in machines:
             begun, pictures[evidence.name] = started[evidence.name], {}
+            num_drawn = 0
             for name, spec in of_run_sections(evidence).items():
                 error = begun[name]() if name in begun else None
+                num_drawn += name in begun and not error
                 pictures[evidence.name][name] = picture(store, evidence, spec, error)
                 if error and is_problem(error, evidence, spec):
                     problems.append(str(error))
-            print(f"{evidence.name}: {len(begun)} figures drawn", flush=True)
+            print(f"{evidence.name}: {num_drawn} figures drawn", flush=True)
     return pictures, problems
 
 

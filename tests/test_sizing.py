@@ -44,7 +44,8 @@ def test_standard_is_forecast_to_fit_into_its_minutes_on_any_machine(machine, ra
 
 
 def test_the_shares_of_the_sections_are_the_whole():
-    assert sum(section.share for section in SECTIONS.values()) == pytest.approx(1)
+    for kind in ("cpu", "cuda"):
+        assert sum(section.share[kind] for section in SECTIONS.values()) == pytest.approx(1)
 
 
 def test_the_type_is_the_published_one_unless_another_is_much_faster():

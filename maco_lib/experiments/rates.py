@@ -62,7 +62,7 @@ def main(kind: str, output: str) -> None:
         names = [name for name in NAMES[kind] if kind == "cpu" or name != "bf16" or is_native(device)]
         flops = {name: matmul_flops(decided(name, group), group, device) for name in names}
         source = torch.randn(COPY_BYTES // 4, device=device)
-        copy = seconds(source.clone, group, device)
+        copy = seconds(functools.partial(torch.empty_like(source).copy_, source), group, device)
         all_reduce_us = {}
         for num_bytes in ALL_REDUCE_BYTES if group else ():
             tensor = torch.randn(num_bytes // 4, device=device)

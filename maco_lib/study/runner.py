@@ -156,7 +156,7 @@ def tell_forecast(sizes: Sizes, jobs: list[Job], profile: str, force: bool) -> N
         print(f"Sizes for matmuls in {rates.dtype} ({measured} GFLOP/s a rank)")
         print(f"Forecast in minutes: {', '.join(told)}; {sum(forecasts.values()) / 60:.1f} in all", flush=True)
     for job in jobs:
-        seconds, share = forecasts[job.section.name], share_s(job.section, profile)
+        seconds, share = forecasts[job.section.name], share_s(job.section, profile, sizes.machine.kind)
         if job.given and seconds > FAR_LONGER * share:
             print(
                 f"warning: {job.section.name} with {', '.join(job.given)} as given is forecast to take "

@@ -76,7 +76,7 @@ def is_valid(section: Section, values: Mapping[str, Any]) -> bool:
 
 def choose(section: Section, profile: str, machine: Machine, rates: Rates) -> dict[str, Any]:
     """The largest of the profile's choices that fits into the section's share of the time; the last if none does."""
-    limit_s = 60 * MINUTES[profile] * section.share
+    limit_s = share_s(section, profile, machine.kind)
     for values in section.profiles[profile][machine.kind]:
         chosen = {**values, **typed(section, rates)}
         try:
@@ -112,6 +112,6 @@ def seconds_of(dataset: Dataset, pairs: list[tuple[Point, int]], rates: Rates) -
     return starts + sum(dataset.seconds(point, rates) for point, _ in pairs)
 
 
-def share_s(section: Section, profile: str) -> float:
-    """Seconds of the profile's time that are the section's."""
-    return 60 * MINUTES[profile] * section.share
+def share_s(section: Section, profile: str, kind: str) -> float:
+    """Seconds of the profile's time that are the section's on a kind of machine."""
+    return 60 * MINUTES[profile] * section.share[kind]

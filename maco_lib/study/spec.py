@@ -104,7 +104,7 @@ class Section:
     """One notebook of the study.
 
     `profiles[profile][machine.kind]`: values that override the parameters' defaults, the largest choice first; of a
-    profile with limited time the first is taken whose forecast fits into the section's `share` of it (`sizing`).
+    profile with limited time the first is taken whose forecast fits into `share[machine.kind]` of it (`sizing`).
     `dtypes`: what the parameter `dtype`, if it has one, calls the types of `Rates`, where not as they do.
     """
 
@@ -113,7 +113,7 @@ class Section:
     notebook: str
     parameters: type[SectionParameters]
     profiles: Mapping[str, Mapping[str, Sequence[Mapping[str, Any]]]]
-    share: float
+    share: Mapping[str, float]
     dtypes: Mapping[str, str] = field(default_factory=dict)
     datasets: tuple[Dataset, ...] = ()
     derived: tuple[Derived, ...] = ()

@@ -17,7 +17,7 @@ def sampled_s(round_s: float, budget_s: float, least: int, num_before: float = 2
 
 def calibration_s(rates: Rates) -> float:
     """Of the planner's first use in a launch, on a machine that has not been calibrated yet."""
-    return CALIBRATION_STARTS * rates.start_s if is_cpu(rates) else 60.0
+    return CALIBRATION_STARTS * rates.start_s if is_cpu(rates) else 30.0
 
 
 def is_cpu(rates: Rates) -> bool:

@@ -9,7 +9,7 @@ import pandas as pd
 import pandera.pandas as pa
 from pydantic import Field, PositiveInt, field_validator
 
-from maco_lib.checkpoint import check_model, weight_bytes
+from maco_lib.checkpoint import KNOWN_MODELS, check_model, weight_bytes
 from maco_lib.experiments.engines import ARMS, BASELINE
 from maco_lib.machine import Machine
 from maco_lib.study.rates import Rates
@@ -31,9 +31,11 @@ STEPS = {
 }
 
 
-# The starts of the engines, compilation included, by the time in which the ranks of another section start: both are
-# imports and Python, whose speed is the machine's. By the stored launches.
-STARTS = {"transformers_eager": 1.5, "transformers_compiled": 9.0, "vllm_eager": 8.0, "vllm": 22.0}
+# The starts of the engines by the time in which the ranks of another section start: both are imports and Python, whose
+# speed is the machine's. Compilation grows with the layers, here of COMPILED_LAYERS. By the stored launches.
+STARTS = {"transformers_eager": 1.5, "transformers_compiled": 2.0, "vllm_eager": 6.0, "vllm": 6.0}
+COMPILATIONS = {"transformers_compiled": 7.0, "vllm": 13.0}
+COMPILED_LAYERS = 28
 DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
 BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
 # Of a model that nothing is known of, for forecasts.
@@ -95,7 +97,10 @@ def seconds(point: Point, rates: Rates) -> float:
 
 
 def start_s(point: Point, rates: Rates) -> float:
-    return (1 + STARTS[point["arm"]]) * rates.start_s
+    known = KNOWN_MODELS.get(point["model"].rpartition("/")[2])
+    layers = known.layers if known else COMPILED_LAYERS
+    compiling = COMPILATIONS.get(point["arm"], 0.0) * layers / COMPILED_LAYERS
+    return (1 + STARTS[point["arm"]] + compiling) * rates.start_s
 
 
 def unavailable(parameters: InferenceParameters, machine: Machine) -> str | None:
@@ -268,7 +273,7 @@ SECTION = Section(
         },
         "full": {"cpu": [{}], "cuda": [{"batches": [1, 8, 32, 128], "num_batched_repeats": 4}]},
     },
-    share=0.49,
+    share={"cpu": 0.53, "cuda": 0.525},
     dtypes=DTYPES,
     datasets=(INFERENCE,),
     derived=(ATTRIBUTION,),

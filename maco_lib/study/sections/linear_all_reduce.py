@@ -363,7 +363,7 @@ SECTION = Section(
             "cuda": smaller(
                 {
                     **EVERY["cuda"], "layers": ONE_OF_EACH_N, "rows": [1, 16, 128, 256, 1024, 2048, 4096, 8192],
-                    "timeline_layers": ["Qwen3-32B down_proj"], "host_cost_rows": [1, 16, 128, 512, 1024],
+                    "timeline_layers": ["Qwen3-32B down_proj"], "host_cost_rows": [1, 128], "host_cost_rounds": 10,
                 },
                 {"rows": [1, 16, 128, 256, 2048, 8192]},
                 {"shrink": 4, "rows": [1, 16, 256, 2048], "num_repeats": 100, "num_calls": 1000},
@@ -383,7 +383,7 @@ SECTION = Section(
             }],
         },
     },
-    share=0.13,
+    share={"cpu": 0.11, "cuda": 0.163},
     datasets=(LINEAR, TIMELINE, ENDURANCE, HOST_COST),
     figures=("linear_fraction", "linear_speedup", "linear_chain", "linear_timeline"),
 )  # fmt: skip

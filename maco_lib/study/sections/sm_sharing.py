@@ -26,7 +26,7 @@ def seconds(point: Point, rates: Rates) -> float:
     n, dtype = point["matmul_n"], point.get("dtype", PUBLISHED_DTYPE)
     num_ways = 2 if is_cpu(rates) else 26
     once = rates.matmul_s(n, n, n, dtype)
-    return 0.5 + 0.05 * num_ways + sampled_s(num_ways * once, point["budget_s"], point["min_iterations"])
+    return 0.5 + 0.02 * num_ways + sampled_s(num_ways * once, point["budget_s"], point["min_iterations"])
 
 
 TIME = pa.Column(float, pa.Check.gt(0), nullable=True)

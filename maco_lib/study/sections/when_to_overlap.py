@@ -249,7 +249,7 @@ SECTION = Section(
         "standard": {"cpu": [{}], "cuda": [{}]},
         "full": {"cpu": [{}], "cuda": [{}]},
     },
-    share=0.01,
+    share={"cpu": 0.01, "cuda": 0.005},
     derived=(WHEN_TO_OVERLAP, MODEL_SHARES),
     figures=("when_map", "when_prediction", "when_models"),
     needs=("environment", "overlap", "bandwidth"),

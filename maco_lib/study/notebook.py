@@ -44,6 +44,8 @@ def begin(section: str, profile: str = "standard", machine: str = "auto", **para
         die_with_parent()
     pd.set_option("display.html.use_mathjax", False)  # a dollar in an error or a name is a dollar
     pd.set_option("display.max_colwidth", None)  # an error is read to its end
+    pd.set_option("display.max_columns", None)  # no backend is left out
+    pd.set_option("display.max_rows", 100)
     entry, store, here = find_section(section), Store(), this_machine()
     if machine in store.machines() and is_shown(store.machine(machine), here):
         entry.resolve(profile, store.measured_machine(machine), parameters)  # refuses what is wrong
@@ -145,10 +147,9 @@ class Run:
         A table this machine cannot measure is left out, with the reason. Raises LaunchError when a program fails.
         """
         if self.view_only:
-            print(
-                f"Nothing is measured: {self.folder} is another host's. Its stored results are shown, "
-                'measured with the parameters above. machine = "auto" measures this host.'
-            )
+            print(f"Nothing is measured: {self.folder} is another host's.")
+            print("Its stored results are shown, measured with the parameters above.")
+            print('machine = "auto" measures this host.')
             return
         # Under the runner the lock is the runner's.
         by_hand = not os.environ.get("MACO_RUN_ID")

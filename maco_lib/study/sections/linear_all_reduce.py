@@ -45,7 +45,7 @@ class LinearParameters(Parameters):
     timeline_rows: int = Field(4096, ge=1, description="rows M of the profiled layers")
     timeline_methods: list[str] = Field([], description="profiled methods")
     endurance_methods: list[str] = Field([], description="methods of this library that are run over and over")
-    endurance_layers: list[str] = Field([], description="layers of the runs over and over; []: the first of `layers`")
+    endurance_layers: list[str] = Field([], description="layers of the runs over and over; []: the first of the layers")
     endurance_rows: int = Field(1024, ge=1, description="largest M of the runs over and over")
     num_repeats: int = Field(1000, ge=1, description="runs that have to give the same bits")
     num_calls: int = Field(10_000, ge=10, description="calls of changing shapes in one process")

@@ -315,7 +315,7 @@ def test_a_notebook_opens_on_the_machine_it_names(stored, capsys):
         notebook.begin("overlap", machine="cpu-2", budget=0.5)
 
 
-def test_a_notebook_that_cannot_measure_shows_a_reference_machine(stored, capsys):
+def test_a_notebook_that_cannot_measure_shows_a_reference_machine(stored, capsys, known_rates):
     run = notebook.begin("overlap")
     run.measure()
     assert "cannot be measured here" in capsys.readouterr().out

@@ -52,6 +52,15 @@ end
 """
 
 
+def is_current(root: pathlib.Path) -> bool:
+    """Whether HTML and PDF are there, and no older than REPORT.md and the figures that they hold."""
+    made = [root / "REPORT.html", root / "REPORT.pdf"]
+    if not all(path.exists() for path in made):
+        return False
+    sources = [root / "REPORT.md", *(root / "figures").glob("*/*.png")]
+    return min(path.stat().st_mtime for path in made) >= max(path.stat().st_mtime for path in sources)
+
+
 def build(root: pathlib.Path) -> list[pathlib.Path]:
     """Write REPORT.html (images embedded) and REPORT.pdf beside REPORT.md; returns the files written.
 

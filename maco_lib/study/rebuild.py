@@ -14,7 +14,8 @@ def write_report(store: Store) -> list[str]:
     """REPORT.md, HTML and PDF; prints and returns what could not be written."""
     try:
         problems = report.build(store.root, redraw=False)
-        publish.build(store.root)
+        if not publish.is_current(store.root):
+            publish.build(store.root)
     except (DataError, ValueError, RuntimeError) as error:
         problems = [f"{type(error).__name__}: {error}"]
     for problem in problems:

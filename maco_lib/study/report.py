@@ -63,7 +63,9 @@ def build(root: pathlib.Path, redraw: bool = True, processes: int = 1) -> list[s
     shown, undrawn = pictures.draw_all(store, machines, redraw, processes)
     problems += undrawn
     written = render(store.root, machines, shown, problems)
-    write_atomically(store.root / "REPORT.md", written.encode())
+    path = store.root / "REPORT.md"
+    if not path.exists() or path.read_bytes() != written.encode():  # HTML and PDF are made anew from a newer one
+        write_atomically(path, written.encode())
     return list(dict.fromkeys(problems))
 
 

@@ -148,7 +148,7 @@ def test_bad_shapes_models_and_types_are_named(tables):
     with pytest.raises(ValueError, match=r"all_reduce of gloo, of none that the techniques use \(nccl\)"):
         others = {**tables, "bandwidth": tables["bandwidth"].assign(backend="gloo")}
         advise.advise(others, tp=2, shape=(1, 1, 64))
-    with pytest.raises(ValueError, match="unknown dtype 'fp8'; the dtypes are bf16, fp32"):
+    with pytest.raises(ValueError, match="unknown dtype 'fp8'; the dtypes are bf16, fp16, fp32"):
         advise.advise(tables, tp=2, dtype="fp8", shape=(1, 1, 64))
 
 

@@ -20,7 +20,8 @@ def what_goes_wrong(folder, source, cluster=2, boxes=2, num_cases=1000, odd=Fals
     (folder / HEADER.name).write_text(source)
     program = folder / "decode_stages"
     macros = [f"-DCTAS={cluster}", f"-DBOXES={boxes}"]
-    build = [CXX, "-std=c++17", "-O1", *macros, f"-I{folder}", "-o", program, TESTS / "decode_stages.cpp"]
+    macros += [f"-I{folder}", f"-I{HEADER.parent}"]  # the header given, the others as they are
+    build = [CXX, "-std=c++17", "-O1", *macros, "-o", program, TESTS / "decode_stages.cpp"]
     subprocess.run(build, check=True, timeout=120)
     command = [program, "1", str(num_cases), str(int(odd))]
     found = subprocess.run(command, capture_output=True, text=True, timeout=120)

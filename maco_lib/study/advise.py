@@ -28,7 +28,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", help="instead of m, n, k: a layer of this model, for example Qwen3-32B")
     parser.add_argument("--tokens", type=int, help="with --model: tokens in one forward pass")
     parser.add_argument("--tp", type=int, required=True, help="tensor-parallel size: ranks of the all-reduce")
-    parser.add_argument("--dtype", default="bf16", help="bf16 or fp32 (default: %(default)s)")
+    parser.add_argument("--dtype", default="bf16", help="bf16, fp16 or fp32 (default: %(default)s)")
     parser.add_argument(
         "--machine", default="auto", help="folder in data/ whose measurements count (default: this host's)"
     )

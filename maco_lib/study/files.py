@@ -26,7 +26,7 @@ def study_root() -> pathlib.Path:
 def without_places(text: str) -> str:
     """`text` without where this machine keeps its files: the checkout, the interpreter, temporary files."""
     places = {f"{CHECKOUT}/": "", sys.prefix: "<python>", tempfile.gettempdir(): "<tmp>"}
-    for place, name in places.items():
+    for place, name in sorted(places.items(), key=lambda it: -len(it[0])):  # .venv lies in the checkout
         # As a whole path, not inside a longer word: base64 is full of slashes.
         end = "" if place.endswith("/") else r"(?![\w+=.-])"
         text = re.sub(rf"(?<![\w+/=.-]){re.escape(place)}{end}", name, text)

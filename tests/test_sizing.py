@@ -57,8 +57,10 @@ def test_the_type_is_the_published_one_unless_another_is_much_faster():
 
 
 def test_a_slower_machine_gets_smaller_sizes_never_larger_ones():
-    shrinks = [resolved("overlap", "standard", CPU, rates).shrink for rates in (FAST, PLAIN, OLD)]
-    assert shrinks == sorted(shrinks) and shrinks[0] == 1 < shrinks[-1]
+    faster = replace(FAST, flops={name: 4 * flops for name, flops in FAST.flops.items()})
+    slower = replace(OLD, flops={name: flops / 4 for name, flops in OLD.flops.items()})
+    shrinks = [resolved("overlap", "standard", CPU, rates).shrink for rates in (faster, FAST, PLAIN, OLD, slower)]
+    assert shrinks == sorted(shrinks) and shrinks[0] == 1 < shrinks[1] < shrinks[-1]
 
 
 @pytest.mark.parametrize("profile", PROFILES)

@@ -183,7 +183,7 @@ SECTION = Section(
             "cuda": smaller({"max_bytes": GIB, "budget_s": 0.1, "num_launches": 3, **EVERY}, {"max_bytes": 256 * MIB}),
         },
     },
-    share={"cpu": 0.05, "cuda": 0.057},
+    share={"cpu": 0.045, "cuda": 0.057},
     datasets=(BANDWIDTH,),
     derived=(FIT,),
     figures=("bandwidth_busbw", "bandwidth_published"),

@@ -142,7 +142,7 @@ SECTION = Section(
             }],
         },
     },
-    share={"cpu": 0.04, "cuda": 0.02},
+    share={"cpu": 0.035, "cuda": 0.02},
     datasets=(ENVIRONMENT,),
     figures=("environment_ceilings",),
 )  # fmt: skip

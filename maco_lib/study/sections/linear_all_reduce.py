@@ -383,7 +383,7 @@ SECTION = Section(
             }],
         },
     },
-    share={"cpu": 0.11, "cuda": 0.163},
+    share={"cpu": 0.1, "cuda": 0.163},
     datasets=(LINEAR, TIMELINE, ENDURANCE, HOST_COST),
     figures=("linear_fraction", "linear_speedup", "linear_chain", "linear_timeline"),
 )  # fmt: skip

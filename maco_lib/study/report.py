@@ -5,10 +5,11 @@ import functools
 import pathlib
 import statistics
 import traceback
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import jinja2
+import pandas as pd
 
 from maco_lib.study import (
     clocks,
@@ -260,7 +261,16 @@ def sizes_of(record: dict[str, Any]) -> str:
 
 def samples_of_an_arm(store: Store, machine: Evidence, section_name: str) -> str:
     """The least, the median and the most samples of an arm in one launch, over the reported points."""
-    counts, tables = [], machine.records[section_name].get("tables", {})
+    counts: list[int] = []
+    for samples in reported_samples(store, machine, section_name):
+        arms = [name for name in samples if name in ("point_key", "launch", "quantity") or name.startswith("label_")]
+        counts += samples[samples["rank"] == 0].groupby(arms, dropna=False).size().tolist()
+    return least_median_most(counts)
+
+
+def reported_samples(store: Store, machine: Evidence, section_name: str) -> Iterator[pd.DataFrame]:
+    """The raw samples of the reported points, of each of the section's tables that has any."""
+    tables = machine.records[section_name].get("tables", {})
     for dataset in SECTIONS[section_name].datasets:
         if dataset.name not in tables:
             continue
@@ -268,9 +278,10 @@ def samples_of_an_arm(store: Store, machine: Evidence, section_name: str) -> str
             samples = store.samples(machine.name, dataset.name)
         except DataError:
             continue  # without raw samples there is nothing to count
-        asked = samples[samples["point_key"].isin(tables[dataset.name]["keys"]) & (samples["rank"] == 0)]
-        arms = [name for name in asked if name in ("point_key", "launch", "quantity") or name.startswith("label_")]
-        counts += asked.groupby(arms, dropna=False).size().tolist()
+        yield samples[samples["point_key"].isin(tables[dataset.name]["keys"])]
+
+
+def least_median_most(counts: list[int]) -> str:
     return f"{min(counts)}, {statistics.median(counts):.0f}, {max(counts)}" if counts else report_tables.ABSENT
 
 
@@ -282,20 +293,13 @@ def forecast_of(record: dict[str, Any]) -> str:
 
 def runs_in_a_replay(store: Store, machine: Evidence, section_name: str) -> str:
     """The least, the median and the most over all arms and launches of the reported points; "–" without a replay."""
-    counts, tables = [], machine.records[section_name].get("tables", {})
-    for dataset in SECTIONS[section_name].datasets:
-        if dataset.name not in tables:
-            continue
-        try:
-            samples = store.samples(machine.name, dataset.name)
-        except DataError:
-            continue  # without raw samples there is nothing to count
+    counts: list[int] = []
+    for samples in reported_samples(store, machine, section_name):
         if "label_repeats" in samples:
-            asked = samples["point_key"].isin(tables[dataset.name]["keys"])
-            replayed = samples[asked & (samples["label_timing"] == "graph")]
+            replayed = samples[samples["label_timing"] == "graph"]
             arms = replayed.drop_duplicates(["point_key", "launch", "label_arm"])
             counts += arms["label_repeats"].astype(int).tolist()
-    return f"{min(counts)}, {statistics.median(counts):.0f}, {max(counts)}" if counts else report_tables.ABSENT
+    return least_median_most(counts)
 
 
 def commit_of(git: dict[str, Any]) -> str:

@@ -9,4 +9,4 @@ cd "$(dirname "${BASH_SOURCE[0]}")"
 source requirements/environment.sh
 
 prepare_environment
-exec "$PYTHON" -m maco_lib run "$@"
+exec "$PYTHON" -m study run "$@"

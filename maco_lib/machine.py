@@ -12,8 +12,6 @@ import socket
 from dataclasses import dataclass
 from typing import Any, Literal
 
-import psutil
-
 from maco_lib import cgroup, nvml
 
 BRANDS = {"nvidia", "tesla", "geforce", "quadro"}
@@ -132,7 +130,7 @@ def num_cores(proc: pathlib.Path = cgroup.PROC) -> int:
 
 def ram_bytes(proc: pathlib.Path = cgroup.PROC) -> int:
     """RAM this process may use: the host's, or the limit of its control groups. What everything asks."""
-    total, limit = psutil.virtual_memory().total, cgroup.memory_limit(proc)
+    total, limit = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"), cgroup.memory_limit(proc)
     return total if limit is None else min(total, limit)
 
 
@@ -153,3 +151,11 @@ def container() -> str | None:
     if "KUBERNETES_SERVICE_HOST" in os.environ:
         return "kubernetes"
     return None
+
+
+def default_cache() -> pathlib.Path | None:
+    """$MACO_CACHE, else ~/.cache/maco; None for a user without a home."""
+    try:
+        return pathlib.Path(os.environ.get("MACO_CACHE") or pathlib.Path.home() / ".cache" / "maco")
+    except RuntimeError:
+        return None

@@ -10,9 +10,9 @@ import tempfile
 import pandas as pd
 
 from maco_lib.machine import Machine
-from maco_lib.study import sections
-from maco_lib.study.files import CHECKOUT
-from maco_lib.study.store import Store
+from study.harness.files import CHECKOUT
+from study.results.store import Store
+from study.sections import registry as sections
 
 MIB = 2**20
 TEMPLATES = tempfile.TemporaryDirectory(prefix="maco-tests-stored-")

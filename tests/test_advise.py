@@ -10,9 +10,9 @@ import pytest
 
 from maco_lib.machine import this_machine
 from maco_lib.overlap import model
-from maco_lib.study import advise, doctor
-from maco_lib.study.sections import when_to_overlap as section
-from maco_lib.study.spec import check_rows
+from study.commands import advise, doctor
+from study.harness.spec import check_rows
+from study.sections.when_to_overlap import section
 
 TRUTH = model.Stretch(1.3, 1.2, 5.0)
 RANKS = 4
@@ -157,9 +157,9 @@ def test_doctor_says_what_is_missing_and_how_to_get_it():
     assert checks["Python"].ok and checks["torch"].ok
     assert ("none visible" in checks["GPUs"].detail) == (this_machine().kind == "cpu")
     assert all(check.remedy for check in checks.values() if check.ok is not True)
-    missing = doctor.check_package("no-such-package", None, None)
-    assert missing.ok is False and "run_all.sh" in missing.remedy
-    too_new = doctor.check_package("torch", (1, 0), (2, 0))
+    missing = doctor.check_package("no-such-package", None, None, "get it")
+    assert missing.ok is False and missing.remedy == "get it"
+    too_new = doctor.check_package("torch", (1, 0), (2, 0), "get it")
     assert too_new.ok is False and ">= 1.0 < 2.0 is needed" in too_new.detail
 
 

@@ -3,8 +3,8 @@
 import pandas as pd
 import pytest
 
-from maco_lib.study import advise_linear
-from maco_lib.study.advise_linear import advice, row_parallel
+from study.commands import advise_linear
+from study.commands.advise_linear import advice, row_parallel
 
 
 def rows() -> pd.DataFrame:

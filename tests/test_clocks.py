@@ -5,7 +5,8 @@ import dataclasses
 import pytest
 import stored
 
-from maco_lib.study import clocks, evidence, figures, findings, report
+from study.report import clocks, figures, findings, report
+from study.results import evidence
 
 COLUMNS = ["clock_mhz", "matmul_clock_mhz", "compute_clock_mhz"]
 

@@ -14,7 +14,7 @@ import torch.distributed as dist
 from ranks import run_ranks
 
 from maco_lib import comm
-from maco_lib import context as contexts
+from maco_lib import state as states
 from maco_lib.comm import mailbox, nccl, nccl_symmetric, peers, symmetric, vllm_custom
 from maco_lib.comm.nccl_symmetric import NcclSymmetric
 from maco_lib.comm.vllm_custom import VllmCustom
@@ -339,7 +339,7 @@ def released(rank: int, num_ranks: int) -> None:
     owner = object.__new__(nccl_symmetric.RegisteredMemory)
     owner.pools, owner.communicator = [], dist.new_group(list(range(num_ranks)))
     nccl_symmetric.finalize_before_destruction(owner)
-    contexts.of(None, torch.device("cpu")).made[nccl_symmetric.RegisteredMemory, 16] = owner
+    states.of(None, torch.device("cpu")).made[nccl_symmetric.RegisteredMemory, 16] = owner
     communicator, owner = weakref.ref(owner.communicator), weakref.ref(owner)
     num_groups = len(world.pg_map)
     for _ in range(2):  # a second time there is nothing to release
@@ -359,7 +359,7 @@ def released_too_late(rank: int, num_ranks: int) -> None:
     owner.pools, owner.communicator = [], dist.new_group(list(range(num_ranks)))
     nccl_symmetric.finalize_before_destruction(owner)
     world = dist.group.WORLD
-    contexts.of(world, torch.device("cpu")).made[nccl_symmetric.RegisteredMemory, 16] = owner
+    states.of(world, torch.device("cpu")).made[nccl_symmetric.RegisteredMemory, 16] = owner
     dist.destroy_process_group()
     nccl_symmetric.release(world)
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)  # for whoever destroys it at the end

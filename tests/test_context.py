@@ -14,7 +14,9 @@ import torch.distributed as dist
 from ranks import ROOT, run_ranks
 
 from maco_lib import context as contexts
+from maco_lib import state as states
 from maco_lib import timing
+from maco_lib import turns as turns_module
 from maco_lib.comm import watch
 from maco_lib.kernels.patience import code
 from maco_lib.overlap import LinearPlan, Plan, linear_all_reduce, linear_all_reduce_norm, overlap
@@ -64,7 +66,7 @@ def prepared(rank: int, num_ranks: int) -> None:
             )
     assert not talks
     context.close()
-    assert contexts.of(None, CPU) is not context and not contexts.of(None, CPU).made
+    assert states.of(None, CPU) is not context.state and not states.of(None, CPU).made
     linear_all_reduce(x, weight)
     assert talks
 
@@ -79,7 +81,7 @@ def let_go(rank: int, num_ranks: int) -> None:
     overlap(lambda: None, x, group=group, plan=Plan())
     overlap(lambda: None, x, group=group, plan=Plan())
     assert (x == num_ranks**2).all()
-    context = weakref.ref(contexts.of(group, CPU))
+    context = weakref.ref(states.of(group, CPU))
     linear_all_reduce(x, torch.ones(3, 4), group=group, plan=None)
     dist.destroy_process_group(group)
     del group
@@ -92,9 +94,9 @@ def test_a_context_goes_with_its_group():
 
 
 def host_cost(rank: int, num_ranks: int) -> None:
-    from maco_lib.experiments import linear_all_reduce_host_cost
-    from maco_lib.experiments.worker import Context
-    from maco_lib.study.sections.linear_all_reduce import HOST_COST
+    from study.harness.worker import Context
+    from study.sections.linear_all_reduce import measure_host_cost as linear_all_reduce_host_cost
+    from study.sections.linear_all_reduce.section import HOST_COST
 
     small_grids()
     point = {"layer": "Qwen3-8B o_proj", "m": 4, "n": 64, "k": 128, "dtype": "bf16", "num_rounds": 10}
@@ -129,9 +131,9 @@ def test_streams_take_turns_as_they_are_issued(monkeypatch):
     monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda index: now[-1], raising=False)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: streams[now[-1]])
     monkeypatch.setattr(torch.cuda, "Event", lambda: Recorded("event", told))
-    monkeypatch.setattr(contexts, "stream_of", lambda handle, device: streams[handle])
-    monkeypatch.setattr(contexts, "capture_of", lambda stream: captures.get(stream.name, 0))
-    turns = contexts.Turns(torch.device("cuda", 0))
+    monkeypatch.setattr(turns_module, "stream_of", lambda handle, device: streams[handle])
+    monkeypatch.setattr(turns_module, "capture_of", lambda stream: captures.get(stream.name, 0))
+    turns = turns_module.Turns(torch.device("cuda", 0))
 
     def turn(handle: int) -> list[str]:
         told.clear()
@@ -157,8 +159,8 @@ def test_a_rank_that_did_not_come_is_named(monkeypatch):
     monkeypatch.setattr(torch, "zeros", lambda *shape, pin_memory, **options: torch.empty(*shape, **options).zero_())
     monkeypatch.setenv("MACO_WAIT_S", "2.5")
     group = type("Group", (), {"group_name": "tp"})()
-    context = contexts.Context(group, torch.device("cuda", 0))
-    monkeypatch.setattr(context, "turns", contexts.Turns(context.device))
+    context = states.State(group, torch.device("cuda", 0))
+    monkeypatch.setattr(context, "turns", turns_module.Turns(context.device))
     made = watch.Watch(context)
     assert made.view[0] == 2_500_000_000
     context.turns.check()

@@ -10,8 +10,8 @@ import tempfile
 
 import nbformat
 
-from maco_lib.study import execute
-from maco_lib.study.files import CHECKOUT, without_places
+from study.commands import execute
+from study.harness.files import CHECKOUT, without_places
 
 
 def test_only_text_is_tidied(tmp_path):
@@ -57,7 +57,7 @@ def test_a_notebook_runs_in_this_interpreter_and_in_utf8(tmp_path):
         **os.environ, "JUPYTER_PATH": str(tmp_path), "PYTHONPATH": str(CHECKOUT), "LC_ALL": "C", "PYTHONUTF8": "0",
         "PYTHONCOERCECLOCALE": "0", "HOME": "/nonexistent",
     }  # fmt: skip
-    command = [sys.executable, "-m", "maco_lib.study.execute", str(book), str(output)]
+    command = [sys.executable, "-m", "study.commands.execute", str(book), str(output)]
     command.append(json.dumps({"executable": sys.executable}))
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, timeout=120)
     assert done.returncode == 0, done.stderr.decode()

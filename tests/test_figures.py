@@ -10,11 +10,12 @@ import pandas as pd
 import pytest
 import stored
 
-from maco_lib.study import figures, looks, published
-from maco_lib.study.figures import style
-from maco_lib.study.files import CHECKOUT
-from maco_lib.study.sections import SECTIONS
-from maco_lib.study.store import DataError
+from study.drawing import looks, style
+from study.harness.files import CHECKOUT
+from study.published import tables as published
+from study.report import figures
+from study.results.store import DataError
+from study.sections.registry import SECTIONS
 
 
 @pytest.fixture(scope="module")
@@ -79,7 +80,7 @@ def test_names_at_the_ends_of_lines_cover_nothing(store):
 def test_two_processes_write_the_same_bytes_whatever_fonts_the_system_has(store, tmp_path):
     """In the second process "DejaVu Sans" is the font with serifs, and matplotlib's own is not known by that name."""
     program = (
-        "import dataclasses, pathlib, sys; from maco_lib.study import figures; from maco_lib.study.store import Store\n"
+        "import dataclasses, pathlib, sys; from study.report import figures; from study.results.store import Store\n"
         "from matplotlib.font_manager import findfont, fontManager\n"
         "serif = findfont('DejaVu Serif')\n"
         "if pathlib.Path(sys.argv[2]).name == 'second':\n"

@@ -8,7 +8,10 @@ import re
 import pytest
 import stored
 
-from maco_lib.study import evidence, figures, markdown, publish, report, sections
+from study.harness import markdown
+from study.report import figures, publish, report
+from study.results import evidence
+from study.sections import registry as sections
 
 MACHINE = "h200 **x**.y $2$ [a](b)#_c_"
 NASTY = [

@@ -11,9 +11,9 @@ import sys
 import pandas as pd
 import pytest
 
-from maco_lib.checkpoint import KNOWN_MODELS, resolve, weight_bytes
 from maco_lib.machine import Machine, this_machine
-from maco_lib.study.sections import inference
+from study.sections.inference import section as inference
+from study.sections.inference.checkpoint import KNOWN_MODELS, resolve, weight_bytes
 
 CHECKOUT = pathlib.Path(__file__).parent.parent
 SECTION, INFERENCE = inference.SECTION, inference.INFERENCE

@@ -6,7 +6,7 @@ import torch
 pytest.importorskip("cuda.bindings.nvrtc")
 
 from maco_lib.kernels import compiled, decode, ll128, persistent
-from maco_lib.overlap.linear_techniques.persistent_time import TILINGS, Tiling
+from maco_lib.linear.techniques.persistent_time import TILINGS, Tiling
 
 BF16, FP16 = torch.bfloat16, torch.float16
 

@@ -10,9 +10,9 @@ import torch.distributed as dist
 from ranks import run_ranks
 
 from maco_lib import comm
+from maco_lib.linear.plan import candidates
+from maco_lib.linear.techniques.chunked import cut
 from maco_lib.overlap import LinearPlan, RowParallelLinear, linear_all_reduce
-from maco_lib.overlap.linear_plan import candidates
-from maco_lib.overlap.linear_techniques.chunked import cut
 
 PLANS = [None, LinearPlan("chunked", num_chunks=2), LinearPlan("chunked", num_chunks=3)]
 # (shape of x without K, N, K of all ranks): odd and uneven ones, a vector, three dimensions, decode and a few chunks.

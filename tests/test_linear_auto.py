@@ -9,11 +9,12 @@ import torch
 import torch.distributed as dist
 from ranks import run_ranks
 
-from maco_lib.overlap import LinearPlan, RowParallelLinear, decisions, linear_all_reduce, linear_auto, tune_linear
-from maco_lib.overlap.linear_auto import LinearPlanner, nearby
-from maco_lib.overlap.linear_plan import TECHNIQUES, candidates
-from maco_lib.overlap.linear_tables import shipped
-from maco_lib.overlap.linear_techniques.persistent_time import TILINGS
+from maco_lib.linear import planner as linear_auto
+from maco_lib.linear.lookup import shipped
+from maco_lib.linear.plan import TECHNIQUES, candidates
+from maco_lib.linear.planner import LinearPlanner, nearby
+from maco_lib.linear.techniques.persistent_time import TILINGS
+from maco_lib.overlap import LinearPlan, RowParallelLinear, decisions, linear_all_reduce, tune_linear
 from maco_lib.overlap.plan import keep
 
 NCCL, PUSH = LinearPlan(backend="nccl"), LinearPlan(backend="maco_push_64")
@@ -109,7 +110,7 @@ def test_measured_plans_replace_the_simpler_ones_only_when_faster():
 
 def watched() -> list[LinearPlan]:
     """The plans that calls follow from now on."""
-    from maco_lib.overlap import linear
+    from maco_lib.linear import op as linear
 
     followed: list[LinearPlan] = []
     run = linear.Call.run
@@ -130,7 +131,7 @@ def told(num_rows: int, how: str):
 
 
 def tuned_and_looked_up(rank: int, num_ranks: int) -> None:
-    from maco_lib.overlap.linear_measure import Shape
+    from maco_lib.linear.measure import Shape
 
     followed = watched()
     for num_rows in (300, 290, 7):
@@ -220,8 +221,8 @@ def uneven_shares_and_compiled(rank: int, num_ranks: int) -> None:
 
 def captured_as_if(rank: int, num_ranks: int) -> None:
     """What a capture may follow, without a GPU: the planner is told that it is on one, and capturing."""
-    from maco_lib.overlap.linear_auto import planner
-    from maco_lib.overlap.linear_measure import Shape
+    from maco_lib.linear.measure import Shape
+    from maco_lib.linear.planner import planner
 
     Shape.times_us = lambda self, plans, **rest: (1.0, {plan: 1.0 + (plan != HALVES) for plan in plans})
     tuned, unknown = torch.randn(96, 32), torch.randn(96, 48)
@@ -270,7 +271,7 @@ def test_a_group_of_one_has_nothing_to_tune():
 
 def captured(rank: int, num_ranks: int) -> None:
     """What was tuned or has run is captured with its plan; what was not, with the default and a warning."""
-    from maco_lib.overlap.linear_measure import Shape
+    from maco_lib.linear.measure import Shape
 
     device = torch.device("cuda", rank)
     weight, other = (torch.randn(1024, k, device=device, dtype=torch.bfloat16) for k in (512, 256))

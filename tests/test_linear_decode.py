@@ -7,8 +7,8 @@ from ranks import run_ranks
 from test_linear_persistent import Example, error
 
 from maco_lib.kernels.decode_tiles import MAX_ROWS, MAX_TILE_ROWS, tile_rows_of
+from maco_lib.linear.techniques.decode import in_whole_lines
 from maco_lib.overlap import LinearPlan, linear_all_reduce
-from maco_lib.overlap.linear_techniques.decode import in_whole_lines
 
 DECODE = LinearPlan("decode")
 NUM_GPUS = max(2, torch.cuda.device_count())

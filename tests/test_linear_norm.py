@@ -8,8 +8,9 @@ import torch
 import torch.distributed as dist
 from ranks import run_ranks
 
-from maco_lib.overlap import LinearPlan, linear_all_reduce_norm, linear_norm
-from maco_lib.overlap.linear_norm import fastest_way
+from maco_lib.linear import norm as linear_norm
+from maco_lib.linear.norm import fastest_way
+from maco_lib.overlap import LinearPlan, linear_all_reduce_norm
 
 EPS = 1e-5
 # (shape of x without K, N, K of all ranks), and sizes of decoding.

@@ -10,9 +10,8 @@ from hypothesis import strategies as st
 from ranks import run_ranks
 
 from maco_lib.kernels.tile_order import TileOrder
-from maco_lib.overlap import LinearPlan, linear_all_reduce
-from maco_lib.overlap.linear_plan import HOPPER
-from maco_lib.overlap.linear_techniques.persistent_time import (
+from maco_lib.linear.plan import HOPPER
+from maco_lib.linear.techniques.persistent_time import (
     TILINGS,
     Tiling,
     fastest_tiling,
@@ -22,6 +21,7 @@ from maco_lib.overlap.linear_techniques.persistent_time import (
     persistent_time,
     time_of,
 )
+from maco_lib.overlap import LinearPlan, linear_all_reduce
 
 NUM_GPUS = max(2, torch.cuda.device_count())
 # (M, N, K of a rank): whole tiles, parts of tiles, fewer tiles than ranks, several waves, one row.

@@ -14,7 +14,17 @@ import torch.distributed as dist
 from ranks import run_ranks
 
 from maco_lib import comm
-from maco_lib.experiments.linear_all_reduce_methods import (
+from maco_lib.kernels.decode_tiles import MAX_ROWS
+from maco_lib.linear.techniques.persistent_time import HOP_US, NORM, PersistentTime, fastest_tiling
+from maco_lib.machine import Machine
+from maco_lib.overlap import LinearPlan
+from maco_lib.overlap.curve import side_by_side
+from study.drawing import looks, style
+from study.harness.spec import check_rows
+from study.report import figures, linear, linear_findings, linear_persistent, report
+from study.report import linear_targets as linear_promises
+from study.results import evidence
+from study.sections.linear_all_reduce.methods import (
     BASE,
     CHAIN,
     FEW_ROWS_METHODS,
@@ -23,15 +33,7 @@ from maco_lib.experiments.linear_all_reduce_methods import (
     MATMUL,
     METHODS,
 )
-from maco_lib.kernels.decode_tiles import MAX_ROWS
-from maco_lib.machine import Machine
-from maco_lib.overlap import LinearPlan
-from maco_lib.overlap.costs import side_by_side
-from maco_lib.overlap.linear_techniques.persistent_time import HOP_US, NORM, PersistentTime, fastest_tiling
-from maco_lib.study import evidence, figures, linear, linear_findings, linear_persistent, linear_promises, looks, report
-from maco_lib.study.figures import style
-from maco_lib.study.sections.linear_all_reduce import ENDURANCE, LINEAR, SECTION, TIMELINE
-from maco_lib.study.spec import check_rows
+from study.sections.linear_all_reduce.section import ENDURANCE, LINEAR, SECTION, TIMELINE
 
 CPU = Machine("cpu", 2, "cpu-2", "0" * 16, 24 * 2**30, {})
 GPUS = Machine("cuda", 4, "h200-x4", "0" * 16, 140 * 2**30, {})
@@ -114,11 +116,11 @@ def test_what_cannot_be_is_refused_by_name(dataset, given, message):
 
 
 def measure_everything(rank: int, num_ranks: int) -> None:
-    from maco_lib.experiments import linear_all_reduce as program
-    from maco_lib.experiments import linear_all_reduce_arms as arms
-    from maco_lib.experiments import linear_all_reduce_endurance as endurance
-    from maco_lib.experiments import linear_all_reduce_timeline as timeline
-    from maco_lib.experiments.worker import Context
+    from study.harness.worker import Context
+    from study.sections.linear_all_reduce import arms
+    from study.sections.linear_all_reduce import measure as program
+    from study.sections.linear_all_reduce import measure_endurance as endurance
+    from study.sections.linear_all_reduce import measure_timeline as timeline
 
     events = pathlib.Path(os.environ["MACO_CACHE"], "events.jsonl")
     context = Context(rank, num_ranks, torch.device("cpu"), dist.group.WORLD, events)
@@ -224,7 +226,7 @@ def with_table(machine, rows: pd.DataFrame):
 
 
 def test_a_row_tells_the_tiles_of_its_plan():
-    from maco_lib.experiments import linear_all_reduce as program
+    from study.sections.linear_all_reduce import measure as program
 
     problem = types.SimpleNamespace(m=4096, n=5120, x=torch.empty(1, 6400), num_sms=132, context=None)
     problem.context = types.SimpleNamespace(num_ranks=4)
@@ -235,7 +237,7 @@ def test_a_row_tells_the_tiles_of_its_plan():
 
 
 def test_a_retired_technique_is_a_name_that_stored_parameters_may_hold_and_nothing_runs():
-    from maco_lib.experiments import linear_all_reduce_arms as arms
+    from study.sections.linear_all_reduce import arms
 
     (point,) = points(LINEAR, "full", GPUS, methods=["sequential_nccl", "signalled"], layers=["Qwen3-8B o_proj"],
                       rows=[4096])  # fmt: skip

@@ -7,14 +7,14 @@ from dataclasses import replace
 import pytest
 from ranks import ROOT
 
-from maco_lib.experiments import untuned_plans
-from maco_lib.experiments.linear_all_reduce_methods import LAYERS, MATMUL
 from maco_lib.kernels.decode_tiles import MAX_ROWS
-from maco_lib.overlap.linear_plan import LinearPlan
-from maco_lib.overlap.linear_tables import FAR, FOLDER, NOISE, LayerTimes, PlanTable, Times, shipped
-from maco_lib.overlap.linear_techniques.persistent_time import fastest_tiling
-from maco_lib.study.export_plans import exported, plan_of
-from maco_lib.study.store import Store
+from maco_lib.linear.lookup import FAR, FOLDER, NOISE, LayerTimes, PlanTable, Times, shipped
+from maco_lib.linear.plan import LinearPlan
+from maco_lib.linear.techniques.persistent_time import fastest_tiling
+from study.commands.export_plans import exported, plan_of
+from study.results.store import Store
+from study.sections.linear_all_reduce import measure_untuned as untuned_plans
+from study.sections.linear_all_reduce.methods import LAYERS, MATMUL
 
 NCCL, PUSH = LinearPlan(backend="nccl"), LinearPlan(backend="maco_push_64")
 DECODE, PERSISTENT = LinearPlan("decode"), LinearPlan("persistent")

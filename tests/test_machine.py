@@ -11,9 +11,11 @@ import types
 import pynvml
 import pytest
 
-from maco_lib import checkpoint, machine, nvml, provenance, sampler
+from maco_lib import machine, nvml
 from maco_lib.overlap import calibration
-from maco_lib.study.sections.environment import SECTION, points
+from study.harness import provenance, sampler
+from study.sections.environment.section import SECTION, points
+from study.sections.inference import checkpoint
 
 UUIDS = ["GPU-aaa1", "GPU-aab2", "GPU-ccc3"]
 
@@ -151,8 +153,8 @@ def test_a_user_without_a_home_or_an_account_needs_none(tmp_path, command):
         "import pwd, runpy, sys\n"
         "def nobody(uid): raise KeyError(uid)\n"
         "pwd.getpwuid = nobody\n"
-        f"sys.argv = ['maco_lib', {command!r}]\n"
-        "runpy.run_module('maco_lib', run_name='__main__', alter_sys=True)"
+        f"sys.argv = ['study', {command!r}]\n"
+        "runpy.run_module('study', run_name='__main__', alter_sys=True)"
     )
     done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True)
     assert done.returncode in (0, 1) and done.stderr == "" and done.stdout, done.stderr

@@ -5,11 +5,11 @@ import shutil
 import pytest
 from ranks import ROOT
 
-from maco_lib.experiments.linear_all_reduce_methods import CHAIN, MATMUL, METHODS
-from maco_lib.overlap.linear_plan import LinearPlan
-from maco_lib.study import migrate
-from maco_lib.study.files import DataError
-from maco_lib.study.store import Store
+from maco_lib.linear.plan import LinearPlan
+from study.commands import migrate
+from study.harness.files import DataError
+from study.results.store import Store
+from study.sections.linear_all_reduce.methods import CHAIN, MATMUL, METHODS
 
 OLD = {"sequential:gloo": "sequential, gloo", "chunked:2:gloo": '"chunked, 2 along m, gloo"'}
 TABLE = "linear_all_reduce.csv"

@@ -9,7 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from maco_lib.overlap import model
-from maco_lib.overlap.costs import AllReduceCost, Curve, MatmulCost
+from maco_lib.overlap.curve import Curve
+from study.costs import AllReduceCost, MatmulCost
 
 TIMES = st.floats(1e-1, 1e5)
 STRETCHES = st.floats(1.0, 10.0)

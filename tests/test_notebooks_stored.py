@@ -14,10 +14,13 @@ import pandas as pd
 import pytest
 
 from maco_lib.machine import this_machine
-from maco_lib.study import evidence, figures, notebook, rates
-from maco_lib.study.files import CHECKOUT
-from maco_lib.study.sections import SECTIONS
-from maco_lib.study.store import Store
+from study.commands import notebook
+from study.harness import rates
+from study.harness.files import CHECKOUT
+from study.report import figures
+from study.results import evidence
+from study.results.store import Store
+from study.sections.registry import SECTIONS
 from tests import toy
 
 MACHINES = Store(CHECKOUT).machines()
@@ -97,7 +100,7 @@ def test_papermill_shows_a_stored_machine(stored, tmp_path):
     environment = {**os.environ, "MACO_ROOT": str(stored.root), "PYTHONPATH": str(CHECKOUT)}
     output = tmp_path / "executed.ipynb"
     parameters = json.dumps({"machine": machine})
-    command = [sys.executable, "-m", "maco_lib.study.execute", "notebooks/03_bandwidth.ipynb", str(output), parameters]
+    command = [sys.executable, "-m", "study.commands.execute", "notebooks/03_bandwidth.ipynb", str(output), parameters]
     done = subprocess.run(command, cwd=CHECKOUT, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stdout + done.stderr
     outputs = [found for cell in nbformat.read(output, as_version=4).cells for found in cell.get("outputs", [])]

@@ -5,7 +5,7 @@ import torch
 import torch.distributed as dist
 from ranks import run_ranks
 
-from maco_lib import context as contexts
+from maco_lib import turns as turns_module
 from maco_lib.overlap import overlap, start
 
 
@@ -114,9 +114,9 @@ def test_a_capture_that_failed_does_not_stop_later_planned_collectives(monkeypat
     now, before = Stream(), Stream()
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: now)
     monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda index: 8, raising=False)
-    monkeypatch.setattr(contexts, "stream_of", lambda handle, device: before)
-    monkeypatch.setattr(contexts, "capture_of", lambda stream: 2 if capturing and stream is now else 0)
-    turns = contexts.Turns(gpu)
+    monkeypatch.setattr(turns_module, "stream_of", lambda handle, device: before)
+    monkeypatch.setattr(turns_module, "capture_of", lambda stream: 2 if capturing and stream is now else 0)
+    turns = turns_module.Turns(gpu)
     turns.stream, turns.end, turns.unawaited, turns.has_ended, turns.captured_in = 7, object(), object(), True, 1
     if capturing:
         with pytest.raises(RuntimeError, match="begun before this capture: wait"):

@@ -11,9 +11,10 @@ import torch.distributed as dist
 from ranks import run_ranks
 
 from maco_lib.machine import Machine
-from maco_lib.study.launch import plan
-from maco_lib.study.sections import bandwidth, overlap
-from maco_lib.study.spec import check_rows, point_key
+from study.harness.spec import check_rows, point_key
+from study.results.launch import plan
+from study.sections.bandwidth import section as bandwidth
+from study.sections.overlap import section as overlap
 
 CPU = Machine("cpu", 2, "cpu-2", "0" * 16, 24 * 2**30, {})
 # As data/h200-x2/overlap.csv had it before there was a planner: 1 MiB beside n = 1024, in the sweep of profile "full".
@@ -90,10 +91,10 @@ def test_one_rank_has_nothing_to_communicate():
 
 
 def measure_with_a_wrong_arm(rank: int, num_ranks: int) -> None:
-    from maco_lib.experiments import overlap as program
-    from maco_lib.experiments.overlap_problem import Problem
-    from maco_lib.experiments.worker import Context
     from maco_lib.timing import Arm
+    from study.harness.worker import Context
+    from study.sections.overlap import measure as program
+    from study.sections.overlap.problem import Problem
 
     good = Problem.planned
 
@@ -141,8 +142,8 @@ def test_a_wrong_arm_is_reported_and_never_timed(tmp_path, monkeypatch):
 
 
 def measure_in_eager_code(rank: int, num_ranks: int) -> None:
-    from maco_lib.experiments import overlap_eager as program
-    from maco_lib.experiments.worker import Context
+    from study.harness.worker import Context
+    from study.sections.overlap import measure_eager as program
 
     events = pathlib.Path(os.environ["MACO_CACHE"], "events.jsonl")
     context = Context(rank, num_ranks, torch.device("cpu"), dist.group.WORLD, events)

@@ -14,11 +14,11 @@ import torch.distributed as dist
 from ranks import run_ranks
 
 from maco_lib import comm
-from maco_lib import context as contexts
-from maco_lib.overlap import LinearPlan, Plan, calibrate, decisions, overlap, start, streams, tune
-from maco_lib.overlap.auto import FIRST_CALLS, ROUNDS
+from maco_lib import state as states
+from maco_lib.overlap import LinearPlan, Plan, calibrate, decisions, execute, overlap, start, tune
 from maco_lib.overlap.model import Stretch
 from maco_lib.overlap.plan import LEFT_TO, MAX_CANDIDATES, captured, choose, overlapping, sequential, shortlist
+from maco_lib.overlap.planner import FIRST_CALLS, ROUNDS
 
 CPU = torch.device("cpu")
 SEQUENTIAL, OVERLAPPED = sequential("cpu"), Plan("gloo", urgent=False)
@@ -110,20 +110,20 @@ def test_for_a_graph_every_leading_plan_is_also_tried_with_the_roles_exchanged()
 
 def test_a_computation_is_held_back_in_and_outside_inference_mode():
     with torch.inference_mode():
-        assert streams.run_held_back(lambda: 7, CPU) == 7
-    assert streams.run_held_back(lambda: 7, CPU) == 7
+        assert execute.run_held_back(lambda: 7, CPU) == 7
+    assert execute.run_held_back(lambda: 7, CPU) == 7
 
 
 def test_only_eager_code_whose_matmul_would_take_every_sm_is_held_back(monkeypatch):
     result, captures, ran = types.SimpleNamespace(device=torch.device("cuda", 0)), [False], []
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: captures[0])
-    monkeypatch.setattr(streams, "run_leading", lambda compute, run, device: compute())
-    monkeypatch.setattr(streams, "run_leaving", lambda compute, num_sms, device: (ran.append(num_sms), compute())[1])
-    monkeypatch.setattr(streams, "run_held_back", lambda compute, device: (ran.append("held"), compute())[1])
+    monkeypatch.setattr(execute, "run_leading", lambda compute, run, device: compute())
+    monkeypatch.setattr(execute, "run_leaving", lambda compute, num_sms, device: (ran.append(num_sms), compute())[1])
+    monkeypatch.setattr(execute, "run_held_back", lambda compute, device: (ran.append("held"), compute())[1])
 
     def runs(plan: Plan) -> list:
         ran.clear()
-        assert streams.run_plan(plan, lambda: 5, lambda async_op: None, result) == 5
+        assert execute.run_plan(plan, lambda: 5, lambda async_op: None, result) == 5
         return list(ran)
 
     leading, left = Plan("nccl", leads=True), Plan("maco_staged_12", leads=True, leaves=12)
@@ -222,7 +222,7 @@ def test_plans_where_the_group_has_a_backend_for_each_kind_of_device():
 
 def timed(tensor_us: float, plans: dict[Plan, float]):
     """Let the trials see these times instead of what the clock says: of the computation, and of each plan."""
-    from maco_lib.overlap import auto
+    from maco_lib.overlap import planner as auto
 
     def collect(self) -> None:
         if self.running is not None:
@@ -238,10 +238,11 @@ def timed(tensor_us: float, plans: dict[Plan, float]):
 
 def until_settled(rank: int, num_ranks: int, key: str) -> tuple[Plan, list[Plan], int]:
     """(chosen, plan of each call, number of calls) of `auto` on a small tensor; every call is checked."""
-    from maco_lib.overlap import auto, streams
+    from maco_lib.overlap import execute
+    from maco_lib.overlap import planner as auto
 
-    ran, run_plan = [], streams.run_plan
-    streams.run_plan = lambda plan, *rest: (ran.append(plan), run_plan(plan, *rest))[1]
+    ran, run_plan = [], execute.run_plan
+    execute.run_plan = lambda plan, *rest: (ran.append(plan), run_plan(plan, *rest))[1]
     tensor, calls = torch.empty(1000), []
     planner = auto.planner(None, CPU)
     for number in range(1, 100):
@@ -251,7 +252,7 @@ def until_settled(rank: int, num_ranks: int, key: str) -> tuple[Plan, list[Plan]
         assert len(calls) == number == len(ran)
         if planner.trials[key, 4000, "torch.float32", False].decision.chosen:
             break
-    streams.run_plan = run_plan
+    execute.run_plan = run_plan
     return decisions()[-1].chosen, ran, number
 
 
@@ -286,15 +287,16 @@ def auto_settles(rank: int, num_ranks: int) -> None:
 
 def tuning_knows_graphs_from_eager_code(rank: int, num_ranks: int) -> None:
     """A plan that is tried for graphs only is followed there only, however fast its replays are."""
-    from maco_lib.overlap import auto, streams
+    from maco_lib.overlap import execute
+    from maco_lib.overlap import planner as auto
 
     small_grid()
-    for_graphs, followed, run_plan = Plan("gloo", urgent=False, compute_first=True), [], streams.run_plan
+    for_graphs, followed, run_plan = Plan("gloo", urgent=False, compute_first=True), [], execute.run_plan
     times = {"compute": 50.0, str(SEQUENTIAL): 100.0, str(OVERLAPPED): 80.0, str(for_graphs): 60.0}
     auto.captured = lambda plans: [for_graphs]
     auto.interleave = lambda arms, **request: {arm.name: arm.name for arm in arms}
     auto.median_us = times.get
-    streams.run_plan = lambda plan, *rest: (followed.append(plan), run_plan(plan, *rest))[1]
+    execute.run_plan = lambda plan, *rest: (followed.append(plan), run_plan(plan, *rest))[1]
     tensor = torch.ones(1000)
 
     def follow() -> Plan:
@@ -314,19 +316,20 @@ def tuning_knows_graphs_from_eager_code(rank: int, num_ranks: int) -> None:
 
 def tuning_finds_out(rank: int, num_ranks: int) -> None:
     """Computations that one of the plans harms: slow while the all-reduce is under way, and slow while it is not."""
-    from maco_lib.overlap import auto, streams
+    from maco_lib.overlap import execute
+    from maco_lib.overlap import planner as auto
 
     small_grid()
     planner, unknown = auto.planner(None, CPU), ("named", 3000, "torch.float32", False)
     assert planner.foretell(unknown) == SEQUENTIAL and not decisions()[-1].predicted_us
-    tensor, under_way, launch = torch.empty(1000), [], streams.launch
+    tensor, under_way, launch = torch.empty(1000), [], execute.launch
     beside: list[bool] = []  # of each computation, whether the all-reduce was under way
 
     def watched(run, *rest, **named):
         under_way.append(1)
         return launch(run, *rest, **named)
 
-    streams.launch = watched
+    execute.launch = watched
     for key, slow_beside, wanted in ((None, True, SEQUENTIAL), ("named", False, OVERLAPPED)):
 
         def compute() -> None:
@@ -346,7 +349,7 @@ def tuning_finds_out(rank: int, num_ranks: int) -> None:
         beside.clear()
         overlap(compute, tensor, plan="auto", key=key)
         assert beside == [wanted == OVERLAPPED] and (tensor == 3.0).all()
-    streams.launch = launch
+    execute.launch = launch
     assert len(decisions()) == 3
     # Nothing to sum: nothing to choose.
     empty = torch.empty(0)
@@ -398,7 +401,7 @@ def calibrations(rank: int, num_ranks: int) -> None:
     calibration.measure = lambda *rest: (measured.append(1), measure(*rest))[1]
 
     def again(force: bool = False) -> calibration.Calibration:
-        contexts.of(None, CPU).forget(calibration.stored_or_measured)  # as in a new process
+        states.of(None, CPU).forget(calibration.stored_or_measured)  # as in a new process
         return calibration.calibrate(CPU, force=force)
 
     # A fault of the rank that reads and writes the file: all are told, none waits for it.
@@ -421,7 +424,7 @@ def calibrations(rank: int, num_ranks: int) -> None:
     (path,) = pathlib.Path(calibration.default_cache(), "calibration").iterdir()
     assert path.name.endswith("-cpu-2-ranks.json")
     content = json.loads(path.read_text())
-    assert content["provenance"]["versions"]["torch"] and content["provenance"]["made_for"]["all_reduces_sha256"]
+    assert content["provenance"]["time"] and content["provenance"]["made_for"]["all_reduces_sha256"]
     for damage in ('{"kind": "cpu"', json.dumps({**content, "plans": None})):
         dist.barrier()
         path.write_text(damage)
@@ -441,7 +444,10 @@ def calibrations(rank: int, num_ranks: int) -> None:
 
 def backends_that_break(rank: int, num_ranks: int) -> None:
     """Whatever a backend stumbles over, it is left out: an error of the host's compiler is no RuntimeError."""
-    from maco_lib.overlap import auto, linear, linear_measure, measure
+    from maco_lib.linear import execute as linear
+    from maco_lib.linear import measure as linear_measure
+    from maco_lib.overlap import measure
+    from maco_lib.overlap import planner as auto
 
     def broken(*args, **options):
         raise FileNotFoundError("no C compiler")

@@ -28,7 +28,7 @@ def test_links_lead_somewhere():
 
 
 def test_commands_are_those_of_the_command_line():
-    described = re.findall(r"^ +python -m maco_lib ([\w-]+)  ", README, re.MULTILINE)
-    done = subprocess.run([sys.executable, "-m", "maco_lib", "--help"], cwd=CHECKOUT, capture_output=True, text=True)
+    described = re.findall(r"^ +python -m study ([\w-]+)  ", README, re.MULTILINE)
+    done = subprocess.run([sys.executable, "-m", "study", "--help"], cwd=CHECKOUT, capture_output=True, text=True)
     (offered,) = re.findall(r"^  \{(.*)\}$", done.stdout, re.MULTILINE)
     assert described == offered.split(",")

@@ -10,28 +10,28 @@ import pandas as pd
 import pytest
 import stored
 
-from maco_lib.study import (
-    claims,
+from study.claims import earlier
+from study.claims import judge as claims
+from study.harness.files import CHECKOUT
+from study.published import tables as published
+from study.report import (
     eager,
-    earlier,
-    evidence,
     figures,
     findings,
     ideal_findings,
     judgement_tables,
     planner,
     publish,
-    published,
     report,
     report_tables,
-    sections,
     sharing,
     techniques,
     transfer,
     when_tables,
 )
-from maco_lib.study.files import CHECKOUT
-from maco_lib.study.store import DataError
+from study.results import evidence
+from study.results.store import DataError
+from study.sections import registry as sections
 
 
 @pytest.fixture

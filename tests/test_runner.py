@@ -14,14 +14,15 @@ import time
 import nbformat
 import pytest
 
-from maco_lib.__main__ import main
 from maco_lib.machine import this_machine
-from maco_lib.study import notebook, rates, runner
-from maco_lib.study.files import NOTEBOOK_FAILED
-from maco_lib.study.overrides import parse_overrides
-from maco_lib.study.sections import SECTIONS
-from maco_lib.study.status import section_status
-from maco_lib.study.store import Store
+from study.__main__ import main
+from study.commands import notebook, runner
+from study.harness import rates
+from study.harness.files import NOTEBOOK_FAILED
+from study.harness.overrides import parse_overrides
+from study.results.status import section_status
+from study.results.store import Store
+from study.sections.registry import SECTIONS
 from tests import toy
 
 CHECKOUT = pathlib.Path(__file__).resolve().parents[1]
@@ -30,7 +31,7 @@ CHECKOUT = pathlib.Path(__file__).resolve().parents[1]
 def maco(root, *arguments, timeout_s=1500):
     # As on a CPU whose matmuls are slow, without bf16 instructions among others, whatever this one has.
     environment = {"ONEDNN_MAX_CPU_ISA": "AVX2", **os.environ, "MACO_ROOT": str(root), "PYTHONPATH": str(CHECKOUT)}
-    return subprocess.run([sys.executable, "-m", "maco_lib", *arguments], cwd=CHECKOUT, env=environment,
+    return subprocess.run([sys.executable, "-m", "study", *arguments], cwd=CHECKOUT, env=environment,
                           capture_output=True, text=True, timeout=timeout_s)  # fmt: skip
 
 
@@ -216,7 +217,7 @@ def test_a_section_is_tried_where_the_tables_of_a_failed_one_are_stored(sections
 
 
 def test_report_only_draws_what_is_asked_with_options_in_any_order(stored, monkeypatch):
-    from maco_lib.study import figures, publish, report
+    from study.report import figures, publish, report
 
     drawn, built = [], []
     monkeypatch.setattr(figures, "write", lambda store, folder, name: drawn.append((folder, name)))
@@ -245,7 +246,7 @@ def test_a_run_tells_that_it_is_at_work_only_while_it_lives(tmp_path):
     store.write_record("here", section.name, {"parameters": {}, "verdict": {"state": "running"}})
     program = f"""
 import pathlib, sys
-from maco_lib.study.store import Store
+from study.results.store import Store
 with Store(pathlib.Path({str(tmp_path)!r})).at_work("here") as tell:
     tell("bandwidth")
     print("at work", flush=True)
@@ -281,7 +282,7 @@ def test_a_folder_that_cannot_be_worked_in_is_named(tmp_path, monkeypatch, capsy
 
 
 def test_output_is_told_as_far_as_the_terminal_has_letters_and_a_reader_listens():
-    command = [sys.executable, "-m", "maco_lib", "advise", "--model", "Qwen3-8B", "--tokens", "512", "--tp", "2"]
+    command = [sys.executable, "-m", "study", "advise", "--model", "Qwen3-8B", "--tokens", "512", "--tp", "2"]
     environment = {**os.environ, "MACO_ROOT": str(CHECKOUT), "PYTHONPATH": str(CHECKOUT), "PYTHONIOENCODING": "ascii"}
     done = subprocess.run(command, cwd=CHECKOUT, env=environment, capture_output=True, timeout=120)
     assert done.returncode == 0 and done.stderr == b"" and done.stdout.isascii() and done.stdout

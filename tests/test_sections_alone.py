@@ -4,11 +4,12 @@ import shutil
 
 import pytest
 
-from maco_lib.study import evidence, figures, report
-from maco_lib.study.figures import style
-from maco_lib.study.files import CHECKOUT
-from maco_lib.study.sections import SECTIONS
-from maco_lib.study.store import TABLE_SUFFIXES, Store
+from study.drawing import style
+from study.harness.files import CHECKOUT
+from study.report import figures, report
+from study.results import evidence
+from study.results.store import TABLE_SUFFIXES, Store
+from study.sections.registry import SECTIONS
 
 # What is computed is stale without the tables it was computed from; its figures are drawn all the same.
 COMPUTED = {"when_to_overlap"}

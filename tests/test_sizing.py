@@ -10,13 +10,13 @@ import torch
 
 from maco_lib.machine import Machine, this_machine
 from maco_lib.stats import LEAST_SAMPLES, num_samples
-from maco_lib.study import sizing
-from maco_lib.study.rates import Rates
-from maco_lib.study.sections import SECTIONS
-from maco_lib.study.sizing import MINUTES, Sizes, choose, forecast_s
-from maco_lib.study.spec import PROFILES
-from maco_lib.study.store import Store
 from maco_lib.timing import Arm, interleave
+from study.harness.rates import Rates
+from study.harness.spec import PROFILES
+from study.results import sizing
+from study.results.sizing import MINUTES, Sizes, choose, forecast_s
+from study.results.store import Store
+from study.sections.registry import SECTIONS
 
 MIB = 2**20
 CPU = Machine("cpu", 2, "cpu-2", "", 24 * 2**30, {"ram_bytes": 24 * 2**30})

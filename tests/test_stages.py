@@ -8,7 +8,7 @@ import subprocess
 import pytest
 
 from maco_lib import kernels
-from maco_lib.overlap.linear_techniques.persistent_time import TILINGS
+from maco_lib.linear.techniques.persistent_time import TILINGS
 
 TESTS = pathlib.Path(__file__).parent
 CXX = shutil.which(os.environ.get("CXX", "g++")) or shutil.which("clang++")

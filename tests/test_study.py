@@ -16,10 +16,12 @@ import pytest
 import stored
 
 from maco_lib.machine import this_machine
-from maco_lib.study import derive, evidence, launch, sections
-from maco_lib.study.rows import aggregate, agree, as_csv
-from maco_lib.study.status import Status, section_status
-from maco_lib.study.store import DataError, Store
+from study.commands import derive
+from study.harness.rows import aggregate, agree, as_csv
+from study.results import evidence, launch
+from study.results.status import Status, section_status
+from study.results.store import DataError, Store
+from study.sections import registry as sections
 from tests import toy
 
 CHECKOUT = pathlib.Path(__file__).resolve().parents[1]
@@ -245,8 +247,10 @@ def toy_processes():
 RUN = """
 import os, pathlib
 from maco_lib.machine import this_machine
-from maco_lib.study import derive, evidence, launch, sections
-from maco_lib.study.store import Store
+from study.commands import derive
+from study.results import evidence, launch
+from study.sections import registry as sections
+from study.results.store import Store
 from tests import toy
 sections.SECTIONS["toy"] = toy.SECTION
 store = Store(pathlib.Path(os.environ["MACO_ROOT"]))

@@ -9,14 +9,14 @@ import torch
 import torch.distributed as dist
 from ranks import run_ranks
 
-from maco_lib.study.figures.timeline import linear as linear_timeline
-from maco_lib.study.figures.timeline import overlap as timeline
-from maco_lib.study.sections import overlap
-from maco_lib.study.spec import check_rows
+from study.drawing.timeline import linear as linear_timeline
+from study.drawing.timeline import overlap as timeline
+from study.harness.spec import check_rows
+from study.sections.overlap import section as overlap
 
 
 def test_copies_and_our_kernels_are_communication_and_the_backlog_is_nothing():
-    from maco_lib.experiments.overlap_timeline import describe, is_device_work
+    from study.sections.overlap.measure_timeline import describe, is_device_work
 
     trace = [
         ("kernel", "at::cuda::spin_kernel(long)"),
@@ -34,8 +34,8 @@ def test_copies_and_our_kernels_are_communication_and_the_backlog_is_nothing():
 
 
 def profiled(rank: int, num_ranks: int) -> None:
-    from maco_lib.experiments import overlap_timeline
-    from maco_lib.experiments.worker import Context
+    from study.harness.worker import Context
+    from study.sections.overlap import measure_timeline as overlap_timeline
 
     context = Context(rank, num_ranks, torch.device("cpu"), dist.group.WORLD, pathlib.Path(os.devnull))
     point = {

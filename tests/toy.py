@@ -8,9 +8,9 @@ import pandera.pandas as pa
 import torch
 import torch.distributed as dist
 
-from maco_lib.experiments import worker
-from maco_lib.study.rates import Rates
-from maco_lib.study.spec import Dataset, Parameters, Section
+from study.harness import worker
+from study.harness.rates import Rates
+from study.harness.spec import Dataset, Parameters, Section
 
 STEP_S = worker.HEARTBEAT_S = 0.2
 

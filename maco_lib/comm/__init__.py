@@ -8,7 +8,7 @@ A backend has `name`, `needs`, `unavailable(collective, device, group) -> why or
 import torch
 import torch.distributed as dist
 
-from maco_lib import context as contexts
+from maco_lib import state as states
 from maco_lib.comm.gloo import Gloo
 from maco_lib.comm.mailed import LL128, OneShotLines
 from maco_lib.comm.nccl import Nccl
@@ -61,7 +61,7 @@ def all_reduce(
 
     async_op: gloo returns its Work at once; the others are ordered by the stream and return None. The backends in
     symmetric memory need no copy for a tensor from `symmetric_empty`. From several streams they run one after the
-    other, in the order in which they are issued (`context.Turns`). Of no elements there is nothing to sum. Raises
+    other, in the order in which they are issued (`turns.Turns`). Of no elements there is nothing to sum. Raises
     ValueError on an unknown backend, on a layout, type or place that it has no kernel for, and on a tensor that
     requires a gradient, but under torch.no_grad().
     """
@@ -74,7 +74,7 @@ def all_reduce(
         raise ValueError(why)
     if not tensor.numel():
         return None
-    turns = contexts.on(tensor.device).turns
+    turns = states.on(tensor.device).turns
     turns.take()
     work = backend(backend_name).all_reduce(tensor, group, async_op)
     turns.give()

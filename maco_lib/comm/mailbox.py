@@ -3,12 +3,12 @@
 import torch
 import torch.distributed as dist
 
-from maco_lib import context as contexts
+from maco_lib import state as states
 from maco_lib.comm.peers import Peers
 from maco_lib.comm.symmetric import require_no_capture
 from maco_lib.comm.watch import Watch
-from maco_lib.context import Context
 from maco_lib.kernels.inbox import INBOX_BYTES, Box
+from maco_lib.state import State
 
 
 class Mailbox:
@@ -17,21 +17,21 @@ class Mailbox:
     box: what the kernels need to know of it.
     """
 
-    def __init__(self, context: Context):
+    def __init__(self, state: State):
         require_no_capture("make a group's mailbox")
-        shared, device = context.get(Peers), context.device
+        shared, device = state.get(Peers), state.device
         self.region = shared.memory.allocate(INBOX_BYTES)
         self.region.base.zero_()
         self.counter = torch.zeros(1, dtype=torch.int64, device=device)
         self.box = Box(
-            shared.rotated(self.region.addresses), self.counter.data_ptr(), shared.rank, context.get(Watch).address,
-            device.index, together=context.together,
+            shared.rotated(self.region.addresses), self.counter.data_ptr(), shared.rank, state.get(Watch).address,
+            device.index, together=state.together,
         )  # fmt: skip
         # Nobody may write into an inbox that its owner has yet to clear.
         torch.cuda.synchronize(device)
-        dist.barrier(context.group, device_ids=[device.index])
+        dist.barrier(state.group, device_ids=[device.index])
 
 
 def mailbox(group: dist.ProcessGroup, device: torch.device) -> Mailbox:
     """The mailbox of `group`, made at the first call; RuntimeError if that is while a graph is captured."""
-    return contexts.of(group, device).get(Mailbox)
+    return states.of(group, device).get(Mailbox)

@@ -12,11 +12,11 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 
-from maco_lib import context as contexts
+from maco_lib import state as states
 from maco_lib.comm import c10d
 from maco_lib.comm.record import Operation
 from maco_lib.comm.symmetric import require_no_capture
-from maco_lib.context import Context
+from maco_lib.state import State
 
 
 @dataclass(frozen=True)
@@ -60,13 +60,13 @@ def limited_group(group: dist.ProcessGroup, device: torch.device, max_ctas: int)
 
     Raises RuntimeError if that would be while a graph is captured.
     """
-    return contexts.of(group, device).get(new_group, max_ctas)
+    return states.of(group, device).get(new_group, max_ctas)
 
 
-def new_group(context: Context, max_ctas: int) -> dist.ProcessGroup:
+def new_group(state: State, max_ctas: int) -> dist.ProcessGroup:
     """What `limited_group` makes."""
     require_no_capture("make a communicator")
     options = dist.ProcessGroupNCCL.Options()
     options.config.min_ctas = 1
     options.config.max_ctas = max_ctas
-    return dist.new_group(dist.get_process_group_ranks(context.group), backend="nccl", pg_options=options)
+    return dist.new_group(dist.get_process_group_ranks(state.group), backend="nccl", pg_options=options)

@@ -17,12 +17,12 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 
-from maco_lib import context as contexts
+from maco_lib import state as states
 from maco_lib.comm import c10d
 from maco_lib.comm.nccl import partial_group
 from maco_lib.comm.record import Operation, collective
 from maco_lib.comm.symmetric import ALIGNMENT, MIN_WORKSPACE, require_kernel, require_no_capture, unreachable
-from maco_lib.context import Context
+from maco_lib.state import State
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 MIN_NCCL = (2, 27)
@@ -37,9 +37,9 @@ class RegisteredMemory:
     deregisters. torch calls it when the default group is destroyed, Python at exit.
     """
 
-    def __init__(self, context: Context, num_ctas: int):
+    def __init__(self, state: State, num_ctas: int):
         require_no_capture("make a communicator")
-        group, device = context.group, context.device
+        group, device = state.group, state.device
         self.device = device
         options = dist.ProcessGroupNCCL.Options()
         options.config.min_ctas = options.config.max_ctas = num_ctas
@@ -115,7 +115,7 @@ def memory(group: dist.ProcessGroup, device: torch.device, num_ctas: int) -> Reg
 
     Raises RuntimeError if that would be while a graph is captured.
     """
-    return contexts.of(group, device).get(RegisteredMemory, num_ctas)
+    return states.of(group, device).get(RegisteredMemory, num_ctas)
 
 
 def release(group: dist.ProcessGroup) -> None:
@@ -124,8 +124,8 @@ def release(group: dist.ProcessGroup) -> None:
 
     Every rank calls it. Destroying the default group does the same for all groups.
     """
-    for context in contexts.of_group(group):
-        for owner in context.forget(RegisteredMemory):
+    for state in states.of_group(group):
+        for owner in state.forget(RegisteredMemory):
             owner.destroy()
 
 

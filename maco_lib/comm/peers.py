@@ -11,11 +11,11 @@ import torch
 import torch.distributed as dist
 import torch.distributed._symmetric_memory as symmetric
 
-from maco_lib import context as contexts
+from maco_lib import state as states
 from maco_lib.comm.symmetric import GRANULE_BYTES, Memory, Region, SymmetricAllReduce, require_no_capture
 from maco_lib.comm.watch import Watch
-from maco_lib.context import Context
 from maco_lib.kernels.launch import Launch, Launches
+from maco_lib.state import State
 
 MAX_ELEMENTS = 2**31 - 1
 
@@ -26,19 +26,19 @@ class Peers:
     So at any step every rank works with another one. Made once; collective. at: what kernels need to know of the flags.
     """
 
-    def __init__(self, context: Context):
+    def __init__(self, state: State):
         require_no_capture("make a group's flags")
         from maco_lib.kernels import meet  # needs Triton
 
-        group, device = context.group, context.device
-        self.memory, self.together = context.get(Memory), context.together
+        group, device = state.group, state.device
+        self.memory, self.together = state.get(Memory), state.together
         self.rank, self.num_ranks = group.rank(), group.size()
         self.others = [(self.rank + step) % self.num_ranks for step in range(1, self.num_ranks)]
         self.own_flags = symmetric.empty(meet.NUM_FLAGS, dtype=torch.int32, device=device).zero_()
         self.handle = symmetric.rendezvous(self.own_flags, group.group_name)
         self.epochs = torch.zeros(meet.MAX_CTAS, dtype=torch.int32, device=device)
         flags = self.rotated(list(self.handle.buffer_ptrs))
-        self.at = meet.Flags(flags, self.epochs.data_ptr(), self.rank, context.get(Watch).address, device.index)
+        self.at = meet.Flags(flags, self.epochs.data_ptr(), self.rank, state.get(Watch).address, device.index)
         self.inbox: Region | None = None
         self.prepared = Launches()  # of whole sums, by what they sum
         # Nobody may signal into flags that their owner has yet to clear.
@@ -99,7 +99,7 @@ class Peers:
 
 def peers(group: dist.ProcessGroup, device: torch.device) -> Peers:
     """The peers of `group`, made at the first call; RuntimeError if that is while a graph is captured."""
-    return contexts.of(group, device).get(Peers)
+    return states.of(group, device).get(Peers)
 
 
 @dataclass(frozen=True)

@@ -14,9 +14,9 @@ import torch
 import torch.distributed as dist
 import torch.distributed._symmetric_memory as symmetric
 
-from maco_lib import context as contexts
+from maco_lib import state as states
 from maco_lib.comm.record import Operation, collective
-from maco_lib.context import Context
+from maco_lib.state import State
 
 ALIGNMENT = 16
 # A whole number of these is summed without a copy: the widest accesses of every kernel here (16 elements of fp32).
@@ -52,8 +52,8 @@ class Region:
 class Memory:
     """What a group has allocated: `workspace` grows as needed, `regions` live as long as the group."""
 
-    def __init__(self, context: Context):
-        self.group_name, self.device = context.group.group_name, context.device
+    def __init__(self, state: State):
+        self.group_name, self.device = state.group.group_name, state.device
         self.workspace: Region | None = None
         self.views: dict[tuple[int, torch.dtype], tuple[torch.Tensor, torch.Tensor]] = {}
         self.regions: list[Region] = []
@@ -105,7 +105,7 @@ class Memory:
 
 def memory(group: dist.ProcessGroup, device: torch.device) -> Memory:
     """The symmetric memory of `group` on this rank's GPU."""
-    return contexts.of(group, device).get(Memory)
+    return states.of(group, device).get(Memory)
 
 
 def require_no_capture(what: str, when: str = "once before") -> None:
@@ -138,11 +138,11 @@ def symmetric_empty(
 
 def unreachable(device: torch.device, group: dist.ProcessGroup) -> str:
     """Why the ranks of `group` cannot address each other's memory, or ""; found out once."""
-    return contexts.of(group, device).get(obstacle_of)
+    return states.of(group, device).get(obstacle_of)
 
 
-def obstacle_of(context: Context) -> str:
-    return obstacle(context.device, context.group)
+def obstacle_of(state: State) -> str:
+    return obstacle(state.device, state.group)
 
 
 def obstacle(device: torch.device, group: dist.ProcessGroup) -> str:

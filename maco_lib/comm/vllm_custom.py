@@ -17,10 +17,10 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 
-from maco_lib import context as contexts
+from maco_lib import state as states
 from maco_lib.comm.record import Operation
 from maco_lib.comm.symmetric import GRANULE_BYTES, Memory, Region, SymmetricAllReduce, memory, require_no_capture, whole
-from maco_lib.context import Context
+from maco_lib.state import State
 
 NUM_RANKS = (2, 4, 6, 8)
 # vLLM's RankData: the addresses of one source, for at most 8 ranks.
@@ -89,15 +89,15 @@ class Source:
 class Signals:
     """The flags at which the kernels of a group meet, and behind them the sums of two-shot. Made once, collective."""
 
-    def __init__(self, context: Context, max_bytes: int):
+    def __init__(self, state: State, max_bytes: int):
         if why := load():
             raise ValueError(why)
-        group, device = context.group, context.device
+        group, device = state.group, state.device
         self.rank, self.device = group.rank(), device
         num_ranks = group.size()
         # The last rank's share is the longest, by less than one access (16 bytes) per rank.
         shares = max_bytes // num_ranks + num_ranks * GRANULE_BYTES if num_ranks > 2 else 0
-        self.region = context.get(Memory).allocate(whole(torch.ops._C_custom_ar.meta_size() + shares))
+        self.region = state.get(Memory).allocate(whole(torch.ops._C_custom_ar.meta_size() + shares))
         self.region.base.zero_()
         self.sources: dict[tuple[int, ...], Source] = {}
         # Nobody may signal into flags that their owner has yet to clear.
@@ -113,7 +113,7 @@ class Signals:
 
 
 def signals(group: dist.ProcessGroup, device: torch.device, max_bytes: int) -> Signals:
-    return contexts.of(group, device).get(Signals, max_bytes)
+    return states.of(group, device).get(Signals, max_bytes)
 
 
 @dataclass(frozen=True)

@@ -15,8 +15,8 @@ import weakref
 
 import torch
 
-from maco_lib.context import Context
 from maco_lib.kernels.patience import decoded
+from maco_lib.state import State
 
 DEFAULT_S = 10.0
 
@@ -32,16 +32,16 @@ def default_s() -> float:
 
 
 class Watch:
-    """Of one context. address: of the words, on the host as on the GPU."""
+    """Of one state. address: of the words, on the host as on the GPU."""
 
-    def __init__(self, context: Context):
-        self.group_name, self.device = context.group.group_name, context.device
+    def __init__(self, state: State):
+        self.group_name, self.device = state.group.group_name, state.device
         self.words = torch.zeros(2, dtype=torch.int64, pin_memory=True)
         self.address = self.words.data_ptr()
         self.view = (ctypes.c_int64 * 2).from_address(self.address)
         self.bound(default_s())
-        context.turns.watches.append(self.check)
-        self.turns = context.turns
+        state.turns.watches.append(self.check)
+        self.turns = state.turns
         weakref.finalize(self, atexit.unregister, tell(weakref.ref(self))).atexit = False
 
     def bound(self, seconds: float) -> None:

@@ -1,19 +1,19 @@
-"""Overlap of communication with computation: how to run it (`streams`, `auto`), what it can give (`model`)."""
+"""Work beside a collective (`api`), by a plan (`execute`) that is measured (`planner`) or predicted (`model`)."""
 
 import importlib
 
 _HOMES = {
-    "overlap": "maco_lib.overlap.streams",  # run a computation and a collective side by side
-    "start": "maco_lib.overlap.streams",  # start a collective, go on, wait later
-    "Handle": "maco_lib.overlap.streams",  # a collective in flight
+    "overlap": "maco_lib.overlap.api",  # run a computation and a collective side by side
+    "start": "maco_lib.overlap.api",  # start a collective, go on, wait later
+    "Handle": "maco_lib.overlap.execute",  # a collective in flight
     "Plan": "maco_lib.overlap.plan",  # one way to do it: backend, order, stream
-    "tune": "maco_lib.overlap.auto",  # find the fastest plan at once
+    "tune": "maco_lib.overlap.planner",  # find the fastest plan at once
     "decisions": "maco_lib.overlap.plan",  # how plans were chosen
-    "linear_all_reduce": "maco_lib.overlap.linear",  # a matmul and the all-reduce of its result, as one operation
-    "linear_all_reduce_norm": "maco_lib.overlap.linear_norm",  # that, the residual and the RMSNorm, for decoding
-    "tune_linear": "maco_lib.overlap.linear_auto",  # find its fastest plans at once
-    "LinearPlan": "maco_lib.overlap.linear_plan",  # one way to do that
-    "RowParallelLinear": "maco_lib.overlap.row_parallel",  # a layer that does it
+    "linear_all_reduce": "maco_lib.linear.op",  # a matmul and the all-reduce of its result, as one operation
+    "linear_all_reduce_norm": "maco_lib.linear.norm",  # that, the residual and the RMSNorm, for decoding
+    "tune_linear": "maco_lib.linear.planner",  # find its fastest plans at once
+    "LinearPlan": "maco_lib.linear.plan",  # one way to do that
+    "RowParallelLinear": "maco_lib.linear.layer",  # a layer that does it
     "calibrate": "maco_lib.overlap.calibration",  # measure what the choice is predicted from
 }
 __all__ = list(_HOMES)

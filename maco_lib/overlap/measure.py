@@ -10,8 +10,8 @@ import torch.distributed as dist
 
 from maco_lib import comm
 from maco_lib.comm import symmetric
-from maco_lib.overlap import model, sm_limit, streams
-from maco_lib.overlap.costs import Curve
+from maco_lib.overlap import execute, model, sm_limit
+from maco_lib.overlap.curve import Curve
 from maco_lib.overlap.plan import DEFAULT_BACKEND, Plan, overlapping
 from maco_lib.stats import median_interval
 from maco_lib.timing import Arm, Timing, decided, first_error, gather, interleave
@@ -146,7 +146,7 @@ def beside(
     plans = [plan for plan in plans if plan.backend in taken]
     for plan in plans:
         all_reduce = summing(plan.backend, tensor, group).run
-        run = functools.partial(streams.run_plan, plan, compute, all_reduce, tensor)
+        run = functools.partial(execute.run_plan, plan, compute, all_reduce, tensor)
         arms.append(Arm(str(plan), run, lambda: tensor.copy_(source)))
     timings = interleave(arms, group=group, device=device, budget_s=budget_s)
     t_comp = median_us(timings["compute"])

@@ -1,6 +1,6 @@
 """Plans: the ways to run a computation and an all-reduce, which of them to try, and which of those tried to keep.
 
-Without torch: `streams` runs a plan, `calibration` predicts its time, `auto` measures it.
+Without torch: `execute` runs a plan, `calibration` predicts its time, `planner` measures it.
 """
 
 import math

@@ -7,7 +7,7 @@ from collections.abc import Callable, Hashable, Iterable
 import torch
 import torch.distributed as dist
 
-from maco_lib import context as contexts
+from maco_lib import state as states
 from maco_lib.comm import DTYPES, backend, collective
 from maco_lib.overlap import sm_limit
 from maco_lib.overlap.plan import Plan
@@ -201,8 +201,8 @@ def described(tensor: torch.Tensor, name: str, plan: Plan | str | None, key: Has
 
 def unavailable(name: str, device: torch.device, group: dist.ProcessGroup) -> str:
     """Why the backend `name` cannot all-reduce here, or ""; asked once."""
-    return contexts.of(group, device).get(why_not, name)
+    return states.of(group, device).get(why_not, name)
 
 
-def why_not(context: contexts.Context, name: str) -> str:
-    return backend(name).unavailable("all_reduce", context.device, context.group) or ""
+def why_not(state: states.State, name: str) -> str:
+    return backend(name).unavailable("all_reduce", state.device, state.group) or ""

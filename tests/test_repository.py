@@ -84,7 +84,8 @@ def test_notebook(path):
 def measures(path: pathlib.Path) -> bool:
     """Whether a module of the study is of what runs on the ranks."""
     of_a_section = path.relative_to(CHECKOUT).parts[1] == "sections"
-    return path.stem in ("worker", "measure_rates") or of_a_section and not path.stem.startswith(("section", "figure", "methods"))
+    light = ("section", "figure", "methods", "__init__", "registry")
+    return path.stem in ("worker", "measure_rates") or of_a_section and not path.stem.startswith(light)
 
 
 def test_what_reads_stored_data_never_imports_torch():

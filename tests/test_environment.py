@@ -139,8 +139,8 @@ def registry(checkout):
     (checkout / "backend.py").write_text(BACKEND)
     build = ["[build-system]", "requires=[]", 'build-backend="backend"', 'backend-path=["."]']
     (checkout / "pyproject.toml").write_text("\n".join(build))
-    (checkout / "maco_lib").mkdir()
-    (checkout / "maco_lib" / "__main__.py").write_text("import sys, rest, torch; print(*sys.argv[1:])")
+    (checkout / "study").mkdir()
+    (checkout / "study" / "__main__.py").write_text("import sys, rest, torch; print(*sys.argv[1:])")
     return {"PIP_NO_INDEX": "1", "PIP_FIND_LINKS": str(folder), "PIP_CONFIG_FILE": os.devnull}
 
 
@@ -214,8 +214,8 @@ def test_environment_made_by_somebody_else_is_left_alone(checkout):
 
 
 def test_complete_environment_is_used_without_making_one(checkout):
-    (checkout / "maco_lib").mkdir()
-    (checkout / "maco_lib" / "__main__.py").write_text("import sys; print(sys.prefix, *sys.argv[1:])")
+    (checkout / "study").mkdir()
+    (checkout / "study" / "__main__.py").write_text("import sys; print(sys.prefix, *sys.argv[1:])")
     path = f"{pathlib.Path(sys.executable).parent}:{os.environ['PATH']}"
     done = start(checkout, "--only", "overlap", "--report-only", PATH=path)
     assert (done.returncode, done.stdout) == (0, f"{sys.prefix} run --only overlap --report-only\n"), done.stderr

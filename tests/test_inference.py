@@ -91,7 +91,8 @@ def test_a_hub_behind_a_proxy_that_does_not_work_is_no_hub(tmp_path, proxy):
     variables = ("http_proxy", "https_proxy", "no_proxy", "all_proxy", "HF_HUB_OFFLINE")
     environment = {name: value for name, value in os.environ.items() if name.lower() not in map(str.lower, variables)}
     environment |= {"ALL_PROXY": proxy, "HF_HOME": str(tmp_path), "PYTHONPATH": str(CHECKOUT)}
-    program = "from maco_lib import checkpoint; print(checkpoint._snapshot('Qwen/Qwen3-0.6B', local_files_only=False))"
+    take = "from study.sections.inference import checkpoint"
+    program = f"{take}; print(checkpoint._snapshot('Qwen/Qwen3-0.6B', local_files_only=False))"
     done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, timeout=60)
     assert done.stdout == "None\n", done.stderr
 

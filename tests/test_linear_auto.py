@@ -72,7 +72,7 @@ def test_rows_between_tuned_ones_take_an_overlapping_plan_only_if_both_sides_do(
 def gpu_planner(machine: str = "h200-x2") -> LinearPlanner:
     planner = object.__new__(LinearPlanner)
     planner.device, planner.default = torch.device("cuda"), NCCL
-    planner.context = types.SimpleNamespace(calls={})
+    planner.state = types.SimpleNamespace(calls={})
     planner.backends = ["nccl", "maco_push_64", "maco_ll"]
     planner.table = shipped(*machine.split("-x")[:1], int(machine[-1]))
     return planner

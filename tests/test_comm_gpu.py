@@ -208,6 +208,32 @@ def vllm_custom_works(rank: int, num_ranks: int) -> None:
     check_all(VLLM, lambda shape, dtype: comm.symmetric_empty(shape, dtype, device), rank, num_ranks)
 
 
+def denormals(num_units: torch.Tensor) -> torch.Tensor:
+    """float32 multiples, int64 below 2**23, of the least denormal (1.4e-45): by their bits, which are that number."""
+    signs = (num_units < 0).to(torch.int32) << 31
+    return (num_units.abs().to(torch.int32) | signs).view(torch.float32)
+
+
+def denormals_are_summed(rank: int, num_ranks: int) -> None:
+    """Every sum of these is exact, so in every order the same: a backend that flushes denormals gives zeros."""
+    device = torch.device("cuda", rank) if dist.get_backend() == "nccl" else torch.device("cpu")
+    flushing = []
+    for name in comm.available("all_reduce", device, dist.group.WORLD):
+        for numel in (1000, 2**18, 2**22):
+            draws = torch.Generator().manual_seed(numel)
+            every_rank = torch.randint(1, 2**19, (num_ranks, numel), generator=draws)
+            every_rank *= torch.randint(0, 2, (num_ranks, numel), generator=draws) * 2 - 1
+            expected = denormals(every_rank.sum(0)).to(device)
+            backend = comm.backend(name)
+            operation = backend.operation("all_reduce", numel, torch.float32, device, dist.group.WORLD)
+            operation.source.copy_(denormals(every_rank[rank]))
+            operation.run()
+            num_wrong = int((bits(operation.result) != bits(expected)).sum())
+            if error := first_error(f"{num_wrong} bytes differ" * bool(num_wrong), dist.group.WORLD):
+                flushing.append(f"{name}, {numel} elements: {error}")
+    assert not flushing, "denormals do not survive: " + "; ".join(flushing)
+
+
 def released_and_used_again(rank: int, num_ranks: int) -> None:
     tensor = torch.full((1000,), rank + 1.0, device=f"cuda:{rank}")
     communicators = dist.distributed_c10d._world.pg_map
@@ -223,6 +249,11 @@ def released_and_used_again(rank: int, num_ranks: int) -> None:
 @pytest.mark.gpu(num_gpus=2)
 def test_ours_on_every_gpu():
     run_ranks(ours_work, NUM_GPUS, backend="nccl", timeout_s=300)
+
+
+@pytest.mark.parametrize("kind", ["gloo", pytest.param("nccl", marks=pytest.mark.gpu(num_gpus=2))])
+def test_float32_denormals_survive_every_sum(kind):
+    run_ranks(denormals_are_summed, NUM_GPUS if kind == "nccl" else 2, backend=kind)
 
 
 @pytest.mark.gpu(num_gpus=2)

@@ -21,6 +21,7 @@ PERSISTENT = dict.fromkeys(
         *(persistent_of(tiling, num_ranks) for tiling in TILINGS for num_ranks in (2, 4)),
         *(persistent_of(tiling, 3, FP16, has_bias=True, has_residual=True) for tiling in TILINGS),
         persistent_of(TILINGS[0], 2, trace=True),
+        persistent_of(TILINGS[0], 2, strict=True),
     ]
 )
 DECODE = [

@@ -11,6 +11,7 @@ from ranks import run_ranks
 
 from maco_lib.kernels.tile_order import TileOrder
 from maco_lib.linear.plan import HOPPER
+from maco_lib.linear.techniques import persistent
 from maco_lib.linear.techniques.persistent_time import (
     TILINGS,
     Tiling,
@@ -21,6 +22,7 @@ from maco_lib.linear.techniques.persistent_time import (
     persistent_time,
     time_of,
 )
+from maco_lib.linear.techniques.problem import Problem
 from maco_lib.overlap import LinearPlan, linear_all_reduce
 
 NUM_GPUS = max(2, torch.cuda.device_count())
@@ -152,8 +154,24 @@ def captured(rank: int, num_ranks: int) -> None:
     assert error(once, expected) < 1e-2
 
 
+def fences(rank: int, num_ranks: int) -> None:
+    """Behind either fence the same bits, by kernels of their own in one process."""
+    example = Example(rank, 1024, 1024, 512, torch.bfloat16)
+    first, result = example.run(), torch.empty(1024, 1024, dtype=torch.bfloat16, device=example.x.device)
+    problem = Problem(example.x, example.weight, None, None, result, "", dist.group.WORLD)
+    launches = persistent.exchange(dist.group.WORLD, example.x.device).launches
+    before = len(launches)
+    for strict in (True, False, True):
+        result.fill_(torch.nan)
+        persistent.run(problem, strict=strict)
+        assert torch.equal(result, first), strict
+    assert len(launches) == before + 2
+
+
 @pytest.mark.gpu(num_gpus=2)
-@pytest.mark.parametrize("program", [right, misaligned, repeated, captured], ids=lambda program: program.__name__)
+@pytest.mark.parametrize(
+    "program", [right, misaligned, repeated, captured, fences], ids=lambda program: program.__name__
+)
 def test_persistent_on_every_gpu(program):
     run_ranks(program, num_ranks=NUM_GPUS, backend="nccl", timeout_s=120)
 

@@ -395,3 +395,130 @@ def test_the_report_shows_the_section_and_where_it_is_missing(tmp_path, monkeypa
     text = (tmp_path / "REPORT.md").read_text()
     section = text[text.index("## 5. ") : text.index("## Conclusion")]
     assert "section linear_all_reduce is MISSING" in section and "µs" not in section
+
+
+def hand_over_rows(**changes) -> pd.DataFrame:
+    """Issued: one launch went wrong; replayed: right, but for less than was asked for."""
+    row = {
+        "layer": "Qwen3-32B o_proj", "m": 2048, "n": 5120, "k": 1024, "strict": False, "asked_tiles": 10**8,
+        "num_launches_done": 78300, "seconds": 9.0,
+    }  # fmt: skip
+    wrong = {"num_wrong": 1, "correct": False, "error": "1 of 78300 launches left wrong bits"}
+    return pd.DataFrame([
+        {**row, "launch": "eager", "num_tiles": 100_224_000, **wrong},
+        {**row, "launch": "replayed", "num_tiles": 99_000_000, "num_wrong": 0, "correct": True, "error": ""},
+    ])  # fmt: skip
+
+
+def strict_rows() -> pd.DataFrame:
+    rows = [
+        {"layer": layer, "m": m, "ratio": ratio, "ratio_lo": ratio - 0.01, "ratio_hi": ratio + 0.01, "correct": True}
+        for layer, m, ratio in (("Qwen3-8B o_proj", 512, 1.16), ("Qwen3-8B o_proj", 2048, 1.02),
+                                ("Qwen3-32B o_proj", 512, 1.04))
+    ]  # fmt: skip
+    failed = {"layer": "Qwen3-32B o_proj", "m": 2048, "ratio": np.nan, "correct": False, "error": "strict fence: wrong"}
+    return pd.DataFrame([*rows, failed]).fillna({"error": ""})
+
+
+def completed(name: str, rows: pd.DataFrame) -> pd.DataFrame:
+    return check_rows(stored.sections.table(name)[1], stored.completed(stored.sections.table(name)[1], rows), "test")
+
+
+def test_the_report_tells_what_went_wrong_in_the_order_of_memory_and_what_was_not_measured(tmp_path, monkeypatch):
+    monkeypatch.setattr(evidence, "stale_tables", lambda *arguments: [])
+    monkeypatch.setattr(figures, "write", lambda *arguments: [])
+    store = stored.study(tmp_path)
+
+    def told() -> str:
+        assert report.build(tmp_path) == []
+        text = (tmp_path / "REPORT.md").read_text()
+        return text[text.index("#### Memory order, h200-x2") : text.index("#### Decoding")]
+
+    assert told().count("Not measured on h200-x2.") == 2
+    for name, rows in (("hand_over", hand_over_rows()), ("strict_cost", strict_rows())):
+        store.write_table("h200-x2", stored.sections.table(name)[1], completed(name, rows), {"keys": []})
+    text = told()
+    assert "| eager | default | 100,224,000 | 78,300 | **1** | 1 of 78300 launches left wrong bits |" in text
+    assert "| replayed | default | 99,000,000 of 100,000,000 asked | 78,300 | 0 |  |" in text
+    worst = "+16.0% [+15.0%, +17.0%] | Qwen3-8B o_proj, M = 512 | strict fence: wrong |"
+    assert f"| 1 of 4 | +4.0% | {worst}" in text
+    assert "Not measured" not in text
+
+
+def test_tiles_are_handed_over_and_fences_compared_on_gpus_alone():
+    for name in ("hand_over", "strict_cost"):
+        dataset = stored.sections.table(name)[1]
+        assert all(points(dataset, profile, CPU) == [] for profile in ("smoke", "standard", "full"))
+    hand_over, strict_cost = (stored.sections.table(name)[1] for name in ("hand_over", "strict_cost"))
+    asked = points(hand_over, "full", GPUS)
+    assert [(one["launch"], one["strict"], one["num_tiles"]) for one in asked] == [
+        ("eager", False, 10**8), ("replayed", False, 10**8),
+    ]  # fmt: skip
+    assert {(one["m"], one["n"], one["k"]) for one in asked} == {(2048, 5120, 1024)}
+    assert {one["num_tiles"] for one in points(hand_over, "smoke", GPUS)} == {10**6}
+    compared = points(strict_cost, "full", GPUS)
+    rows = {512, 1024, 2048, 4096, 8192, 16384}
+    assert {(one["layer"], one["m"]) for one in compared} == {(layer, m) for layer in LAYERS for m in rows}
+    with pytest.raises(ValueError, match="hand_over_shrink_k = 4096 leaves Qwen3-32B o_proj K = 2"):
+        points(hand_over, "full", GPUS, hand_over_shrink_k=4096)
+
+
+def hand_over_refused(rank: int, num_ranks: int) -> None:
+    from study.harness.worker import Context
+    from study.sections.linear_all_reduce import measure_hand_over as hand_over
+    from study.sections.linear_all_reduce import measure_strict_cost as strict_cost
+
+    context = Context(rank, num_ranks, torch.device("cpu"), dist.group.WORLD, pathlib.Path(os.devnull))
+    shape = {"layer": "Qwen3-8B o_proj", "m": 300, "n": 96, "k": 64, "dtype": "bf16"}
+    for name, program, more in (
+        ("hand_over", hand_over, {"launch": "replayed", "strict": True, "num_tiles": 10, "max_seconds": 1.0}),
+        ("strict_cost", strict_cost, {"budget_s": 0.01, "min_iterations": 5}),
+    ):
+        rows = pd.DataFrame(program.measure({**shape, **more}, context).rows).assign(point_key="k", num_launches=1)
+        rows = check_rows(stored.sections.table(name)[1], rows, "test")
+        assert not rows["correct"].any() and "it is for Hopper GPUs, x is on cpu" in rows["error"].iloc[0]
+
+
+def test_where_the_persistent_kernel_cannot_run_the_row_says_why():
+    run_ranks(hand_over_refused)
+
+
+def test_what_an_earlier_launch_left_is_counted_wherever_it_lies():
+    from study.sections.linear_all_reduce import measure_hand_over as hand_over
+
+    firsts = [torch.randn(8, 16).to(torch.bfloat16) for _ in range(hand_over.NUM_INPUTS)]
+    results = [torch.full_like(firsts[0], torch.nan) for _ in range(hand_over.BURST)]
+    num_wrong, launched = torch.zeros((), dtype=torch.int64), []
+
+    def rounds(num_rounds: int, broken) -> int:
+        """So many rounds of launches, those that are `broken(number)` without their last tile; how many were wrong."""
+        num_wrong.zero_()
+        launched.clear()
+
+        def launch(which: int, result: torch.Tensor) -> None:
+            launched.append(which)
+            kept = result[4:, 8:].clone()
+            result.copy_(firsts[which])
+            if broken(len(launched) - 1):
+                result[4:, 8:] = kept
+
+        for _ in range(num_rounds):
+            hand_over.one_round(launch, firsts, results, num_wrong)
+        return int(num_wrong)
+
+    assert rounds(3, lambda number: False) == 0 and len(launched) == 3 * hand_over.ROUND
+    assert all(one != other for one, other in zip(launched, launched[1:], strict=False))
+    assert rounds(3, lambda number: number == 17) == 1
+    # What is left of the round before is of other inputs, too: a graph holds a round.
+    first = range(hand_over.ROUND, hand_over.ROUND + hand_over.BURST)
+    assert rounds(3, first.__contains__) == hand_over.BURST
+
+
+@pytest.mark.parametrize("num_ranks", [2, 4])
+def test_tiles_that_are_handed_over_are_counted_by_the_kernels_order(num_ranks):
+    from maco_lib.linear.techniques.persistent_time import order_of
+    from study.sections.linear_all_reduce.measure_hand_over import handed_over
+
+    order = order_of(2048, 5120, 512, fastest_tiling(2048, 5120, 512, num_ranks, 66), num_ranks, 66)
+    # Each tile's partials go to its owner, and its sum to all others.
+    assert handed_over(order) == 2 * (num_ranks - 1) * order.num_tiles

@@ -4,6 +4,8 @@ The sum is done where our copy lies (16-byte reductions in the L2 cache), so an 
 passes it on: with 2 ranks two transfers of each byte where `sum_shares` has three, which counts when a few SMs have to
 keep up with NVLink. Rounds at every addition, P - 1 times, as NCCL's ring does. Each element is added to by one thread,
 in one order: deterministic.
+
+For 16-bit types: of float32 the hardware's additions in memory (red.add.f32 of PTX) flush denormals to zero.
 """
 
 import torch
@@ -18,6 +20,7 @@ from maco_lib.kernels.sum_shares import ELEMENTS
 # What a CTA has in flight: the peers are about 2 µs away.
 TILE_BYTES = 2**17
 NUM_WARPS = 32
+DTYPES = (torch.bfloat16, torch.float16)
 
 
 @triton.jit
@@ -45,8 +48,11 @@ def add_share(
 ) -> Launch:
     """The launch that adds elements [begin, end) of every source to those of target, once every rank has come here.
 
-    Arguments as in `sum_shares`; target: the address of this rank's own copy.
+    Arguments as in `sum_shares`, of bf16 or fp16; target: the address of this rank's own copy. Raises ValueError on
+    another type.
     """
+    if dtype not in DTYPES:
+        raise ValueError(f"add_share of {dtype}; the types are {', '.join(map(str, DTYPES))}")
     key = sources, target, begin, end, dtype, num_ctas
     launch = at.launches.get(key)
     if launch is None:

@@ -94,7 +94,7 @@ class Constants:
         return compiled.defines(constants) + "".join(path.read_text(encoding="utf-8") for path in SOURCES)
 
 
-def strict() -> bool:
+def asked_strict() -> bool:
     """Whether kernels that are prepared from now on take no short cut in the order of memory: MACO_STRICT=1."""
     return os.environ.get("MACO_STRICT", "0") != "0"
 
@@ -150,6 +150,7 @@ def persistent(
     launches: Launches,
     together: Callable[[Hashable], None] = lambda key: None,
     trace: torch.Tensor | None = None,
+    strict: bool | None = None,
 ) -> None:
     """Fill `result` on the current stream. Collective.
 
@@ -157,17 +158,18 @@ def persistent(
     (N,), residual, result: (M, N), contiguous. bn: columns of a tile, a multiple of 32 up to 256, or 128 where the
     order has pairs. order: of the result's tiles; schedule: its tables for this rank. launches: those prepared;
     together: as of an `inbox.Box`. trace: None, or int64 (CTAs, TRACE_TILES, len(EVENTS)), zeroed, where the kernel
-    leaves the time in ns of `EVENTS` for each CTA's n-th tile or fetch.
+    leaves the time in ns of `EVENTS` for each CTA's n-th tile or fetch. strict: as of `Constants`; None: as MACO_STRICT
+    says when the launch is prepared.
     """
     key = (
         x.shape, weight.shape, x.stride(0), weight.stride(0), x.dtype, bn, order, addresses,
-        bias is None, residual is None, trace is None,
+        bias is None, residual is None, trace is None, strict,
     )  # fmt: skip
     prepared = launches.get(key)
     if prepared is None:
         constants = Constants(
             bn, 2 if order.in_pairs else 1, rank, order.num_ranks, x.dtype, bias is not None, residual is not None,
-            trace is not None, strict(),
+            trace is not None, asked_strict() if strict is None else strict,
         )  # fmt: skip
         kernel = kernel_of(constants, x.device.index)
         together(("persistent", dataclasses.replace(constants, rank=0)))

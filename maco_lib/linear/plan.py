@@ -19,7 +19,7 @@ FORMS = "sequential[:BACKEND], chunked:NUMBER[:BACKEND], persistent[:TILING], de
 class LinearPlan:
     """A way to run a matmul and the all-reduce of its result, for x (M, K) and weight (N, K).
 
-    technique: of `TECHNIQUES`, each a file of `overlap.linear_techniques`. backend: of `maco_lib.comm.BACKENDS`; "":
+    technique: of `TECHNIQUES`, each a file of `linear.techniques`. backend: of `maco_lib.comm.BACKENDS`; "":
     the device's default (NCCL or gloo), and the only value for "persistent" and "decode", which sum by themselves.
     num_chunks: pieces of the rows, for "chunked" 2 or more; else 1. tiling: of "persistent", `str` of one of `TILINGS`,
     or "": that which is predicted to be the fastest without a calibration. Raises ValueError naming what is wrong.

@@ -222,6 +222,10 @@ class Run:
         """The reported table, checked against its schema and checksum."""
         return self.store.read(self.source(name), name)
 
+    def has(self, name: str) -> bool:
+        """Whether the table is stored for this machine: the parameters may ask for none of its points."""
+        return (self.store.data / self.folder / f"{name}.csv").exists()
+
     def figure(self, name: str) -> None:
         """Draw figures/<machine>/<name>.{svg,pdf,png,csv} and show it at its printed size, or say why it is not there.
 

@@ -136,10 +136,12 @@ def for_tma(tensor: torch.Tensor) -> torch.Tensor:
     return tensor if fits else tensor.clone(memory_format=torch.contiguous_format)
 
 
-def run(problem: Problem, tiling: Tiling | None = None, trace: torch.Tensor | None = None) -> None:
+def run(
+    problem: Problem, tiling: Tiling | None = None, trace: torch.Tensor | None = None, strict: bool | None = None
+) -> None:
     """Fill `problem.result`. Collective.
 
-    tiling: one of `TILINGS`; None: that predicted to be the fastest. trace: as `kernels.persistent`'s.
+    tiling: one of `TILINGS`; None: that predicted to be the fastest. trace, strict: as `kernels.persistent`'s.
     Copies x or weight where they are not laid out for TMA. Raises ValueError on a problem that the kernel cannot run,
     and where K differs between the ranks.
     """
@@ -162,7 +164,7 @@ def run(problem: Problem, tiling: Tiling | None = None, trace: torch.Tensor | No
         persistent(
             x if whole else x[rows], weight, bias, residual if whole or residual is None else residual[rows],
             problem.result if whole else problem.result[rows], columns, order, schedule, addresses, shared.rank,
-            shared.launches, state.together, trace,
+            shared.launches, state.together, trace, strict,
         )  # fmt: skip
     state.turns.give()
 

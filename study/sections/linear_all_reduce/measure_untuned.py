@@ -28,6 +28,7 @@ from study.harness import worker
 from study.sections.linear_all_reduce.methods import LAYERS
 
 SEED, NUM_SHAPES = 25, 20
+TIMEOUT_S = 300.0
 MAX_EXPONENT = 14
 # (hidden, heads x head dimension, intermediate).
 WIDTHS = {
@@ -105,7 +106,7 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=1e9, help="begin no shape after so many")
     options = parser.parse_args()
     num_ranks, kind = int(os.environ["WORLD_SIZE"]), "cuda" if torch.cuda.is_available() else "cpu"
-    with worker.joined(num_ranks, kind) as (device, group):
+    with worker.joined(num_ranks, kind, TIMEOUT_S) as (device, group):
         begin, rows = time.perf_counter(), []
         for layer, *sizes in [KNOWN, *shapes(options.seed, options.shapes)]:
             if decided(time.perf_counter() - begin, group) > options.seconds:

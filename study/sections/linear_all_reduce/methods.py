@@ -105,6 +105,8 @@ METHODS: dict[str, dict[str, Method]] = {
         "auto": Method("norm", norm="auto"),
     },
 }
+# How the persistent kernel is launched again and again: issued one by one, and replayed from a CUDA graph.
+HAND_OVER_LAUNCHES = ("eager", "replayed")
 # What the speedups are over: plain code over the default all-reduce.
 BASE = {"cuda": "sequential_nccl", "cpu": "sequential_gloo"}
 # Compared above FEW_ROWS, up to it, and in the chain.

@@ -5,7 +5,6 @@ from typing import Literal
 
 import numpy as np
 import pandas as pd
-import pandera.pandas as pa
 from pydantic import Field
 
 from maco_lib.machine import Machine
@@ -19,12 +18,20 @@ from study.sections.linear_all_reduce.methods import (
     ENDURANCE_METHODS,
     FEW_ROWS,
     FEW_ROWS_METHODS,
+    HAND_OVER_LAUNCHES,
     LAYERS,
     MANY_ROWS_METHODS,
     MATMUL,
     METHODS,
-    OVERLAP,
     TIMELINE_METHODS,
+)
+from study.sections.linear_all_reduce.schemas import (
+    ENDURANCE_SCHEMA,
+    HAND_OVER_SCHEMA,
+    HOST_COST_SCHEMA,
+    SCHEMA,
+    STRICT_COST_SCHEMA,
+    TIMELINE_SCHEMA,
 )
 
 
@@ -52,6 +59,13 @@ class LinearParameters(Parameters):
     host_cost_layer: str = Field("Qwen3-32B down_proj", description="layer whose calls' cost to the host is measured")
     host_cost_rows: list[int] = Field([], description="rows M of those calls; []: none")
     host_cost_rounds: int = Field(40, ge=10, description="samples of each of those calls")
+    hand_over_layer: str = Field("Qwen3-32B o_proj", description="layer whose tiles are handed over again and again")
+    hand_over_shrink_k: int = Field(8, ge=1, description="divide its K by this: less to multiply for each tile")
+    hand_over_rows: list[int] = Field([], description="its rows M; []: none")
+    hand_over_strict: list[bool] = Field([False], description="by the default fence (False), by the strict one (True)")
+    hand_over_tiles: int = Field(10**8, ge=1, description="tiles that are handed over, at least, eager and replayed")
+    hand_over_seconds: float = Field(60.0, gt=0, description="or as many as are in this time, of each")
+    strict_cost_rows: list[int] = Field([], description="rows M at which the strict fence is timed; []: none")
 
 
 def shape(parameters: LinearParameters, machine: Machine, layer: str, rows: int) -> Point:
@@ -129,6 +143,33 @@ def host_cost_points(parameters: LinearParameters, machine: Machine) -> list[Poi
     return [{**shape(parameters, machine, layer, rows), "num_rounds": rounds} for rows in parameters.host_cost_rows]
 
 
+def hand_over_points(parameters: LinearParameters, machine: Machine) -> list[Point]:
+    """The persistent kernel on one layer of less K, issued and replayed; none on a CPU, which has no such kernel."""
+    if machine.kind != "cuda":
+        return []
+    layer, shrink_k = parameters.hand_over_layer, parameters.hand_over_shrink_k
+    bounds = {"num_tiles": parameters.hand_over_tiles, "max_seconds": parameters.hand_over_seconds}
+    asked = []
+    for rows, strict in itertools.product(parameters.hand_over_rows, parameters.hand_over_strict):
+        at = shape(parameters, machine, layer, rows)
+        at["k"] //= shrink_k
+        if at["k"] < 8 or at["k"] % resolve_ranks(parameters.num_ranks, machine):
+            raise ValueError(f"hand_over_shrink_k = {shrink_k} leaves {layer} K = {at['k']}")
+        asked += [{**at, "launch": launch, "strict": strict, **bounds} for launch in HAND_OVER_LAUNCHES]
+    return asked
+
+
+def strict_cost_points(parameters: LinearParameters, machine: Machine) -> list[Point]:
+    """Every layer at those rows; none on a CPU, which has no such kernel."""
+    if machine.kind != "cuda":
+        return []
+    how = {"budget_s": parameters.budget_s, "min_iterations": parameters.min_iterations}
+    return [
+        {**shape(parameters, machine, layer, rows), **how}
+        for layer, rows in itertools.product(parameters.layers, parameters.strict_cost_rows)
+    ]
+
+
 def once_s(point: Point, rates: Rates) -> float:
     """The matmul and the all-reduce, once."""
     m, n = point["m"], point["n"]
@@ -159,98 +200,13 @@ def host_cost_seconds(point: Point, rates: Rates) -> float:
     return 5.0 + 10 * (point["num_rounds"] + 1) * (2 * once_s(point, rates) + (3e-3 if is_cpu(rates) else 3e-2))
 
 
-TIME = pa.Column(float, pa.Check.gt(0), nullable=True)
-REAL = pa.Column(float, nullable=True)
-COMMON = {
-    "point_key": pa.Column(str),
-    "layer": pa.Column(str, pa.Check.isin(list(LAYERS))),
-    "m": pa.Column(int, pa.Check.gt(0)),
-    "n": pa.Column(int, pa.Check.gt(0)),
-    "k": pa.Column(int, pa.Check.gt(0)),
-    "tp": pa.Column(int, pa.Check.ge(2)),
-    "dtype": pa.Column(str),
-    "method": pa.Column(str),
-    "num_launches": pa.Column(int, pa.Check.ge(1)),
-    "correct": pa.Column(bool),
-    "error": pa.Column(str),
-}
-OPERATION = pa.Column(str, pa.Check.isin([MATMUL, CHAIN]))
-SCHEMA = pa.DataFrameSchema(
-    {
-        **COMMON,
-        "operation": OPERATION,
-        "is_peer": pa.Column(bool),
-        "technique": pa.Column(str),
-        "backend": pa.Column(str),
-        "plan": pa.Column(str),
-        # By the planner's models, which are no more.
-        "predicted_us": pa.Column(float, pa.Check.gt(0), nullable=True, required=False),
-        "tiling": pa.Column(str),  # of the persistent kernel
-        "timing": pa.Column(str, pa.Check.isin(["graph", "backlog", "host", ""])),
-        **{f"{name}{bound}_us": TIME for name in ("time", "t_matmul") for bound in ("", "_lo", "_hi")},
-        # Mean SM clocks: none on CPUs.
-        "clock_mhz": pa.Column(float, pa.Check.gt(0), nullable=True),
-        "matmul_clock_mhz": pa.Column(float, pa.Check.gt(0), nullable=True),
-        "t_matmul_chunked_us": TIME,
-        "t_comm_us": TIME,
-        "t_comm_backend": pa.Column(str),
-        "t_base_us": TIME,
-        "ideal_us": TIME,
-        "ect_us": REAL,
-        "fraction_of_ideal": TIME,
-        "speedup": TIME,
-        "speedup_lo": REAL,
-        "speedup_hi": REAL,
-        # Against float64, Frobenius norms of the checked rows; the second of plain code over the default all-reduce.
-        "relative_error": REAL,
-        "base_error": REAL,
-        "equal_on_ranks": pa.Column(bool),
-        "num_sms": pa.Column(int, pa.Check.ge(0)),
-    },
-    strict=False,
-    coerce=True,
-)
-TIMELINE_SCHEMA = pa.DataFrameSchema(
-    {
-        **COMMON,
-        "rank": pa.Column(int, pa.Check.ge(0)),
-        "event": pa.Column(int, pa.Check.ge(0)),
-        "lane": pa.Column(str),
-        "name": pa.Column(str),
-        "category": pa.Column(str, pa.Check.isin(["comm", "compute", "fused"])),
-        "timing": pa.Column(str, pa.Check.isin(["graph", "eager", "host", ""])),
-        "start_us": pa.Column(float, pa.Check.ge(0)),
-        "duration_us": pa.Column(float, pa.Check.ge(0)),
-    },
-    strict=False,
-    coerce=True,
-)
-ENDURANCE_SCHEMA = pa.DataFrameSchema(
-    {
-        **COMMON,
-        "operation": OPERATION,
-        "num_repeats": pa.Column(int, pa.Check.ge(1)),
-        "num_identical": pa.Column(int, pa.Check.ge(0)),
-        "num_calls": pa.Column(int, pa.Check.ge(1)),
-        "grown_bytes": pa.Column(int),
-        "seconds": pa.Column(float, pa.Check.ge(0)),
-    },
-    strict=False,
-    coerce=True,
-)
+def hand_over_seconds(point: Point, rates: Rates) -> float:
+    """By what fast links carry, about a quarter of it left to the tiles; and compiling and judging before."""
+    return 4.0 + min(point["max_seconds"], point["num_tiles"] / 4e6)
 
 
-HOST_COST_SCHEMA = pa.DataFrameSchema(
-    {
-        **{name: column for name, column in COMMON.items() if name != "method"},
-        "operation": pa.Column(str, pa.Check.isin([MATMUL, CHAIN, OVERLAP])),
-        # False: of a shape that is met for the first time, everything shared being there.
-        "prepared": pa.Column(bool),
-        **dict.fromkeys(("host_us", "host_lo_us", "host_hi_us", "baseline_us", "ratio", "ratio_hi"), TIME),
-    },
-    strict=False,
-    coerce=True,
-)
+def strict_cost_seconds(point: Point, rates: Rates) -> float:
+    return 2.0 + sampled_s(2 * once_s(point, rates), point["budget_s"], point["min_iterations"])
 
 
 def judge_launches(rows: pd.DataFrame) -> pd.DataFrame:
@@ -319,6 +275,30 @@ HOST_COST = Dataset(
     unavailable=too_few_ranks,
     seconds=host_cost_seconds,
 )
+HAND_OVER = Dataset(
+    name="hand_over",
+    program="study.sections.linear_all_reduce.measure_hand_over",
+    method_version=1,
+    schema=HAND_OVER_SCHEMA,
+    index=("layer", "m", "k", "launch", "strict"),
+    repeated=False,
+    points=hand_over_points,
+    num_ranks=num_ranks,
+    unavailable=too_few_ranks,
+    seconds=hand_over_seconds,
+)
+STRICT_COST = Dataset(
+    name="strict_cost",
+    program="study.sections.linear_all_reduce.measure_strict_cost",
+    method_version=1,
+    schema=STRICT_COST_SCHEMA,
+    index=("layer", "m"),
+    repeated=False,
+    points=strict_cost_points,
+    num_ranks=num_ranks,
+    unavailable=too_few_ranks,
+    seconds=strict_cost_seconds,
+)
 EVERY = {
     kind: {
         "methods": MANY_ROWS_METHODS[kind],
@@ -346,7 +326,8 @@ SECTION = Section(
             "cuda": [{
                 **EVERY["cuda"], "layers": ["Qwen3-8B o_proj"], "rows": [16, 4096], "budget_s": 0.1,
                 "timeline_layers": ["Qwen3-8B o_proj"], "num_repeats": 100, "num_calls": 1000,
-                "host_cost_rows": [16], "host_cost_rounds": 10,
+                "host_cost_rows": [16], "host_cost_rounds": 10, "hand_over_rows": [2048], "hand_over_tiles": 10**6,
+                "strict_cost_rows": [4096],
             }],
         },
         "standard": {
@@ -364,6 +345,7 @@ SECTION = Section(
                 {
                     **EVERY["cuda"], "layers": ONE_OF_EACH_N, "rows": [1, 16, 128, 256, 1024, 2048, 4096, 8192],
                     "timeline_layers": ["Qwen3-32B down_proj"], "host_cost_rows": [1, 128], "host_cost_rounds": 10,
+                    "hand_over_rows": [2048], "hand_over_tiles": 10**6, "strict_cost_rows": [2048, 8192],
                 },
                 {"rows": [1, 16, 128, 256, 2048, 8192]},
                 {"shrink": 4, "rows": [1, 16, 256, 2048], "num_repeats": 100, "num_calls": 1000},
@@ -379,11 +361,12 @@ SECTION = Section(
                 **EVERY["cuda"], "rows": [1, 16, 64, 256, 512, 1024, 2048, 4096, 8192, 16384],
                 "num_launches": 3, "timeline_layers": ["Qwen3-8B o_proj", "Qwen3-32B down_proj"],
                 "endurance_layers": ["Qwen3-8B o_proj", "Qwen3-32B down_proj"],
-                "host_cost_rows": [1, 16, 128, 512, 1024],
+                "host_cost_rows": [1, 16, 128, 512, 1024], "hand_over_rows": [2048],
+                "strict_cost_rows": [512, 1024, 2048, 4096, 8192, 16384],
             }],
         },
     },
     share={"cpu": 0.1, "cuda": 0.163},
-    datasets=(LINEAR, TIMELINE, ENDURANCE, HOST_COST),
+    datasets=(LINEAR, TIMELINE, ENDURANCE, HOST_COST, HAND_OVER, STRICT_COST),
     figures=("linear_fraction", "linear_speedup", "linear_chain", "linear_timeline"),
 )  # fmt: skip

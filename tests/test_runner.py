@@ -66,7 +66,8 @@ def test_smoke_study_is_whole(study):
                 assert (root / "figures" / folder / f"{figure}.{suffix}").stat().st_size > 0
         book = json.loads((root / "data" / folder / "executed" / section.notebook).read_text(encoding="utf-8"))
         assert any(cell.get("outputs") for cell in book["cells"])
-    assert {"transformers_eager", "vllm"} <= set(store.read(folder, "inference")["arm"])
+    arms = set(store.read(folder, "inference")["arm"])  # as many as fit into the minutes here
+    assert "transformers_eager" in arms and arms & {"vllm", "vllm_eager"}
     report = (root / "REPORT.md").read_text()
     assert all(f"notebooks/{section.notebook}" in report for section in SECTIONS.values())
 

@@ -343,11 +343,14 @@ SECTION = Section(
                 "endurance_rows": 300, "num_repeats": 20, "num_calls": 100, "host_cost_rows": [1],
                 "host_cost_rounds": 10,
             }],
-            "cuda": [{
-                **EVERY["cuda"], "layers": ["Qwen3-8B o_proj"], "rows": [16, 4096], "budget_s": 0.1,
-                "timeline_layers": ["Qwen3-8B o_proj"], "num_repeats": 100, "num_calls": 1000,
-                "host_cost_rows": [16], "host_cost_rounds": 10,
-            }],
+            "cuda": smaller(
+                {
+                    **EVERY["cuda"], "layers": ["Qwen3-8B o_proj"], "rows": [16, 4096], "budget_s": 0.1,
+                    "timeline_layers": ["Qwen3-8B o_proj"], "num_repeats": 100, "num_calls": 1000,
+                    "host_cost_rows": [16], "host_cost_rounds": 10,
+                },
+                {"rows": [16, 2048], "budget_s": 0.05, "num_repeats": 20, "num_calls": 100},
+            ),
         },
         "standard": {
             "cpu": smaller(

@@ -3,7 +3,7 @@
 #
 #   ./run_tests.sh                   everything; tests of GPU code are skipped, with the reason, where there is no GPU
 #   ./run_tests.sh -m "not slow"     the quick ones, in minutes
-#   ./run_tests.sh -n 0              one after another: the rest goes by two workers, each a file at a time
+#   ./run_tests.sh -n 0              one after another: the rest goes by two workers, test by test
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")"
 source requirements/environment.sh
@@ -12,4 +12,4 @@ prepare_environment
 "$PYTHON" -m ruff check .
 workers=2
 ! cuda_answers || workers=0 # GPUs are for one test at a time
-exec "$PYTHON" -m pytest -n "$workers" --dist loadfile "$@"
+exec "$PYTHON" -m pytest -n "$workers" "$@"

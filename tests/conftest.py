@@ -15,6 +15,23 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
 
 
+# The slow tests of this file share a run of minutes.
+TOGETHER = {"tests/test_runner.py"}
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config, log):
+    """Every test goes to the next free worker, whatever its file, except for those that go together."""
+    from xdist.scheduler import LoadScopeScheduling
+
+    class TestByTest(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            file = nodeid.partition("::")[0]
+            return file if file in TOGETHER else nodeid
+
+    return TestByTest(config, log)
+
+
 @functools.cache
 def num_gpus() -> int:
     if shutil.which("nvidia-smi") is None:

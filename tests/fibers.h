@@ -7,19 +7,18 @@
 struct TensorMap { u32 bytes; };  // of a box
 
 struct Index { u32 x; };
+void enter();
 struct Fiber {
     u32 cta, reader, pace;  // reader: a bit for who multiplies; pace: turns of 20 that it takes
     Index thread;
     std::function<void()> body;
     bool ended = false;
-    ucontext_t context = {};
-    std::vector<char> stack = std::vector<char>(1 << 16);
+    Stack stack{1 << 16, enter};
 };
-ucontext_t scheduler;
 std::vector<std::unique_ptr<Fiber>> fibers;
 Fiber* self;
 u32 idle, num_left[NUM_CTAS];  // turns since anything happened; a CTA's fibers that have not ended
-void yield() { swapcontext(&self->context, &scheduler); }
+void yield() { leave(self->stack); }
 void enter() {
     self->body();
     self->ended = true;
@@ -29,10 +28,6 @@ void fail(const char* what, u32 address, u32 cta) { fail(what, "CTA", cta, addre
 u32 any_pace() { return below(4) ? 1 : 20; }
 void add_fiber(u32 cta, u32 reader, u32 pace, u32 thread, std::function<void()> body) {
     fibers.push_back(std::unique_ptr<Fiber>(new Fiber{cta, reader, pace, {thread}, body}));
-    Fiber& fiber = *fibers.back();
-    getcontext(&fiber.context);
-    fiber.context.uc_stack.ss_sp = fiber.stack.data(), fiber.context.uc_stack.ss_size = fiber.stack.size();
-    makecontext(&fiber.context, enter, 0);
     num_left[cta]++;
 }
 
@@ -142,7 +137,7 @@ void run_fibers() {
         const u32 number = below(fibers.size());
         self = fibers[number].get();
         if (below(20) >= self->pace) continue;
-        swapcontext(&scheduler, &self->context);
+        take_turn(self->stack);
         if (self->ended) num_left[self->cta]--, fibers.erase(fibers.begin() + number), idle = 0;
     }
 }

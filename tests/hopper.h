@@ -46,6 +46,7 @@ struct Store {  // in bulk: read first, then there
 };
 typedef std::shared_ptr<Store> StorePointer;
 struct Index { u32 x; };
+void enter();
 struct Fiber {
     Cluster* cluster;
     Cta* cta;
@@ -53,12 +54,10 @@ struct Fiber {
     std::vector<StorePointer> open;  // not committed
     std::deque<std::vector<StorePointer>> groups;
     bool ended = false;
-    ucontext_t context = {};
-    std::vector<char> stack = std::vector<char>(1 << 15);
+    Stack stack{1 << 15, enter};
 };
 Fiber* self;
 Index threadIdx, blockIdx;
-ucontext_t scheduler;
 std::vector<Fiber*> ready;
 std::unordered_map<u64, Waiting> flag_waiting;
 std::vector<StorePointer> stores;
@@ -86,7 +85,7 @@ void make_old(std::vector<unsigned char>& data, u64 from, const Cta& reader) {
 }
 
 void leave() {
-    swapcontext(&self->context, &scheduler);
+    leave(self->stack);
     threadIdx = self->thread, blockIdx = self->block;
 }
 void yield() { ready.push_back(self), leave(); }

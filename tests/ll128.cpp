@@ -20,12 +20,12 @@ constexpr int NUM_THREADS = 32 * WARPS;
 struct Index { int x; };
 struct alignas(128) Line { unsigned char bytes[128]; };
 struct Meeting { int come = 0, round = 0; bool any = false, answer = false; };  // of those who wait for each other
+void enter();
 struct Fiber {
     int rank, thread;
     u64 num_gets = 0;
     bool ended = false;
-    ucontext_t context = {};
-    std::vector<char> stack = std::vector<char>(1 << 15);
+    Stack stack{1 << 15, enter};
 };
 struct Going { u64 to; Line line; };
 struct Snapshot { u64 number = ~0ull; Line line; };
@@ -43,10 +43,9 @@ struct Rank {
 Rank ranks[RANKS];
 std::vector<std::unique_ptr<Fiber>> fibers;
 Fiber* self;
-ucontext_t scheduler;
 u64 idle;  // turns since a line was written or has arrived, or a CTA has ended
 Index threadIdx, blockIdx, gridDim;  // of the fiber whose turn it is
-void yield() { swapcontext(&self->context, &scheduler); }
+void yield() { leave(self->stack); }
 bool meet(Meeting& meeting, int size, bool says) {
     const int round = meeting.round;
     meeting.any |= says;
@@ -145,13 +144,8 @@ void start_cta(int number) {
     Rank& rank = ranks[number];
     rank.num_left = NUM_THREADS;
     for (Snapshot& seen : rank.seen) seen.number = ~0ull;
-    for (int thread = 0; thread < NUM_THREADS; thread++) {
+    for (int thread = 0; thread < NUM_THREADS; thread++)
         fibers.push_back(std::unique_ptr<Fiber>(new Fiber{number, thread}));
-        Fiber& fiber = *fibers.back();
-        getcontext(&fiber.context);
-        fiber.context.uc_stack.ss_sp = fiber.stack.data(), fiber.context.uc_stack.ss_size = fiber.stack.size();
-        makecontext(&fiber.context, enter, 0);
-    }
 }
 void arrives(Rank& rank, size_t number) {
     std::swap(rank.going[number], rank.going.back());
@@ -221,7 +215,7 @@ int main(int, char** arguments) {
         if (below(40) >= paces[self->rank]) continue;
         Rank& rank = here();
         threadIdx = {self->thread}, blockIdx = {rank.block}, gridDim = {launches[rank.launch].num_blocks};
-        swapcontext(&scheduler, &self->context);
+        take_turn(self->stack);
         if (!self->ended) continue;
         const int of = self->rank;
         std::swap(fibers[number], fibers.back());

@@ -1,6 +1,7 @@
 // What every program that runs a kernel's code on a CPU begins with: CUDA's words, its types, chance.
 #pragma once
 
+#include <setjmp.h>
 #include <ucontext.h>
 
 #include <algorithm>
@@ -34,6 +35,30 @@ void fail(const char* what, const char* whose, long of, long at) {
     printf("%s: %s %ld, %ld\n", what, whose, of, at);
     fflush(stdout);
     _Exit(1);  // nothing is destroyed, such as the stack that this runs on
+}
+
+// What a fiber runs on. setjmp switches; swapcontext would ask the system for the mask of signals each time.
+struct Stack {
+    std::vector<char> bytes;
+    ucontext_t start = {};
+    jmp_buf left;
+    bool begun = false;
+    explicit Stack(size_t size, void (*enter)()) : bytes(size) {
+        getcontext(&start);
+        start.uc_stack.ss_sp = bytes.data(), start.uc_stack.ss_size = size;
+        makecontext(&start, enter, 0);
+    }
+};
+jmp_buf scheduler;
+void leave(Stack& stack) {
+    if (!_setjmp(stack.left)) _longjmp(scheduler, 1);
+}
+// Runs it until it leaves.
+void take_turn(Stack& stack) {
+    if (_setjmp(scheduler)) return;
+    if (stack.begun) _longjmp(stack.left, 1);
+    stack.begun = true;
+    setcontext(&stack.start);
 }
 
 // clock.cuh: turns of whoever looks at it. A bound only where a test sets one.

@@ -86,7 +86,7 @@ void enter() {
     const int rank = self->cta->rank;
     RUN[rank](ranks[rank].arguments);
     self->ended = true, ranks[rank].num_left--;
-    swapcontext(&self->context, &scheduler);
+    leave(self->stack);
 }
 void begin(int number, const Problem& problem, const Data& data) {
     Rank& rank = ranks[number];
@@ -117,12 +117,8 @@ void begin(int number, const Problem& problem, const Data& data) {
             for (u32 thread = 0; thread < 384; thread++) {
                 if (thread < 128 && thread % 32) continue;
                 rank.fibers.emplace_back(new Fiber{&cluster, &cta, {thread}, {u32(c * CTAS_OF_CLUSTER + cta.index)}});
-                Fiber& fiber = *rank.fibers.back();
-                getcontext(&fiber.context);
-                fiber.context.uc_stack.ss_sp = fiber.stack.data(), fiber.context.uc_stack.ss_size = fiber.stack.size();
-                makecontext(&fiber.context, enter, 0);
                 cta.all.size++, cluster.all.size++, rank.num_left++;
-                ready.push_back(&fiber);
+                ready.push_back(rank.fibers.back().get());
             }
     }
 }
@@ -173,7 +169,7 @@ int main(int, char** arguments) {
         self = ready.back();
         ready.pop_back();
         const int number = self->cta->rank;
-        swapcontext(&scheduler, &self->context);
+        take_turn(self->stack);
         Rank& rank = ranks[number];
         if (rank.num_left) continue;
         check(number, problem, data[rank.launch]);

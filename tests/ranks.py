@@ -18,7 +18,9 @@ ROOT = pathlib.Path(__file__).resolve().parents[1]
 # Ranks are forked from a process that has imported what takes seconds and computed nothing, so that each is as good as
 # new; CUDA does not survive a fork, so ranks with GPUs start from nothing.
 FORKED = multiprocessing.get_context("forkserver")
-FORKED.set_forkserver_preload(["pytest", "torch.distributed", "torch._dynamo", "maco_lib.overlap"])
+FORKED.set_forkserver_preload(
+    ["pytest", "hypothesis", "torch.distributed", "torch._dynamo", "maco_lib.overlap", "study.report.figures"]
+)
 
 
 def rank_main(function, rank: int, num_ranks: int, backend: str, folder: str, environment: dict[str, str]) -> None:

@@ -112,17 +112,6 @@ def wheel(folder, name, version="1.0", **files):
     return f"{name}=={version} \\\n    --hash=sha256:{sha256(path.read_bytes()).hexdigest()}\n"
 
 
-BACKEND = """
-import zipfile
-def build_editable(folder, *_):
-    with zipfile.ZipFile(f"{folder}/maco-1.0-py3-none-any.whl", "w") as archive:
-        archive.writestr("maco-1.0.dist-info/METADATA", "Metadata-Version: 2.1\\nName: maco\\nVersion: 1.0\\n")
-        archive.writestr("maco-1.0.dist-info/WHEEL", "Wheel-Version: 1.0\\nTag: py3-none-any\\n")
-        archive.writestr("maco-1.0.dist-info/RECORD", "")
-    return "maco-1.0-py3-none-any.whl"
-"""
-
-
 @pytest.fixture
 def registry(checkout):
     """A folder of wheels that stand for the lock's packages, and the settings that make it all there is to pip."""
@@ -136,9 +125,6 @@ def registry(checkout):
         wheel(folder, "rest", **{"rest.py": ""}),
     ]
     (checkout / "requirements" / "cpu.txt").write_text("".join(lines))
-    (checkout / "backend.py").write_text(BACKEND)
-    build = ["[build-system]", "requires=[]", 'build-backend="backend"', 'backend-path=["."]']
-    (checkout / "pyproject.toml").write_text("\n".join(build))
     (checkout / "study").mkdir()
     (checkout / "study" / "__main__.py").write_text("import sys, rest, torch; print(*sys.argv[1:])")
     return {"PIP_NO_INDEX": "1", "PIP_FIND_LINKS": str(folder), "PIP_CONFIG_FILE": os.devnull}
@@ -148,6 +134,8 @@ def test_pip_installs_what_uv_cannot_reach_once(checkout, registry):
     done = start(checkout, **registry)
     assert (done.returncode, done.stdout) == (0, "run\n"), done.stderr
     assert "uv is not to be had or cannot reach the packages; pip installs them" in done.stderr
+    anywhere = subprocess.run([".venv/bin/python", "-P", "-c", "import maco_lib"], cwd=checkout)
+    assert anywhere.returncode == 0, "notebooks opened by hand find it"
     assert start(checkout).stderr == "", "the second start installs nothing"
 
 

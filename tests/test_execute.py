@@ -8,13 +8,14 @@ import subprocess
 import sys
 import tempfile
 
-import nbformat
-
-from study.commands import execute
 from study.harness.files import CHECKOUT, without_places
 
 
 def test_only_text_is_tidied(tmp_path):
+    import nbformat  # here, since it takes seconds
+
+    from study.commands import execute
+
     temporary = tempfile.gettempdir()
     # A picture whose letters in base64 happen to be a path.
     picture = base64.b64encode(base64.b64decode("iVBO" + temporary * 4 + "AAA=")).decode()
@@ -50,9 +51,11 @@ def test_a_notebook_runs_in_this_interpreter_and_in_utf8(tmp_path):
     (tmp_path / "kernels" / "python3").mkdir(parents=True)
     (tmp_path / "kernels" / "python3" / "kernel.json").write_text(json.dumps(other))
     book, output = tmp_path / "book.ipynb", tmp_path / "executed.ipynb"
-    cell = nbformat.v4.new_code_cell("import sys\nprint('12 µs', sys.executable == executable)")
+    source = "import sys\nprint('12 µs', sys.executable == executable)"
+    cell = {"cell_type": "code", "source": source, "metadata": {}, "outputs": [], "execution_count": None}
     metadata = {"kernelspec": {"name": "python3", "display_name": "Python 3", "language": "python"}}
-    nbformat.write(nbformat.v4.new_notebook(cells=[cell], metadata=metadata), book)
+    notebook = {"cells": [cell], "metadata": metadata, "nbformat": 4, "nbformat_minor": 4}
+    book.write_text(json.dumps(notebook), encoding="utf-8")
     environment = {
         **os.environ, "JUPYTER_PATH": str(tmp_path), "PYTHONPATH": str(CHECKOUT), "LC_ALL": "C", "PYTHONUTF8": "0",
         "PYTHONCOERCECLOCALE": "0", "HOME": "/nonexistent",

@@ -9,7 +9,6 @@ import subprocess
 import sys
 
 import IPython.display
-import nbformat
 import pandas as pd
 import pytest
 
@@ -103,7 +102,9 @@ def test_papermill_shows_a_stored_machine(stored, tmp_path):
     command = [sys.executable, "-m", "study.commands.execute", "notebooks/03_bandwidth.ipynb", str(output), parameters]
     done = subprocess.run(command, cwd=CHECKOUT, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stdout + done.stderr
-    outputs = [found for cell in nbformat.read(output, as_version=4).cells for found in cell.get("outputs", [])]
+    outputs = [
+        found for cell in json.loads(output.read_text(encoding="utf-8"))["cells"] for found in cell.get("outputs", [])
+    ]
     assert sum("image/png" in found.get("data", {}) for found in outputs) == 2
     assert not any(found["output_type"] == "error" for found in outputs)
 

@@ -3,6 +3,7 @@
 import dataclasses
 import errno
 import fcntl
+import json
 import os
 import pathlib
 import shlex
@@ -11,7 +12,6 @@ import subprocess
 import sys
 import time
 
-import nbformat
 import pytest
 
 from maco_lib.machine import this_machine
@@ -65,9 +65,10 @@ def test_smoke_study_is_whole(study):
         for figure in section.figures:
             for suffix in ("svg", "pdf", "png", "csv"):
                 assert (root / "figures" / folder / f"{figure}.{suffix}").stat().st_size > 0
-        book = nbformat.read(root / "data" / folder / "executed" / section.notebook, as_version=4)
-        assert any(cell.get("outputs") for cell in book.cells)
-    assert {"transformers_eager", "vllm"} <= set(store.read(folder, "inference")["arm"])
+        book = json.loads((root / "data" / folder / "executed" / section.notebook).read_text(encoding="utf-8"))
+        assert any(cell.get("outputs") for cell in book["cells"])
+    arms = set(store.read(folder, "inference")["arm"])  # as many as fit into the minutes here
+    assert "transformers_eager" in arms and arms & {"vllm", "vllm_eager"}
     report = (root / "REPORT.md").read_text()
     assert all(f"notebooks/{section.notebook}" in report for section in SECTIONS.values())
 

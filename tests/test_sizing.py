@@ -16,6 +16,7 @@ from study.harness.spec import PROFILES
 from study.results import sizing
 from study.results.sizing import MINUTES, Sizes, choose, forecast_s
 from study.results.store import Store
+from study.sections.inference.engines import ARMS, BASELINE
 from study.sections.registry import SECTIONS
 
 MIB = 2**20
@@ -34,13 +35,21 @@ def resolved(section: str, profile: str, machine: Machine, rates: Rates):
     return entry.resolve(profile, machine, sized=choose(entry, profile, machine, rates))
 
 
+@pytest.mark.parametrize("profile", ["smoke", "standard"])
 @pytest.mark.parametrize(("machine", "rates"), CASES, ids=["bf16", "avx512", "avx2", "old GPUs"])
-def test_standard_is_forecast_to_fit_into_its_minutes_on_any_machine(machine, rates):
-    total = sum(
-        forecast_s(section, resolved(section.name, "standard", machine, rates), machine, rates)
+def test_a_profile_is_forecast_to_fit_into_its_minutes_on_any_machine(machine, rates, profile):
+    forecasts = {
+        section.name: forecast_s(section, resolved(section.name, profile, machine, rates), machine, rates)
         for section in SECTIONS.values()
-    )
-    assert 0 < total <= 60 * MINUTES["standard"]
+    }
+    assert 0 < sum(forecasts.values()) <= 60 * MINUTES[profile], forecasts
+
+
+def test_where_few_engines_can_be_started_the_baseline_and_one_of_vllm_are_left():
+    assert resolved("inference", "smoke", CPU, replace(FAST, start_s=3.0)).arms == list(ARMS)
+    for rates in (PLAIN, replace(PLAIN, start_s=8.0), replace(PLAIN, start_s=60.0)):
+        arms = resolved("inference", "smoke", CPU, rates).arms
+        assert arms[0] == BASELINE and {"vllm", "vllm_eager"} & set(arms) and len(arms) < len(ARMS)
 
 
 def test_the_shares_of_the_sections_are_the_whole():

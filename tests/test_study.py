@@ -36,6 +36,25 @@ def store(tmp_path, monkeypatch):
     return result
 
 
+@pytest.fixture(scope="module")
+def measured_once(tmp_path_factory):
+    """A study root in which the toy's default points are measured."""
+    root = tmp_path_factory.mktemp("toy")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(sections.SECTIONS, "toy", toy.SECTION)
+        patch.setenv("TOY_LOG", str(root / "measured"))
+        store = Store(root)
+        store.claim(this_machine(), "here")
+        assert measure(store) == {1: 1, 2: 1, 3: 1}
+    return root
+
+
+@pytest.fixture
+def measured(store, measured_once):
+    shutil.copytree(measured_once / "data", store.data, dirs_exist_ok=True)
+    return store
+
+
 def measure(store, force=False, **parameters):
     """Measure the toy; returns how often the program was asked for each size, by this call alone."""
     log = pathlib.Path(os.environ["TOY_LOG"])
@@ -48,8 +67,8 @@ def measure(store, force=False, **parameters):
     return measure.asked
 
 
-def test_only_what_is_missing_is_measured(store):
-    assert measure(store) == {1: 1, 2: 1, 3: 1}
+def test_only_what_is_missing_is_measured(measured):
+    store = measured
     assert store.read("here", "toy")["time_us"].tolist() == [3.0, 6.0, 9.0]
     assert measure(store) == {}
     assert measure(store, sizes=[1, 4]) == {4: 1}
@@ -59,14 +78,13 @@ def test_only_what_is_missing_is_measured(store):
     assert measure(store, sizes=[3, 2], force=True) == {2: 1, 3: 1}
 
 
-def test_repeats_are_separate_launches(store):
-    measure(store, sizes=[5], num_launches=2)
-    row = store.read("here", "toy").iloc[0]
-    assert row["num_launches"] == 2
-    assert store.launches("here", "toy")["launch"].nunique() == 2
-    assert set(store.samples("here", "toy")["rank"]) == {0, 1}
-    assert len(store.record("here", "toy")["launches"]) == 2
-    assert measure(store, sizes=[5], num_launches=3) == {5: 1}
+def test_repeats_are_separate_launches(measured):
+    assert measure(measured, sizes=[2], num_launches=3) == {2: 2}, "one was measured before"
+    row = measured.read("here", "toy").iloc[0]
+    assert row["num_launches"] == 3
+    assert measured.launches("here", "toy")["launch"].nunique() == 3
+    assert set(measured.samples("here", "toy")["rank"]) == {0, 1}
+    assert len(measured.record("here", "toy")["launches"]) == 3
 
 
 def test_launches_are_aggregated_conservatively():
@@ -98,20 +116,19 @@ def test_many_launches_narrow_the_interval_to_how_far_they_differ():
     assert reported([5.0, 1.0, 4.0, 2.0, 3.0, 6.0, 7.0, 90.0, 8.0]) == (2.0, 8.0)
 
 
-def test_a_point_may_get_more_launches_than_the_others(store):
-    dataset = dataclasses.replace(toy.DATASET, launches=lambda parameters, point: 3 if point["size"] == 2 else 1)
-    assert launch.measure(store, "here", dataset, toy.ToyParameters(), this_machine(), toy.RATES) == 5
-    assert store.read("here", "toy")["num_launches"].tolist() == [1, 3, 1]
-    assert launch.measure(store, "here", dataset, toy.ToyParameters(), this_machine(), toy.RATES) == 0
+def test_a_point_may_get_more_launches_than_the_others(measured):
+    dataset = dataclasses.replace(toy.DATASET, launches=lambda parameters, point: 2 if point["size"] == 2 else 1)
+    assert launch.measure(measured, "here", dataset, toy.ToyParameters(), this_machine(), toy.RATES) == 1
+    assert measured.read("here", "toy")["num_launches"].tolist() == [1, 2, 1]
+    assert launch.measure(measured, "here", dataset, toy.ToyParameters(), this_machine(), toy.RATES) == 0
 
 
-def test_a_failure_keeps_finished_points_and_stored_data(store):
-    measure(store, sizes=[1])
-    before = (store.data / "here" / "toy.csv").read_bytes()
-    with pytest.raises(launch.LaunchError, match="the toy breaks at size 3"):
-        measure(store, sizes=[2, 3], fail_at=3)
-    assert (store.data / "here" / "toy.csv").read_bytes() == before
-    assert measure(store, sizes=[2]) == {}, "size 2 was finished before the failure"
+def test_a_failure_keeps_finished_points_and_stored_data(measured):
+    before = (measured.data / "here" / "toy.csv").read_bytes()
+    with pytest.raises(launch.LaunchError, match="the toy breaks at size 5"):
+        measure(measured, sizes=[4, 5], fail_at=5)
+    assert (measured.data / "here" / "toy.csv").read_bytes() == before
+    assert measure(measured, sizes=[4]) == {}, "size 4 was finished before the failure"
 
 
 def test_a_run_that_cannot_go_on_leaves_its_finished_points_to_the_report(store):
@@ -183,10 +200,10 @@ def test_slow_is_not_stuck_and_what_is_stuck_says_where(store, monkeypatch):
     for rank in (0, 1):
         # The first point took longer than the bound, in steps; what the ranks were at is where the second hangs.
         assert f"rank {rank}: step 53," in text and "size=2" in text
-    assert text.count('File "tests/toy.py"') >= 2 and " in measure" in text
+    assert text.count('File "tests/toy_program.py"') >= 2 and " in measure" in text
     assert "torch.distributed" not in text and "Traceback" not in text, "nothing of our own signal"
     assert len(list(store.journal_folder("here").glob("*.stacks"))) == 2
-    assert not toy_processes()
+    assert not toy_processes(store)
 
 
 def test_the_bound_follows_from_the_longest_step_forecast():
@@ -202,8 +219,8 @@ def test_more_ranks_than_devices_is_refused(store):
         measure(store, num_ranks=4096)
 
 
-def test_status_counts_rows_whose_arm_failed(store):
-    measure(store)
+def test_status_counts_rows_whose_arm_failed(measured):
+    store = measured
     complete = {"parameters": toy.ToyParameters().model_dump(), "verdict": {"state": "complete"}}
     store.write_record("here", "toy", {**store.record("here", "toy"), **complete})
     assert section_status(store, "here", toy.SECTION, this_machine()) == Status("fresh")
@@ -213,8 +230,8 @@ def test_status_counts_rows_whose_arm_failed(store):
     assert status == Status("fresh", "toy: 1 of 3 rows failed") and status.settled
 
 
-def test_a_changed_file_is_named(store):
-    measure(store)
+def test_a_changed_file_is_named(measured):
+    store = measured
     path = store.data / "here" / "toy.csv"
     path.write_text(path.read_text().replace("9", "8"))
     with pytest.raises(DataError, match=r"data/here/toy\.csv was changed"):
@@ -236,21 +253,22 @@ def test_equal_hardware_elsewhere_is_another_machine(store):
         store.folder_for(stranger, "nowhere")
 
 
-def toy_processes():
+def toy_processes(store):
+    """The supervisor, torchrun and the ranks, as long as they live: all are given a path below the study's root."""
     return [
         process
         for process in psutil.process_iter(["cmdline", "status"])
-        if "tests.toy" in (process.info["cmdline"] or []) and process.info["status"] != psutil.STATUS_ZOMBIE
+        if any(part.startswith(f"{store.root}/") for part in process.info["cmdline"] or [])
+        and process.info["status"] != psutil.STATUS_ZOMBIE
     ]
 
 
 RUN = """
 import os, pathlib
 from maco_lib.machine import this_machine
-from study.commands import derive
-from study.results import evidence, launch
-from study.sections import registry as sections
+from study.results import launch
 from study.results.store import Store
+from study.sections import registry as sections
 from tests import toy
 sections.SECTIONS["toy"] = toy.SECTION
 store = Store(pathlib.Path(os.environ["MACO_ROOT"]))
@@ -271,7 +289,7 @@ def test_nothing_survives_a_kill_and_the_next_run_resumes(store, tmp_path, victi
     while not journal.exists() and time.monotonic() < deadline:
         time.sleep(0.1)
     assert journal.exists(), "no point was finished"
-    ranks = [process for process in toy_processes() if "torch.distributed.run" not in process.info["cmdline"]]
+    ranks = [process for process in toy_processes(store) if "torch.distributed.run" not in process.info["cmdline"]]
     assert len(ranks) == 2
     if victim == "rank":
         ranks[0].kill()
@@ -279,8 +297,8 @@ def test_nothing_survives_a_kill_and_the_next_run_resumes(store, tmp_path, victi
         runner.send_signal(signal.SIGKILL if victim == "runner" else signal.SIGINT)
     assert runner.wait(timeout=20) != 0
     deadline = time.monotonic() + 10
-    while toy_processes() and time.monotonic() < deadline:
+    while toy_processes(store) and time.monotonic() < deadline:
         time.sleep(0.2)
-    assert not toy_processes()
+    assert not toy_processes(store)
     asked = measure(store, sizes=[1, 2, 3], seconds=2.0)
     assert 1 not in asked and 3 in asked, "the first point is kept, the last one is measured"

@@ -1,18 +1,9 @@
-"""A small experiment program and its section, for testing the machinery that real ones go through."""
-
-import os
-import pathlib
-import time
+"""The section of a small experiment program, for testing the machinery that real ones go through."""
 
 import pandera.pandas as pa
-import torch
-import torch.distributed as dist
 
-from study.harness import worker
 from study.harness.rates import Rates
 from study.harness.spec import Dataset, Parameters, Section
-
-STEP_S = worker.HEARTBEAT_S = 0.2
 
 
 class ToyParameters(Parameters):
@@ -44,7 +35,7 @@ SCHEMA = pa.DataFrameSchema(
 )
 DATASET = Dataset(
     name="toy",
-    program="tests.toy",
+    program="tests.toy_program",
     method_version=1,
     schema=SCHEMA,
     index=("size",),
@@ -63,24 +54,3 @@ SECTION = Section(
     share=0.1,
     datasets=(DATASET,),
 )
-
-
-def measure(point, context):
-    with pathlib.Path(os.environ["TOY_LOG"]).open("a") as log:
-        log.write(f"{point['size']}\n")
-    for _ in range(round(point["seconds"] / STEP_S)):
-        time.sleep(STEP_S)
-        context.step()
-    while point["hangs"]:
-        time.sleep(STEP_S)
-    if point["fails"]:
-        raise RuntimeError(f"the toy breaks at size {point['size']}")
-    total = torch.tensor([float(context.rank + 1)])
-    dist.all_reduce(total)
-    time_us = point["size"] * total.item()
-    row = {"time_us": time_us, "time_lo_us": time_us - 1, "time_hi_us": time_us + 1, "correct": True}
-    return worker.Result([row], [worker.Samples("time_us", [[time_us] * 4] * context.num_ranks)])
-
-
-if __name__ == "__main__":
-    worker.main(measure)

@@ -171,7 +171,10 @@ SECTION = Section(
     profiles={
         "smoke": {
             "cpu": [{"max_bytes": 128 * KIB, "budget_s": 0.02, "collectives": ["all_reduce", "all_gather"]}],
-            "cuda": [{"max_bytes": 8 * MIB, "budget_s": 0.05, **EVERY}],
+            "cuda": smaller(
+                {"max_bytes": 8 * MIB, "budget_s": 0.05, **EVERY},
+                {"max_bytes": 256 * KIB, "collectives": ["all_reduce", "all_gather"]},
+            ),
         },
         "standard": {
             "cpu": smaller({"budget_s": 0.4}, {"budget_s": 0.1, "min_iterations": 5}, {"max_bytes": 2 * MIB}),

@@ -254,13 +254,18 @@ TINY = {
     "model": "Qwen3-tiny", "batches": [1, 2], "new_tokens": 8,
     "num_warmups": 1, "num_repeats": 3, "num_batched_repeats": 2,
 }  # fmt: skip
+FEWEST = {"arms": [BASELINE, "vllm_eager"], "batches": [1]}
 SECTION = Section(
     name="inference",
     title="2. LLM inference",
     notebook="02_inference.ipynb",
     parameters=InferenceParameters,
     profiles={
-        "smoke": {"cpu": [TINY], "cuda": [TINY]},
+        # What takes time is to start the engines: the fewer left still hold a whole route, or a step of one.
+        "smoke": {
+            "cpu": smaller(TINY, {"arms": [arm for arm in ARMS if arm != "vllm_eager"]}, FEWEST),
+            "cuda": smaller(TINY, FEWEST),
+        },
         "standard": {
             "cpu": smaller(
                 {"num_warmups": 1, "num_repeats": 6, "num_batched_repeats": 2},

@@ -323,12 +323,15 @@ SECTION = Section(
                 "endurance_rows": 300, "num_repeats": 20, "num_calls": 100, "host_cost_rows": [1],
                 "host_cost_rounds": 10,
             }],
-            "cuda": [{
-                **EVERY["cuda"], "layers": ["Qwen3-8B o_proj"], "rows": [16, 4096], "budget_s": 0.1,
-                "timeline_layers": ["Qwen3-8B o_proj"], "num_repeats": 100, "num_calls": 1000,
-                "host_cost_rows": [16], "host_cost_rounds": 10, "hand_over_rows": [2048], "hand_over_tiles": 10**6,
-                "strict_cost_rows": [4096],
-            }],
+            "cuda": smaller(
+                {
+                    **EVERY["cuda"], "layers": ["Qwen3-8B o_proj"], "rows": [16, 4096], "budget_s": 0.1,
+                    "timeline_layers": ["Qwen3-8B o_proj"], "num_repeats": 100, "num_calls": 1000,
+                    "host_cost_rows": [16], "host_cost_rounds": 10, "hand_over_rows": [2048], "hand_over_tiles": 10**6,
+                    "strict_cost_rows": [4096],
+                },
+                {"rows": [16, 2048], "budget_s": 0.05, "num_repeats": 20, "num_calls": 100},
+            ),
         },
         "standard": {
             "cpu": smaller(

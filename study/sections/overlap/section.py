@@ -268,6 +268,10 @@ SECTION = Section(
                     "sm_sharing_n": [4096], "eager_configurations": ["Large compute, large comm"],
                 },
                 {"shrink": 4, "sweep_matmul_n": [512, 1024], "sm_sharing_n": [1024]},
+                {
+                    "budget_s": 0.05, "configurations": [SMALLEST, "Large compute, large comm"],
+                    "sweep_comm_bytes": [MIB], "sweep_matmul_n": [512],
+                },
             ),
         },
         "standard": {

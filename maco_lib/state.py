@@ -2,7 +2,7 @@
 
     state = states.of(group, device)        # the default one, which public functions use; `maco_lib.context` to users
 
-It holds what others make (`get`): shared memory, flags, inboxes, prepared launches, communicators, plans, calibration.
+It holds what others make (`get`): shared memory, flags, inboxes, prepared launches, communicators, plans.
 It knows nothing of what that is, so it is below everything that does. The registry of default states is the only
 state of a module in this library.
 """

@@ -30,7 +30,7 @@ import torch
 import torch.distributed as dist
 
 from maco_lib.clock import ClockReadings, lowest_mhz
-from maco_lib.stats import num_samples
+from maco_lib.stats import median_interval, num_samples
 
 LOG = logging.getLogger(__name__)
 PROTOCOLS = ("device", "published")
@@ -84,6 +84,11 @@ class Timing:
     def slowest(self) -> np.ndarray:
         """Per iteration the maximum over the ranks, in µs: the group is done when its last rank is."""
         return np.max(self.values, axis=0)
+
+
+def median_us(timing: Timing) -> float:
+    """Of the slowest rank in every run."""
+    return median_interval(timing.slowest)[0]
 
 
 def gather(value: Any, group: dist.ProcessGroup | None) -> list[Any]:

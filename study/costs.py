@@ -6,9 +6,32 @@ from dataclasses import dataclass
 import numpy as np
 import pandas as pd
 
-from maco_lib.overlap.curve import Curve
-
 BYTES_PER_ELEMENT = {"bf16": 2, "fp16": 2, "fp32": 4}
+
+
+@dataclass(frozen=True)
+class Curve:
+    """Times in µs at measured sizes.
+
+    Straight lines between them in logarithms of both; constant below the least, proportional above the greatest.
+    """
+
+    sizes: tuple[float, ...]
+    times_us: tuple[float, ...]
+
+    def __call__(self, size: float) -> float:
+        if size > self.sizes[-1]:
+            return self.times_us[-1] * size / self.sizes[-1]
+        return math.exp(np.interp(math.log(size), np.log(self.sizes), np.log(self.times_us)))
+
+    def without(self, index: int) -> "Curve":
+        """The same without its measured size number `index`."""
+        return Curve(*(tuple(np.delete(values, index).tolist()) for values in (self.sizes, self.times_us)))
+
+    def left_out_error(self) -> float:
+        """Median |predicted / measured − 1| of the inner sizes, each predicted from the others; NaN below 3 sizes."""
+        errors = [abs(self.without(i)(self.sizes[i]) / self.times_us[i] - 1) for i in range(1, len(self.sizes) - 1)]
+        return float(np.median(errors)) if errors else math.nan
 
 
 @dataclass(frozen=True)

@@ -9,10 +9,9 @@ import pandas as pd
 import pytest
 
 from maco_lib.machine import this_machine
-from maco_lib.overlap import model
 from study.commands import advise, doctor
 from study.harness.spec import check_rows
-from study.sections.when_to_overlap import section
+from study.sections.when_to_overlap import model, section
 
 TRUTH = model.Stretch(1.3, 1.2, 5.0)
 RANKS = 4

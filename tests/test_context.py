@@ -29,17 +29,8 @@ def cache(tmp_path, monkeypatch):
     monkeypatch.setenv("MACO_CACHE", str(tmp_path))
 
 
-def small_grids() -> None:
-    from maco_lib.overlap import calibration
-    from maco_lib.overlap.measure import Grid
-
-    kib = 2**10
-    calibration.GRIDS["cpu"] = Grid((4 * kib, 64 * kib), ((64 * kib, 32),) * 3, budget_s=0.001)
-
-
 def prepared(rank: int, num_ranks: int) -> None:
     """After `prepare` no call talks to the other ranks on the host, whatever form it has; after `close` one does."""
-    small_grids()
     context, generator = contexts.of(None, CPU), torch.Generator().manual_seed(rank)
     weight, other = (torch.randn(n, 64, generator=generator) for n in (96, 32))
     with pytest.raises(ValueError, match="num_rows = \\[0\\] of prepare"):
@@ -98,7 +89,6 @@ def host_cost(rank: int, num_ranks: int) -> None:
     from study.sections.linear_all_reduce import measure_host_cost as linear_all_reduce_host_cost
     from study.sections.linear_all_reduce.section import HOST_COST
 
-    small_grids()
     point = {"layer": "Qwen3-8B o_proj", "m": 4, "n": 64, "k": 128, "dtype": "bf16", "num_rounds": 10}
     found = linear_all_reduce_host_cost.measure(point, Context(rank, num_ranks, CPU, dist.group.WORLD, ROOT))
     rows = pd.DataFrame(found.rows).assign(point_key="", num_launches=1)

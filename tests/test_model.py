@@ -8,9 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from maco_lib.overlap import model
-from maco_lib.overlap.curve import Curve
-from study.costs import AllReduceCost, MatmulCost
+from study.costs import AllReduceCost, Curve, MatmulCost
+from study.sections.when_to_overlap import model
 
 TIMES = st.floats(1e-1, 1e5)
 STRETCHES = st.floats(1.0, 10.0)

@@ -10,9 +10,8 @@ import torch
 import torch.distributed as dist
 from ranks import run_ranks
 
-from maco_lib.overlap import calibration
-from maco_lib.overlap.measure import Grid
-from maco_lib.overlap.plan import LEFT_TO, Plan, overlapping, sequential
+from maco_lib.overlap import search
+from maco_lib.overlap.plan import Plan, sequential
 from study.sections.overlap import measure_auto_pairs as experiment
 
 KIB = 2**10
@@ -27,17 +26,18 @@ def test_pairs_are_the_same_for_a_seed_and_even_in_the_logarithm():
 
 
 def test_every_plan_that_the_planner_may_try_is_among_all():
-    names = ["nccl", *LEFT_TO, "maco_push_64"]
+    names = ["nccl", "maco_pull_8", "maco_staged_12", "maco_push_64"]
     plans = experiment.every_plan("cuda", names, experiment.LEAVES)
     assert len(set(plans)) == len(plans) == len(names) * (1 + len(experiment.ORDERS) * len(experiment.LEAVES))
-    assert {sequential("cuda"), *overlapping("cuda", names)} <= set(plans)
+    first = search.first_look("cuda", names, True).plans
+    closer = search.closer_look("cuda", {plan: float(number) for number, plan in enumerate(first)}, True).plans
+    assert {*first, *closer} <= set(plans)
     assert experiment.every_plan("cpu", ["gloo"], [0]) == [
         sequential("cpu"), Plan("gloo", urgent=False), Plan("gloo", urgent=False, compute_first=True),
     ]  # fmt: skip
 
 
 def measure(rank: int, num_ranks: int) -> None:
-    calibration.GRIDS["cpu"] = Grid((4 * KIB, 64 * KIB), ((64 * KIB, 32),) * 3, budget_s=0.001)
     out = pathlib.Path(os.environ["MACO_CACHE"], "pairs.json")
     asked = ["--out", str(out), "--num-pairs", "2", "--max-bytes", str(64 * KIB), "--max-n", "64", "--budget-s", "0.1"]
     found = experiment.run(experiment.parsed(asked), torch.device("cpu"), dist.group.WORLD)

@@ -1,9 +1,7 @@
 """Plans: all give the right result, "auto" settles on the faster one, on every rank the same, and errors are clear."""
 
-import dataclasses
 import functools
 import itertools
-import json
 import pathlib
 import time
 import types
@@ -14,27 +12,19 @@ import torch.distributed as dist
 from ranks import run_ranks
 
 from maco_lib import comm
-from maco_lib import state as states
-from maco_lib.overlap import LinearPlan, Plan, calibrate, decisions, execute, overlap, start, tune
-from maco_lib.overlap.model import Stretch
-from maco_lib.overlap.plan import LEFT_TO, MAX_CANDIDATES, captured, choose, overlapping, sequential, shortlist
-from maco_lib.overlap.planner import FIRST_CALLS, ROUNDS
+from maco_lib.overlap import LinearPlan, Plan, decisions, execute, overlap, search, start, tune
+from maco_lib.overlap.plan import captured, choose, sequential
+from study.sections.overlap.methods import LEFT_TO
 
 CPU = torch.device("cpu")
 SEQUENTIAL, OVERLAPPED = sequential("cpu"), Plan("gloo", urgent=False)
+COMPUTE_FIRST = Plan("gloo", urgent=False, compute_first=True)
 
 
 @pytest.fixture
 def cache(tmp_path, monkeypatch) -> pathlib.Path:
     monkeypatch.setenv("MACO_CACHE", str(tmp_path))
     return tmp_path
-
-
-def small_grid() -> None:
-    from maco_lib.overlap import calibration
-
-    beside = ((2**16, 64), (2**16, 128), (2**18, 64))
-    calibration.GRIDS["cpu"] = calibration.Grid((2**16, 2**18), beside, budget_s=0.02)
 
 
 # -- which plans to try and to keep ------------------------------------------------------------------------------------
@@ -57,22 +47,43 @@ def test_a_plan_says_what_it_does():
     assert Plan().on("cpu") == OVERLAPPED
 
 
-def test_sms_are_left_to_a_backend_that_holds_many_to_the_end():
-    assert {plan.backend: plan.leaves for plan in overlapping("cuda", comm.BACKENDS) if plan.leaves} == LEFT_TO
-    assert not any(plan.leaves for plan in overlapping("cpu", ["gloo", *LEFT_TO]))
+def test_as_many_sms_are_reserved_as_the_backend_holds():
     assert {name: comm.backend(name).num_ctas for name in LEFT_TO} == LEFT_TO
 
 
-def test_the_shortlist_is_short_and_has_what_it_is_judged_against():
-    plans = overlapping("cuda", list(comm.BACKENDS))
-    predicted = {plan: 100.0 + index for index, plan in enumerate(plans)}
-    predicted |= {Plan(name, overlapped=False).on("cuda"): 200.0 for name in comm.BACKENDS}
-    faster = Plan("symm_mem_two_shot", overlapped=False)
-    predicted[faster] = 150.0
-    chosen = shortlist(predicted, "cuda")
-    assert len(chosen) == MAX_CANDIDATES and chosen[:2] == [sequential("cuda"), faster]
-    assert chosen[2:] == plans[: MAX_CANDIDATES - 2]  # the best of each backend, best first
-    assert shortlist({sequential("cuda"): 1.0}, "cuda") == [sequential("cuda")]
+def test_each_stage_follows_from_the_times_before():
+    """Times by backend alone: the two fastest come through, whatever the order of issue."""
+    backends = list(comm.BACKENDS)
+    fast = backends[-2:]
+
+    def times(stage: search.Stage) -> dict[Plan, float]:
+        return {
+            plan: 100.0 + 10 * (plan.backend not in fast) - 5 * plan.compute_first - plan.leaves / 10
+            for plan in stage.plans
+        }
+
+    first = search.first_look("cuda", backends, True)
+    assert first.plans[0] == sequential("cuda") and {plan.backend for plan in first.plans} == {*backends, "nccl"}
+    known = times(first)
+    closer = search.closer_look("cuda", known, True)
+    assert {plan.backend for plan in closer.plans} == set(fast) and not set(closer.plans) & set(first.plans)
+    assert {plan.leaves for plan in closer.plans} == set(search.RESERVED)
+    known |= times(closer)
+    final = search.final("cuda", known)
+    assert final.plans[0] == sequential("cuda") and not final.plans[1].overlapped
+    best = min(known, key=known.get)
+    assert best in final.plans and best.compute_first and best.leaves == max(search.RESERVED)
+    calls = sum(len(stage.plans) * stage.num_rounds for stage in (first, closer, final))
+    assert calls <= search.most_calls(len(backends), True) <= 250
+    slow = {plan: us * 1e4 for plan, us in known.items()}
+    assert search.final("cuda", slow, budget_s=0.1).num_rounds == 3 < search.final("cuda", slow).num_rounds
+
+
+def test_on_a_cpu_there_is_little_to_look_at():
+    assert search.first_look("cpu", ["gloo"], False).plans == (SEQUENTIAL, OVERLAPPED)
+    assert search.closer_look("cpu", {SEQUENTIAL: 1.0, OVERLAPPED: 2.0}, False).plans == (COMPUTE_FIRST,)
+    times = {SEQUENTIAL: 1.0, OVERLAPPED: 2.0, COMPUTE_FIRST: 3.0}
+    assert set(search.final("cpu", times).plans) == set(times)
 
 
 def test_overlap_is_kept_only_where_it_beats_the_best_sequential_plan():
@@ -97,12 +108,12 @@ def test_without_the_lead_only_where_that_is_faster_beyond_noise():
 
 
 def test_for_a_graph_every_leading_plan_is_also_tried_with_the_roles_exchanged():
-    plans = overlapping("cuda", list(comm.BACKENDS))
+    plans = search.first_look("cuda", list(comm.BACKENDS), True).plans
     leading = [plan for plan in plans if plan.leads]
-    others = captured([sequential("cuda"), *plans])
+    others = captured(plans)
     assert [(plan.backend, plan.leaves) for plan in others] == [(plan.backend, plan.leaves) for plan in leading]
     assert leading and all(plan.overlapped and plan.urgent and not plan.leads for plan in others)
-    assert captured([sequential("cpu"), *overlapping("cpu", ["gloo"])]) == []
+    assert captured(search.first_look("cpu", ["gloo"], False).plans) == []
 
 
 # -- running them ------------------------------------------------------------------------------------------------------
@@ -220,25 +231,20 @@ def test_plans_where_the_group_has_a_backend_for_each_kind_of_device():
 # -- auto --------------------------------------------------------------------------------------------------------------
 
 
-def timed(tensor_us: float, plans: dict[Plan, float]):
-    """Let the trials see these times instead of what the clock says: of the computation, and of each plan."""
+def timed(times_us: dict[Plan, float]) -> None:
+    """Let the trials see these times instead of what the clock says."""
     from maco_lib.overlap import planner as auto
 
     def collect(self) -> None:
         if self.running is not None:
-            plan, _ = self.running
-            self.running = None
-            if self.candidates:
-                self.times_us[plan].append(plans[plan])
-            else:
-                self.t_comp_us.append(tensor_us)
+            (plan, _, _), self.running = self.running, None
+            self.times_us[plan].append(times_us[plan])
 
     auto.Trial.collect = collect
 
 
 def until_settled(rank: int, num_ranks: int, key: str) -> tuple[Plan, list[Plan], int]:
     """(chosen, plan of each call, number of calls) of `auto` on a small tensor; every call is checked."""
-    from maco_lib.overlap import execute
     from maco_lib.overlap import planner as auto
 
     ran, run_plan = [], execute.run_plan
@@ -257,16 +263,15 @@ def until_settled(rank: int, num_ranks: int, key: str) -> tuple[Plan, list[Plan]
 
 
 def auto_settles(rank: int, num_ranks: int) -> None:
-    small_grid()
-    calibrate(CPU)
     # Each rank alone would choose another plan: the slowest rank counts.
-    timed(50.0, {SEQUENTIAL: 100.0, OVERLAPPED: 120.0 if rank else 60.0})
+    timed({SEQUENTIAL: 100.0, OVERLAPPED: 120.0 if rank else 60.0, COMPUTE_FIRST: 130.0})
     chosen, ran, number = until_settled(rank, num_ranks, "hurts")
-    assert chosen == SEQUENTIAL == ran[-1] and ran[:3] == [SEQUENTIAL] * 3 and OVERLAPPED in ran
+    assert chosen == SEQUENTIAL == ran[-1] and {OVERLAPPED, COMPUTE_FIRST} < set(ran)
+    assert number - 1 <= search.most_calls(1, False) <= 60
     decision = decisions()[-1]
-    assert decision.key == "hurts" and decision.how == "calls" and decision.t_comp_us == 50.0
-    assert decision.measured_us == {SEQUENTIAL: 100.0, OVERLAPPED: 120.0} and set(decision.predicted_us) >= {SEQUENTIAL}
-    timed(50.0, {SEQUENTIAL: 100.0, OVERLAPPED: 70.0 + 10 * rank})
+    assert decision.key == "hurts" and decision.how == "calls"
+    assert decision.measured_us == {SEQUENTIAL: 100.0, OVERLAPPED: 120.0, COMPUTE_FIRST: 130.0}
+    timed({SEQUENTIAL: 100.0, OVERLAPPED: 70.0 + 10 * rank, COMPUTE_FIRST: 90.0})
     chosen, ran, _ = until_settled(rank, num_ranks, "helps")
     assert chosen == OVERLAPPED == ran[-1]
     x = torch.full((1000,), rank + 1.0)
@@ -281,47 +286,37 @@ def auto_settles(rank: int, num_ranks: int) -> None:
     for _ in range(2):
         with pytest.raises(KeyError):
             overlap(fail, x, plan="auto", key="helps, but fails")
-    until_settled(rank, num_ranks, "helps, but fails")
-    assert decisions()[-1].t_comp_us == 50.0
+    assert until_settled(rank, num_ranks, "helps, but fails")[0] == OVERLAPPED
 
 
-def tuning_knows_graphs_from_eager_code(rank: int, num_ranks: int) -> None:
-    """A plan that is tried for graphs only is followed there only, however fast its replays are."""
-    from maco_lib.overlap import execute
+def graphs_follow_what_is_known(rank: int, num_ranks: int) -> None:
+    """In a capture nothing is measured: what was tuned, that of a larger tensor of the key, or sequential."""
     from maco_lib.overlap import planner as auto
 
-    small_grid()
-    for_graphs, followed, run_plan = Plan("gloo", urgent=False, compute_first=True), [], execute.run_plan
-    times = {"compute": 50.0, str(SEQUENTIAL): 100.0, str(OVERLAPPED): 80.0, str(for_graphs): 60.0}
-    auto.captured = lambda plans: [for_graphs]
-    auto.interleave = lambda arms, **request: {arm.name: arm.name for arm in arms}
-    auto.median_us = times.get
+    followed, run_plan = [], execute.run_plan
+    timed({SEQUENTIAL: 100.0, OVERLAPPED: 80.0, COMPUTE_FIRST: 90.0})
     execute.run_plan = lambda plan, *rest: (followed.append(plan), run_plan(plan, *rest))[1]
     tensor = torch.ones(1000)
 
-    def follow() -> Plan:
-        overlap(lambda: None, tensor, plan="auto", key="both")
+    def follow(key: str = "both", tensor: torch.Tensor = tensor) -> Plan:
+        overlap(lambda: None, tensor, plan="auto", key=key)
         return followed[-1]
 
-    assert tune(lambda: None, tensor, key="both") == for_graphs
-    decision = decisions()[-1]
-    assert (decision.captured, decision.chosen) == (for_graphs, OVERLAPPED) and len(decision.measured_us) == 3
+    assert tune(lambda: None, tensor, key="both") == OVERLAPPED == follow()
+    decisions()[-1].captured = COMPUTE_FIRST  # as replays may say on a GPU
     assert follow() == OVERLAPPED
     auto.capturing = lambda device: True
-    assert follow() == for_graphs
-    del times[str(for_graphs)]
-    auto.captured = lambda plans: []
-    assert tune(lambda: None, tensor, key="both") == OVERLAPPED == follow()
+    assert follow() == COMPUTE_FIRST == follow(tensor=torch.ones(500))
+    assert follow(tensor=torch.ones(2000)) == SEQUENTIAL == follow("never seen")
+    told = decisions()
+    assert [it.how for it in told] == ["tune", *["captured unmeasured"] * 3]
+    assert follow("never seen") == SEQUENTIAL and decisions() == told  # said once
 
 
 def tuning_finds_out(rank: int, num_ranks: int) -> None:
     """Computations that one of the plans harms: slow while the all-reduce is under way, and slow while it is not."""
-    from maco_lib.overlap import execute
     from maco_lib.overlap import planner as auto
 
-    small_grid()
-    planner, unknown = auto.planner(None, CPU), ("named", 3000, "torch.float32", False)
-    assert planner.foretell(unknown) == SEQUENTIAL and not decisions()[-1].predicted_us
     tensor, under_way, launch = torch.empty(1000), [], execute.launch
     beside: list[bool] = []  # of each computation, whether the all-reduce was under way
 
@@ -330,7 +325,7 @@ def tuning_finds_out(rank: int, num_ranks: int) -> None:
         return launch(run, *rest, **named)
 
     execute.launch = watched
-    for key, slow_beside, wanted in ((None, True, SEQUENTIAL), ("named", False, OVERLAPPED)):
+    for key, slow_beside, wanted in ((None, True, {SEQUENTIAL, COMPUTE_FIRST}), ("named", False, {OVERLAPPED})):
 
         def compute() -> None:
             beside.append(bool(under_way))
@@ -338,44 +333,30 @@ def tuning_finds_out(rank: int, num_ranks: int) -> None:
             under_way.clear()
 
         tensor.fill_(7.0)
-        assert tune(compute, tensor, key=key, budget_s=0.1) == wanted
-        assert (tensor == 7.0).all()
+        chosen = tune(compute, tensor, key=key, budget_s=0.1)
+        assert chosen in wanted and (tensor == 7.0).all()
         decision = decisions()[-1]
         assert decision.how == "tune" and (decision.key == "named" or ".compute:" in decision.key)
-        (other,) = decision.measured_us.keys() - {wanted}
-        assert decision.measured_us[other] > 2 * decision.measured_us[wanted] > 2000
+        (other,) = {SEQUENTIAL, OVERLAPPED} - wanted
+        assert decision.measured_us[other] > 2 * decision.measured_us[chosen] > 2000
         # What was tuned is followed at once, and the computation run once.
         tensor.fill_(rank + 1.0)
         beside.clear()
         overlap(compute, tensor, plan="auto", key=key)
-        assert beside == [wanted == OVERLAPPED] and (tensor == 3.0).all()
+        assert beside == [chosen == OVERLAPPED] and (tensor == 3.0).all()
+        under_way.clear()
     execute.launch = launch
-    assert len(decisions()) == 3
+    assert len(decisions()) == 2
     # Nothing to sum: nothing to choose.
     empty = torch.empty(0)
     for _ in range(5):
         assert overlap(lambda: 42, empty, plan="auto", key="empty") == (42, empty)
-    assert tune(int, empty) == SEQUENTIAL and len(decisions()) == 3
+    assert tune(int, empty) == SEQUENTIAL and len(decisions()) == 2
     # The default must work: without it there is nothing to judge a plan against.
-    refusal, auto.refusal = auto.refusal, lambda plan, scratch, group: "out of memory"
+    refusal, auto.refusal = auto.refusal, lambda backend, scratch, group: "out of memory"
     with pytest.raises(RuntimeError, match="gloo, the default all-reduce, fails: rank 0: out of memory"):
         tune(int, tensor, key="fails")
     auto.refusal = refusal
-    # Where nothing can be measured: by the model for a known key, else sequential.
-    assert planner.foretell(("never seen", 4000, "torch.float32", False)) == SEQUENTIAL
-    planner.foretell(unknown)
-    assert set(decisions()[-1].predicted_us) == {SEQUENTIAL, OVERLAPPED}  # which it is not any more
-    known = decisions()[1]
-    for num_bytes, stretch, wanted in (
-        (2000, Stretch(1.0, 1.0, 0.0), OVERLAPPED), (1000, Stretch(1.0, 1.0, 1e4), SEQUENTIAL),
-    ):  # fmt: skip
-        planner.calibration = dataclasses.replace(planner.calibration, stretches={OVERLAPPED: stretch})
-        for _ in range(2):  # decided once
-            assert planner.foretell((known.key, num_bytes, "torch.float32", False)) == wanted
-        foretold = decisions()[-1]
-        assert foretold.how == "predicted" and set(foretold.predicted_us) == {SEQUENTIAL, OVERLAPPED}
-        assert foretold.t_comp_us == pytest.approx(known.t_comp_us * num_bytes / 4000)
-    assert len(decisions()) == 8  # with that which failed, of an unknown key, and of the one that became known
 
 
 def test_auto_settles_on_the_faster_plan_and_on_every_rank_the_same(cache):
@@ -386,76 +367,24 @@ def test_tuning_measures_at_once(cache):
     run_ranks(tuning_finds_out)
 
 
-def test_what_is_tried_for_graphs_is_followed_in_graphs_only(cache):
-    run_ranks(tuning_knows_graphs_from_eager_code)
-
-
-# -- calibration -------------------------------------------------------------------------------------------------------
-
-
-def calibrations(rank: int, num_ranks: int) -> None:
-    from maco_lib.overlap import calibration
-
-    small_grid()
-    measured, measure = [], calibration.measure
-    calibration.measure = lambda *rest: (measured.append(1), measure(*rest))[1]
-
-    def again(force: bool = False) -> calibration.Calibration:
-        states.of(None, CPU).forget(calibration.stored_or_measured)  # as in a new process
-        return calibration.calibrate(CPU, force=force)
-
-    # A fault of the rank that reads and writes the file: all are told, none waits for it.
-    def homeless():
-        raise RuntimeError("no home")
-
-    known, calibration.this_machine = calibration.this_machine, homeless
-    with pytest.raises(RuntimeError, match="failed on rank 0: RuntimeError: no home"):
-        again()
-    calibration.this_machine = known
-
-    first = again()
-    assert measured == [1] and set(first.stretches) == {OVERLAPPED} and first.unusable == {}
-    predicted = first.predictions(2**17, 1000.0, False)
-    assert set(predicted) == {SEQUENTIAL, OVERLAPPED}
-    assert predicted[SEQUENTIAL] == pytest.approx(1000.0 + first.all_reduce["staged"]["gloo"](2**17))
-    assert again().to_json() == first.to_json() and measured == [1]
-    assert calibration.calibrate(CPU) is calibration.calibrate(CPU)
-
-    (path,) = pathlib.Path(calibration.default_cache(), "calibration").iterdir()
-    assert path.name.endswith("-cpu-2-ranks.json")
-    content = json.loads(path.read_text())
-    assert content["provenance"]["time"] and content["provenance"]["made_for"]["all_reduces_sha256"]
-    for damage in ('{"kind": "cpu"', json.dumps({**content, "plans": None})):
-        dist.barrier()
-        path.write_text(damage)
-        dist.barrier()
-        again()
-    assert len(measured) == 3
-    versions = calibration.LIBRARIES
-    calibration.LIBRARIES = ("numpy",)  # as if a version had changed
-    again()
-    again()
-    assert len(measured) == 4
-    calibration.LIBRARIES = versions
-    again(force=True)
-    assert len(measured) == 5
-    dist.barrier()
+def test_what_is_known_is_followed_in_graphs(cache):
+    run_ranks(graphs_follow_what_is_known)
 
 
 def backends_that_break(rank: int, num_ranks: int) -> None:
     """Whatever a backend stumbles over, it is left out: an error of the host's compiler is no RuntimeError."""
     from maco_lib.linear import execute as linear
     from maco_lib.linear import measure as linear_measure
-    from maco_lib.overlap import measure
     from maco_lib.overlap import planner as auto
+    from maco_lib.overlap import trust
 
     def broken(*args, **options):
         raise FileNotFoundError("no C compiler")
 
     group, told = dist.group.WORLD, "FileNotFoundError: no C compiler"
     sums, comm.all_reduce = comm.all_reduce, broken
-    assert measure.fault("gloo", 64, CPU, group) == f"rank 0: gloo: {told}"
-    assert auto.refusal(SEQUENTIAL, torch.ones(4), group) == told
+    assert trust.fault("gloo", CPU, group, 64) == f"rank 0: gloo: {told}"
+    assert auto.refusal("gloo", torch.ones(4), group) == told
     comm.all_reduce = sums
     linear.RUN["chunked"] = broken
     plan = LinearPlan("chunked", num_chunks=2)
@@ -465,10 +394,6 @@ def backends_that_break(rank: int, num_ranks: int) -> None:
 
 def test_a_backend_that_breaks_in_any_way_is_left_out():
     run_ranks(backends_that_break)
-
-
-def test_calibration_is_kept_and_refreshed(cache):
-    run_ranks(calibrations)
 
 
 @pytest.mark.gpu(num_gpus=2)
@@ -488,7 +413,8 @@ def plans_on_gpus(rank: int, num_ranks: int) -> None:
     def right(product: torch.Tensor) -> bool:
         return float((product.double() - exact).norm() / exact.norm()) <= bound
 
-    for plan in [*overlapping("cuda", names), *(Plan(name, overlapped=False) for name in names)]:
+    every = [*search.first_look("cuda", names, True).plans, *(Plan(name, overlapped=False) for name in names)]
+    for plan in every:
         for tensor in tensors:
             tensor.fill_(rank + 1.0)
             product, summed = overlap(lambda: a @ a, tensor, plan=plan)
@@ -509,7 +435,7 @@ def plans_on_gpus(rank: int, num_ranks: int) -> None:
             torch.cuda.synchronize()
             assert (tensor == total).all() and right(product), f"{plan}"
         graph.reset()
-    for call in range(FIRST_CALLS + ROUNDS * MAX_CANDIDATES + 1):
+    for call in range(search.most_calls(len(names), True) + 1):
         plain.fill_(rank + 1.0)
         product, _ = overlap(lambda: a @ a, plain, plan="auto", key="calls")
         assert (plain == total).all() and right(product), f"call {call}"

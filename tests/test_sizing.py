@@ -16,7 +16,7 @@ from study.harness.spec import PROFILES
 from study.results import sizing
 from study.results.sizing import MINUTES, Sizes, choose, forecast_s
 from study.results.store import Store
-from study.sections.inference.engines import ARMS, BASELINE
+from study.sections.inference.engines.start import ARMS, BASELINE
 from study.sections.registry import SECTIONS
 
 MIB = 2**20

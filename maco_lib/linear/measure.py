@@ -14,9 +14,8 @@ from maco_lib.kernels.decode_tiles import MAX_ROWS
 from maco_lib.linear.execute import execute
 from maco_lib.linear.plan import LinearPlan
 from maco_lib.linear.techniques.chunked import cut
-from maco_lib.overlap.measure import median_us
 from maco_lib.overlap.plan import DEFAULT_BACKEND
-from maco_lib.timing import MAX_REPEATS, Arm, first_error, interleave
+from maco_lib.timing import MAX_REPEATS, Arm, first_error, interleave, median_us
 
 COLD_BYTES = 2**26  # on CPUs
 

@@ -22,7 +22,7 @@ class LinearPlan:
     technique: of `TECHNIQUES`, each a file of `linear.techniques`. backend: of `maco_lib.comm.BACKENDS`; "":
     the device's default (NCCL or gloo), and the only value for "persistent" and "decode", which sum by themselves.
     num_chunks: pieces of the rows, for "chunked" 2 or more; else 1. tiling: of "persistent", `str` of one of `TILINGS`,
-    or "": that which is predicted to be the fastest without a calibration. Raises ValueError naming what is wrong.
+    or "": that which is predicted to be the fastest (`persistent_time`). Raises ValueError naming what is wrong.
 
     name: what `str` gives and `parse` reads, one word of ASCII, the same in code, tables and operators' arguments:
     "sequential:nccl", "chunked:4:maco_staged_8", "persistent:2x128-staggered", "decode".

@@ -46,12 +46,14 @@ class LinearDecision(Decision):
     """How the plan for (num_rows, n, k) was chosen. how: "tune", "table", "default" or "captured unprepared".
 
     gain: how many times as fast as the default the plan was where the table has it; NaN where there is none.
+    t_comp_us: of the matmul alone, where it was tuned.
     """
 
     num_rows: int = 0
     n: int = 0
     k: int = 0
     gain: float = math.nan
+    t_comp_us: float = math.nan
 
 
 @dataclass

@@ -1,4 +1,4 @@
-"""Work beside a collective (`api`), by a plan (`execute`) that is measured (`planner`) or predicted (`model`)."""
+"""Work beside a collective (`api`), by a plan (`execute`) that was measured (`planner`)."""
 
 import importlib
 
@@ -14,7 +14,6 @@ _HOMES = {
     "tune_linear": "maco_lib.linear.planner",  # find its fastest plans at once
     "LinearPlan": "maco_lib.linear.plan",  # one way to do that
     "RowParallelLinear": "maco_lib.linear.layer",  # a layer that does it
-    "calibrate": "maco_lib.overlap.calibration",  # measure what the choice is predicted from
 }
 __all__ = list(_HOMES)
 

@@ -1,6 +1,6 @@
 """Plans: the ways to run a computation and an all-reduce, which of them to try, and which of those tried to keep.
 
-Without torch: `execute` runs a plan, `calibration` predicts its time, `planner` measures it.
+Without torch: `execute` runs a plan, `search` says which are timed, `planner` times them.
 """
 
 import math
@@ -10,11 +10,6 @@ from typing import Any, TypeVar
 
 P = TypeVar("P")
 DEFAULT_BACKEND = {"cpu": "gloo", "cuda": "nccl"}
-# What a user's work is tried with before one plan is kept: each costs a few calls.
-MAX_CANDIDATES = 8
-# Backends that hold more SMs, or for longer, than a matmul that does not know of it can do without: also tried with as
-# many left to them.
-LEFT_TO = {"maco_pull_8": 8, "maco_staged_12": 12}
 # A plan replaces a simpler one if it is faster by more than this, as in `stats.verdict`.
 MARGIN = 0.01
 
@@ -69,32 +64,6 @@ def sequential(kind: str) -> Plan:
     return Plan(overlapped=False).on(kind)
 
 
-def overlapping(kind: str, backends: Iterable[str]) -> list[Plan]:
-    """The overlapping plans that are calibrated on a `kind` of device with these backends."""
-    plans = [Plan(backend, urgent=False, leads=True).on(kind) for backend in backends]
-    if kind == "cuda":
-        plans += [replace(plan, leaves=LEFT_TO[plan.backend]) for plan in plans if plan.backend in LEFT_TO]
-        # What order and priority do is shown by the default collective; the SMs go to whoever comes first.
-        plans += [Plan(DEFAULT_BACKEND[kind], compute_first=True), Plan(DEFAULT_BACKEND[kind])]
-    return plans
-
-
-def shortlist(predicted: Mapping[Plan, float], kind: str) -> list[Plan]:
-    """The plans worth a measurement, at most `MAX_CANDIDATES`: `predicted` has the time of each.
-
-    The default sequential one, the best other sequential one, then the best overlapping ones, one of each backend and
-    number of SMs left to it.
-    """
-    by_time = sorted(predicted, key=lambda plan: (predicted[plan], str(plan)))
-    best_sequential = next(plan for plan in by_time if not plan.overlapped)
-    chosen = list(dict.fromkeys([sequential(kind), best_sequential]))
-    of_backend: dict[tuple[str, int], Plan] = {}
-    for plan in by_time:
-        if plan.overlapped:
-            of_backend.setdefault((plan.backend, plan.leaves), plan)
-    return [*chosen, *of_backend.values()][:MAX_CANDIDATES]
-
-
 def captured(plans: Iterable[Plan]) -> list[Plan]:
     """What else is worth a measurement where a CUDA graph is replayed: those that lead, with the roles exchanged.
 
@@ -127,12 +96,11 @@ def keep(measured: Mapping[P, float], kept: P, rank_of: Callable[[P], Any] = lam
 
 @dataclass
 class Decision:
-    """How a plan was chosen for one key; times in µs of the slowest rank.
+    """How a plan was chosen for one key.
 
-    predicted_us: by the model, of every candidate; measured_us: of those measured so far. how: "calls" (on the user's
-    own calls), "tune", or "predicted" (nothing measured: under graph capture, and by `linear_all_reduce` where it was
-    not tuned). chosen: None while calls are measured. captured: what captured code follows instead, where `tune`, which
-    measures replays, found it.
+    measured_us: times in µs of the slowest rank, of the plans that were compared last. how: "calls" (on the user's own
+    calls), "tune", or why nothing was measured. chosen: None while calls are measured. captured: what captured code
+    follows instead, where `tune`, which measures replays, found it.
     """
 
     key: str
@@ -140,16 +108,9 @@ class Decision:
     dtype: str
     num_ranks: int
     how: str
-    t_comp_us: float = math.nan
-    predicted_us: dict[Plan, float] = field(default_factory=dict)
     measured_us: dict[Plan, float] = field(default_factory=dict)
     chosen: Plan | None = None
     captured: Plan | None = None
-
-    @property
-    def error(self) -> float:
-        """Predicted / measured - 1 of the chosen plan; NaN where one of them is not known."""
-        return self.predicted_us.get(self.chosen, math.nan) / self.measured_us.get(self.chosen, math.nan) - 1
 
 
 _DECISIONS: list[Decision] = []

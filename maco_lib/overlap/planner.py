@@ -1,8 +1,8 @@
 """`plan="auto"`: find the fastest plan for a computation and an all-reduce on the user's own calls, or by `tune`.
 
-One `Trial` for each key. Its first calls are sequential and tell how long the computation takes alone; the calibrated
-model then names a few candidates; each further call runs one of them, in turn. When every one was measured, the ranks
-compare the medians of the slowest rank, once, and keep one. The user's computation is run once a call all along.
+One `Trial` for each key: each call runs one plan of a stage (`search`), in turn. When every one was timed, the ranks
+compare the times of the slowest rank and go on to the next stage; after the last they keep one plan. The user's
+computation is run once a call all along.
 """
 
 import functools
@@ -15,20 +15,20 @@ from typing import TypeVar
 import torch
 import torch.distributed as dist
 
+from maco_lib import comm
 from maco_lib import state as states
-from maco_lib.overlap import execute
-from maco_lib.overlap.calibration import Calibration, calibrate
-from maco_lib.overlap.measure import in_symmetric_memory, median_us
-from maco_lib.overlap.plan import Decision, Plan, captured, choose, record, sequential, shortlist
+from maco_lib.comm import symmetric
+from maco_lib.overlap import execute, search, sm_limit
+from maco_lib.overlap.plan import Decision, Plan, captured, choose, record, sequential
+from maco_lib.overlap.trust import fault
 from maco_lib.overlap.validation import check_agreement, described, require_call
 from maco_lib.state import State
-from maco_lib.timing import Arm, first_error, gather, interleave
+from maco_lib.timing import SLEEP_CYCLES_PER_US, Arm, Barrier, first_error, gather, interleave, median_us
 from maco_lib.turns import capturing
 
 R = TypeVar("R")
-# Sequential calls before the candidates', and rounds over the candidates; the first of each warms up, not counted.
-FIRST_CALLS = 3
-ROUNDS = 6
+# A call that is timed on a GPU is issued behind a kernel that takes so long: what is timed is the GPU, not the host.
+ISSUE_US = 500
 Mark = torch.cuda.Event | float
 
 
@@ -63,60 +63,74 @@ def elapsed_us(begin: Mark, end: Mark) -> float:
 class Trial:
     """The calls of one key until its plan is chosen; every rank goes through the same ones."""
 
-    def __init__(self, decision: Decision, kind: str):
-        self.decision, self.kind = decision, kind
-        self.candidates: list[Plan] = []
-        self.num_calls = 0
-        self.t_comp_us: list[float] = []
-        self.times_us: dict[Plan, list[float]] = {}
-        self.running: tuple[Plan, list[Mark]] | None = None
-
-    def collect(self) -> None:
-        """Take the times of the call before, which is waited for."""
-        if self.running is not None:
-            plan, marks = self.running
-            self.running = None
-            if self.candidates:
-                self.times_us[plan].append(elapsed_us(marks[0], marks[-1]))
-            else:
-                self.t_comp_us.append(elapsed_us(marks[1], marks[2]))
-
-    def run(self, plan: Plan, compute: Callable[[], R], issue: execute.Run, tensor: torch.Tensor) -> R:
-        """One call under `plan`, with marks at its begin and end, and around a sequential plan's computation."""
-        marks = [mark(tensor.device)]
-
-        def marked() -> R:
-            marks.append(mark(tensor.device))
-            computed = compute()
-            marks.append(mark(tensor.device))
-            return computed
-
-        self.num_calls += 1
-        computed = execute.run_plan(plan, compute if plan.overlapped else marked, issue, tensor)
-        marks.append(mark(tensor.device))
-        self.running = (plan, marks)
-        return computed
+    def __init__(
+        self,
+        decision: Decision,
+        group: dist.ProcessGroup,
+        device: torch.device,
+        backends: list[str],
+        budget_s: float = math.inf,
+    ):
+        self.decision, self.group, self.device = decision, group, device
+        self.reserves = device.type == "cuda" and not sm_limit.unavailable(max(search.RESERVED), device)
+        self.barrier = Barrier(group, device)
+        self.stage = search.first_look(device.type, backends, self.reserves)
+        self.later = [
+            lambda times_us: search.closer_look(device.type, times_us, self.reserves),
+            lambda times_us: search.final(device.type, times_us, budget_s),
+        ]
+        self.turn = 0
+        self.times_us: dict[Plan, list[float]] = {plan: [] for plan in self.stage.plans}
+        self.running: tuple[Plan, Mark, Mark] | None = None
 
     def next_plan(self) -> Plan | None:
-        """The plan of the call to come; None when all are measured."""
-        if not self.candidates:
-            return sequential(self.kind)
-        turn = self.num_calls - FIRST_CALLS
-        return self.candidates[turn % len(self.candidates)] if turn < ROUNDS * len(self.candidates) else None
+        """The plan of the call to come, None once one is chosen. Collective at the end of a stage."""
+        self.collect()
+        while self.turn == self.stage.num_rounds * len(self.stage.plans):
+            self.conclude()
+            if self.decision.chosen is not None:
+                return None
+        return self.stage.plans[self.turn % len(self.stage.plans)]
 
-    def medians_us(self) -> dict[Plan, float]:
-        """Of each candidate; inf where its calls failed."""
-        return {plan: statistics.median(times[1:] or [math.inf]) for plan, times in self.times_us.items()}
+    def collect(self) -> None:
+        """Take the time of the call before, which is waited for."""
+        if self.running is not None:
+            (plan, begin, end), self.running = self.running, None
+            self.times_us[plan].append(elapsed_us(begin, end))
+
+    def conclude(self) -> None:
+        """End a stage: the times of the slowest rank, then the next stage, or the choice. Collective."""
+        measure = min if self.later else statistics.median
+        mine = [measure(self.times_us[plan][1:] or [math.inf]) for plan in self.stage.plans]
+        slowest = map(max, zip(*gather(mine, self.group), strict=True))
+        of_stage = dict(zip(self.stage.plans, slowest, strict=True))
+        if self.later:
+            self.decision.measured_us |= of_stage
+            self.stage, self.turn = self.later.pop(0)(self.decision.measured_us), 0
+            self.times_us = {plan: [] for plan in self.stage.plans}
+        else:
+            self.decision.measured_us = of_stage
+            self.decision.chosen = choose(of_stage, self.device.type)
+
+    def run(self, plan: Plan, compute: Callable[[], R], issue: execute.Run, tensor: torch.Tensor) -> R:
+        """One call under `plan`, between two marks; the ranks begin it together."""
+        self.turn += 1
+        if self.device.type == "cuda":
+            torch.cuda._sleep(ISSUE_US * SLEEP_CYCLES_PER_US)
+        self.barrier()
+        begin = mark(self.device)
+        computed = execute.run_plan(plan, compute, issue, tensor)
+        self.running = (plan, begin, mark(self.device))
+        return computed
 
 
 class Planner:
-    """The keys of one group on one device. `calibration` is None until a call that may measure."""
+    """The keys of one group on one device."""
 
     def __init__(self, state: State):
         self.state, self.device = state, state.device
-        self.calibration: Calibration | None = None
         self.trials: dict[tuple, Trial] = {}
-        self.foretold: dict[tuple, Decision] = {}
+        self.unmeasured: dict[tuple, Decision] = {}
 
     @property
     def group(self) -> dist.ProcessGroup:
@@ -130,119 +144,101 @@ class Planner:
         name, num_bytes, dtype, _ = which
         return record(Decision(name, num_bytes, dtype, self.group.size(), how))
 
+    def trial(self, which: tuple, tensor: torch.Tensor, how: str, budget_s: float = math.inf) -> Trial:
+        """A new trial. Collective; RuntimeError if the default all-reduce cannot sum such a tensor."""
+        decision, backends = self.decide(which, how), self.backends(tensor)
+        self.trials[which] = Trial(decision, self.group, self.device, backends, budget_s)
+        return self.trials[which]
+
+    def backends(self, tensor: torch.Tensor) -> list[str]:
+        """Those that every rank has, whose sums are right, and that take such a tensor. Collective.
+
+        The first sum over a backend makes its buffers and kernels, which is not the user's call's to wait for.
+        """
+        scratch, default = torch.zeros_like(tensor), sequential(self.device.type).backend
+        errors = {
+            name: error or first_error(refusal(name, scratch, self.group), self.group)
+            for name, error in self.state.get(faults).items()
+        }
+        if errors[default]:
+            raise RuntimeError(f"{default}, the default all-reduce, fails: {errors[default]}")
+        return [name for name, error in errors.items() if not error]
+
     def run(self, compute: Callable[[], R], tensor: torch.Tensor, key: Hashable) -> R:
         """The user's call: what `compute` returned, `tensor` being summed. Collective."""
         if not tensor.numel():
             return compute()
         which = self.identify(compute, tensor, key)
-        trial = self.trials.get(which)
-        chosen = trial.decision.chosen if trial else None
+        trial, issue = self.trials.get(which), functools.partial(execute.issue_of, tensor=tensor, group=self.group)
         if capturing(self.device):
-            chosen = (trial.decision.captured if trial else None) or chosen or self.foretell(which)
-        if chosen is None:
-            if trial is None:
-                trial = self.trials[which] = Trial(self.decide(which, "calls"), self.device.type)
-            plan = self.advance(trial, tensor, which[-1])
+            chosen = trial and (trial.decision.captured or trial.decision.chosen)
+            chosen = chosen or self.unmeasured_plan(which)
+            return execute.run_plan(chosen, compute, issue(chosen), tensor)
+        trial = trial or self.trial(which, tensor, "calls")
+        plan = None if trial.decision.chosen else trial.next_plan()
+        if plan is None:
             chosen = trial.decision.chosen
-        issue = functools.partial(execute.issue_of, tensor=tensor, group=self.group)
-        if chosen is not None:
             return execute.run_plan(chosen, compute, issue(chosen), tensor)
         return trial.run(plan, compute, issue(plan), tensor)
 
-    def advance(self, trial: Trial, tensor: torch.Tensor, in_place: bool) -> Plan | None:
-        """The plan of the coming call, None once one is chosen. Collective where candidates are named or compared."""
-        trial.collect()
-        decision = trial.decision
-        if not trial.candidates and trial.num_calls == FIRST_CALLS:
-            # The first call warms up (but counts if the others failed). The least of the others: what a busy host adds
-            # is not the computation's.
-            counted = trial.t_comp_us[1:] or trial.t_comp_us
-            decision.t_comp_us = max(gather(min(counted, default=math.inf), self.group))
-            trial.candidates = self.candidates(decision, tensor, in_place)
-            trial.times_us = {plan: [] for plan in trial.candidates}
-        plan = trial.next_plan()
-        if plan is None:
-            every_rank = gather(list(trial.medians_us().values()), self.group)
-            self.settle(decision, dict(zip(trial.candidates, map(max, zip(*every_rank, strict=True)), strict=True)))
-        return plan
+    def unmeasured_plan(self, which: tuple) -> Plan:
+        """The plan where nothing may be measured: that of the nearest size at which the computation is known.
 
-    def candidates(self, decision: Decision, tensor: torch.Tensor, in_place: bool) -> list[Plan]:
-        """What the model would try, without what cannot sum such a tensor. Collective; RuntimeError if the default
-        cannot."""
-        self.calibration = self.calibration or calibrate(self.device, self.group)
-        predicted = self.calibration.predictions(decision.num_bytes, decision.t_comp_us, in_place)
-        # The first sum over a backend makes its buffers and kernels, which is not the user's call's to wait for.
-        scratch = torch.zeros_like(tensor)
-        while True:
-            plans = shortlist(predicted, self.device.type)
-            errors = {plan.backend: first_error(refusal(plan, scratch, self.group), self.group) for plan in plans}
-            refused = {backend for backend, error in errors.items() if error}
-            if not refused:
-                break
-            if (default := sequential(self.device.type).backend) in refused:
-                raise RuntimeError(f"{default}, the default all-reduce, fails: {errors[default]}")
-            predicted = {plan: us for plan, us in predicted.items() if plan.backend not in refused}
-        decision.predicted_us = predicted
-        return plans
-
-    def settle(self, decision: Decision, measured_us: dict[Plan, float]) -> Plan:
-        decision.measured_us = measured_us
-        decision.chosen = choose(measured_us, self.device.type)
-        return decision.chosen
-
-    def foretell(self, which: tuple) -> Plan:
-        """The plan where nothing may be measured: by the model, if a computation of that name is known.
-
-        The time of a computation known at another size is taken to grow with the tensor's bytes.
+        A graph cannot make buffers: only of a tensor that is no smaller; and no new symmetric tensor. Else sequential.
         """
         name, num_bytes, dtype, in_place = which
         known = [
-            trial
-            for (its_name, _, its_dtype, _), trial in self.trials.items()
-            if (its_name, its_dtype) == (name, dtype) and trial.candidates
+            trial.decision
+            for (its_name, its_bytes, its_dtype, _), trial in self.trials.items()
+            if (its_name, its_dtype) == (name, dtype) and its_bytes >= num_bytes and trial.decision.chosen
         ]
-        foretold = self.foretold.get(which)
-        if foretold and (foretold.predicted_us or not known):
-            return foretold.chosen
-        decision = self.foretold[which] = self.decide(which, "predicted")
-        decision.chosen = sequential(self.device.type)
-        if known:
-            nearest = min((trial.decision for trial in known), key=lambda it: abs(math.log(it.num_bytes / num_bytes)))
-            decision.t_comp_us = nearest.t_comp_us * num_bytes / nearest.num_bytes
-            # A graph cannot make buffers: only backends whose workspace has held as much, and no new symmetric tensor.
-            ready = {decision.chosen.backend}
-            if not in_place:
-                ready |= {p.backend for it in known if it.decision.num_bytes >= num_bytes for p in it.candidates}
-            predicted = self.calibration.predictions(num_bytes, decision.t_comp_us, in_place)
-            decision.predicted_us = {plan: us for plan, us in predicted.items() if plan.backend in ready}
-            decision.chosen = choose(decision.predicted_us, self.device.type)
-        return decision.chosen
+        nearest = min(known, key=lambda decision: decision.num_bytes, default=None) if not in_place else None
+        chosen = (nearest.captured or nearest.chosen) if nearest else sequential(self.device.type)
+        decision = self.unmeasured.get(which)
+        if decision is None or decision.chosen != chosen:
+            decision = self.unmeasured[which] = self.decide(which, "captured unmeasured")
+            decision.chosen = chosen
+        return chosen
 
     def tune(self, compute: Callable[[], object], tensor: torch.Tensor, key: Hashable, budget_s: float) -> Decision:
         """`tune`, for tensors and groups that are valid."""
-        which = self.identify(compute, tensor, key)
-        decision = self.decide(which, "tune")
-        request = {"group": self.group, "device": self.device}
-        before = tensor.clone()
-        alone = interleave([Arm("compute", compute)], budget_s=budget_s / 10, **request)
-        decision.t_comp_us = median_us(alone["compute"])
-        plans = self.candidates(decision, tensor, which[-1])
-        for_graphs = captured(plans)
-        plans += for_graphs
-        arms = []
-        for plan in plans:
-            issue = execute.planned_all_reduce(plan, tensor, self.group)
-            run = functools.partial(execute.run_plan, plan, compute, issue, tensor)
-            arms.append(Arm(str(plan), run, lambda: refill(tensor, before)))
-        timings = interleave(arms, budget_s=budget_s, min_iterations=10, **request)
+        which, before = self.identify(compute, tensor, key), tensor.clone()
+        trial = self.trial(which, tensor, "tune", budget_s)
+        decision = trial.decision
+        while (plan := trial.next_plan()) is not None:
+            refill(tensor, before)
+            trial.run(plan, compute, execute.issue_of(plan, tensor, self.group), tensor)
+        decision.captured = decision.chosen
+        if self.device.type == "cuda":
+            plans = list(decision.measured_us)
+            plans += [plan for plan in captured(plans) if plan not in plans]
+            timings = interleave(
+                [self.arm(plan, compute, tensor, before) for plan in plans],
+                group=self.group,
+                device=self.device,
+                budget_s=budget_s,
+                min_iterations=10,
+            )
+            decision.captured = choose({plan: median_us(timings[str(plan)]) for plan in plans}, self.device.type)
         refill(tensor, before)
-        trial = self.trials[which] = Trial(decision, self.device.type)
-        trial.candidates = plans
-        measured_us = {plan: median_us(timings[str(plan)]) for plan in plans}
-        decision.captured = self.settle(decision, measured_us)
-        in_eager_code = {plan: us for plan, us in measured_us.items() if plan not in for_graphs}
-        decision.chosen = choose(in_eager_code, self.device.type)
         return decision
+
+    def arm(self, plan: Plan, compute: Callable[[], object], tensor: torch.Tensor, before: torch.Tensor) -> Arm:
+        issue = execute.planned_all_reduce(plan, tensor, self.group)
+        run = functools.partial(execute.run_plan, plan, compute, issue, tensor)
+        return Arm(str(plan), run, lambda: refill(tensor, before))
+
+
+def faults(state: State) -> dict[str, str]:
+    """Of every all-reduce that all ranks have, why its sums cannot be trusted, "" where they are right. Collective."""
+    group, device = state.group, state.device
+    everywhere = set.intersection(*map(set, gather(comm.available("all_reduce", device, group), group)))
+    return {name: fault(name, device, group) for name in comm.BACKENDS if name in everywhere}
+
+
+def in_symmetric_memory(tensor: torch.Tensor, group: dist.ProcessGroup) -> bool:
+    """Whether `tensor` is in symmetric memory, where most backends sum it without a copy."""
+    return tensor.device.type == "cuda" and symmetric.memory(group, tensor.device).find(tensor) is not None
 
 
 def refill(tensor: torch.Tensor, values: torch.Tensor) -> None:
@@ -251,10 +247,10 @@ def refill(tensor: torch.Tensor, values: torch.Tensor) -> None:
         tensor.copy_(values)
 
 
-def refusal(plan: Plan, scratch: torch.Tensor, group: dist.ProcessGroup) -> str:
-    """Why the plan's backend does not sum such a tensor, or "", it then being ready for the next. Collective."""
+def refusal(backend: str, scratch: torch.Tensor, group: dist.ProcessGroup) -> str:
+    """Why the backend does not sum such a tensor, or "", it then being ready for the next. Collective."""
     try:
-        work = execute.planned_all_reduce(plan, scratch, group)(False)
+        work = comm.all_reduce(scratch, backend, group, False)
     except Exception as error:  # also a compiler's that Triton does not find: the other ranks wait to be told
         return f"{type(error).__name__}: {error}"
     if work is not None:
@@ -277,11 +273,11 @@ def tune(
 ) -> Plan:
     """Find the plan that `overlap(compute, tensor, plan="auto")` will follow, at once. Collective.
 
-    Runs `compute` some hundred times, for about `budget_s` seconds beyond warm-up, so it must bear repetition; `tensor`
-    is as before when this returns. Measures as `timing.interleave` does: on GPUs replays of a CUDA graph, without the
-    host, which is what captured code will see. Returns the plan of captured code; eager code follows the best of those
-    that are for it too, `decisions()[-1].chosen`. A group of one, or a tensor without elements, gets the sequential
-    plan. Raises ValueError as `overlap` with `check`.
+    Runs `compute` as often as `overlap` would measure it, at most some 200 times (`search.most_calls`), so it must bear
+    repetition; `tensor` is as before when this returns. On GPUs it then replays the best as CUDA graphs for about
+    `budget_s` seconds, without the host, which is what captured code will see. Returns the plan of captured code; eager
+    code follows `decisions()[-1].chosen`. A group of one, or a tensor without elements, gets the sequential plan.
+    Raises ValueError as `overlap` with `check`.
     """
     require = functools.partial(require_call, tensor, "all_reduce", group, "auto", 0, compute=compute)
     check_agreement(lambda: described(tensor, "all_reduce", require()[1], key), group)

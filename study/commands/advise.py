@@ -125,11 +125,11 @@ def advise(
     """
     import pandas as pd
 
-    from maco_lib.overlap import model
     from study.costs import BYTES_PER_ELEMENT, AllReduceCost, MatmulCost
     from study.layers import ALL_REDUCES_PER_LAYER, layer_times_us
     from study.models import model_dimensions
     from study.sections.overlap.methods import DEFAULT_BACKEND
+    from study.sections.when_to_overlap import model
     from study.sections.when_to_overlap.section import backend_of, fitted
 
     if dtype not in BYTES_PER_ELEMENT:

@@ -4,20 +4,14 @@ from maco_lib.stats import num_samples
 from study.harness.rates import Rates
 
 MAX_SAMPLES = 200
-# Runs of one candidate of `tune`, and the candidates on a CPU, the computation alone among them.
+# Runs of one candidate of `tune` and `tune_linear`, and the candidates on a CPU.
 TUNE_RUNS, TUNE_ARMS = 5, 4
-CALIBRATION_STARTS = 2.0  # by the time of a start, which is slow where a CPU is
 
 
 def sampled_s(round_s: float, budget_s: float, least: int, num_before: float = 2.0) -> float:
     """Seconds to sample arms that take `round_s` one after the other, `num_before` rounds of warming and checking
     included."""
     return (num_before + num_samples(budget_s / max(round_s, 1e-6), least, MAX_SAMPLES)) * round_s
-
-
-def calibration_s(rates: Rates) -> float:
-    """Of the planner's first use in a launch, on a machine that has not been calibrated yet."""
-    return CALIBRATION_STARTS * rates.start_s if is_cpu(rates) else 30.0
 
 
 def is_cpu(rates: Rates) -> bool:

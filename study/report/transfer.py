@@ -3,9 +3,9 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from maco_lib.overlap.model import Stretch
 from maco_lib.stats import verdict
 from study.results.evidence import Evidence
+from study.sections.when_to_overlap.model import Stretch
 
 
 @dataclass(frozen=True)

@@ -12,10 +12,10 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from maco_lib import comm
 from maco_lib import context as contexts
 from maco_lib.overlap import linear_all_reduce, linear_all_reduce_norm, overlap
-from maco_lib.overlap.plan import MAX_CANDIDATES
-from maco_lib.overlap.planner import FIRST_CALLS, ROUNDS
+from maco_lib.overlap.search import most_calls
 from maco_lib.stats import median_interval, paired_ratio
 from maco_lib.timing import SLEEP_CYCLES_PER_US, decided, first_error, gather, synchronize
 from study.harness import worker
@@ -25,8 +25,6 @@ from study.sections.linear_all_reduce.problem import EPS, Problem
 
 # Of an issued call; and how long the GPU is kept busy for each, which no call of any arm takes.
 NUM_CALLS, BUSY_US = 10, 1000
-# So many calls settle `overlap`'s plan.
-SETTLING = FIRST_CALLS + ROUNDS * MAX_CANDIDATES + 2
 Call = Callable[[], tuple[torch.Tensor, ...]]
 
 
@@ -122,7 +120,7 @@ def measure(point: dict[str, Any], context: Context) -> Result:
     prepared.prepare(problem.weights[:1], [problem.m])
     on_gpu = problem.device.type == "cuda"
     every = operations(problem, torch.cuda.Stream() if on_gpu else None)
-    for _ in range(SETTLING):
+    for _ in range(most_calls(len(comm.BACKENDS), on_gpu) + 1):  # then the plan of `overlap` is settled
         every[-1].ours()
     errors = [wrong(operation, problem) for operation in every]
     num_calls, order = NUM_CALLS if on_gpu else 1, random.Random(decided(random.getrandbits(32), problem.group))

@@ -24,11 +24,12 @@ import torch.distributed as dist
 
 from maco_lib import comm
 from maco_lib.comm import symmetric
-from maco_lib.overlap import calibrate, decisions, overlap, sm_limit
-from maco_lib.overlap.measure import fault, median_us
-from maco_lib.overlap.plan import MAX_CANDIDATES, Decision, Plan
-from maco_lib.overlap.planner import FIRST_CALLS, ROUNDS, elapsed_us, mark
-from maco_lib.timing import SLEEP_CYCLES_PER_US, Arm, Barrier, gather, interleave, synchronize
+from maco_lib.overlap import decisions, overlap, sm_limit
+from maco_lib.overlap.plan import Decision, Plan
+from maco_lib.overlap.planner import elapsed_us, mark
+from maco_lib.overlap.search import most_calls
+from maco_lib.overlap.trust import fault
+from maco_lib.timing import SLEEP_CYCLES_PER_US, Arm, Barrier, gather, interleave, median_us, synchronize
 from study.harness import worker
 
 SEED, NUM_PAIRS = 25, 20
@@ -42,7 +43,7 @@ ORDERS = (
     {"urgent": False, "compute_first": True}, {"urgent": False, "leads": True},
 )  # fmt: skip
 LEAVES = (0, 4, 8, 12, 16, 24)
-SETTLING = FIRST_CALLS + ROUNDS * MAX_CANDIDATES + 2
+SETTLING = most_calls(len(comm.BACKENDS), True) + 1
 # Of the budget: the first look at all plans, and the second at the fastest. Runs of a plan in the first look; plans
 # that are issued behind one backlog, and how long that is for each run, which no host takes.
 FIRST_PART, SECOND_PART = 0.4, 0.25
@@ -152,7 +153,7 @@ def measured(pair: Pair, backends: Sequence[str], leaves: Sequence[int], budget_
     """
     begin, kind = time.perf_counter(), pair.device.type
     decision = pair.settle()
-    faults = {name: fault(name, pair.num_bytes, pair.device, pair.group) for name in backends}
+    faults = {name: fault(name, pair.device, pair.group, pair.num_bytes) for name in backends}
     plans = every_plan(kind, [name for name in backends if not faults[name]], leaves)
     random.Random(len(plans)).shuffle(plans)  # alike on every rank
     looked = pair.look(plans, FIRST_PART * budget_s)
@@ -195,7 +196,6 @@ def users_memory(num_bytes: int, device: torch.device, group: dist.ProcessGroup,
 def run(options: argparse.Namespace, device: torch.device, group: dist.ProcessGroup) -> dict:
     """All pairs; rank 0 writes what is done so far after each. Collective."""
     chosen = pairs(options.seed, options.num_pairs, options.max_bytes, options.max_n)
-    calibrate(device, group)
     everywhere = set.intersection(*map(set, gather(comm.available("all_reduce", device, group), group)))
     backends = [name for name in comm.BACKENDS if name in everywhere]
     leaves = [left for left in LEAVES if device.type == "cuda" and not sm_limit.unavailable(left, device)] or [0]

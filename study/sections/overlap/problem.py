@@ -88,7 +88,7 @@ class Problem:
     def tuned(self) -> dict[str, Plan]:
         """What the planner chooses, for a tensor of the user's: "auto" for captured code, "auto, eager" for eager code.
 
-        Collective; calibrates in the first point.
+        Collective.
         """
         tensor = self.users_tensor()
         tensor.copy_(self.reference.source)

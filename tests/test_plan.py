@@ -317,20 +317,23 @@ def tuning_finds_out(rank: int, num_ranks: int) -> None:
     """Computations that one of the plans harms: slow while the all-reduce is under way, and slow while it is not."""
     from maco_lib.overlap import planner as auto
 
-    tensor, under_way, launch = torch.empty(1000), [], execute.launch
+    tensor, under_way, launch, run_plan = torch.empty(1000), [], execute.launch, execute.run_plan
     beside: list[bool] = []  # of each computation, whether the all-reduce was under way
 
     def watched(run, *rest, **named):
         under_way.append(1)
         return launch(run, *rest, **named)
 
-    execute.launch = watched
+    def afresh(plan, *rest):
+        under_way.clear()
+        return run_plan(plan, *rest)
+
+    execute.launch, execute.run_plan = watched, afresh
     for key, slow_beside, wanted in ((None, True, {SEQUENTIAL, COMPUTE_FIRST}), ("named", False, {OVERLAPPED})):
 
         def compute() -> None:
             beside.append(bool(under_way))
             time.sleep(0.03 if beside[-1] == slow_beside else 0.002)  # noqa: B023
-            under_way.clear()
 
         tensor.fill_(7.0)
         chosen = tune(compute, tensor, key=key, budget_s=0.1)
@@ -344,8 +347,7 @@ def tuning_finds_out(rank: int, num_ranks: int) -> None:
         beside.clear()
         overlap(compute, tensor, plan="auto", key=key)
         assert beside == [chosen == OVERLAPPED] and (tensor == 3.0).all()
-        under_way.clear()
-    execute.launch = launch
+    execute.launch, execute.run_plan = launch, run_plan
     assert len(decisions()) == 2
     # Nothing to sum: nothing to choose.
     empty = torch.empty(0)

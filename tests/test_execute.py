@@ -4,9 +4,12 @@ import base64
 import json
 import os
 import pathlib
+import shutil
 import subprocess
 import sys
 import tempfile
+
+import pytest
 
 from study.harness.files import CHECKOUT, without_places
 
@@ -45,8 +48,21 @@ def test_a_place_is_a_whole_path():
         assert without_places(text) == text
 
 
-def test_a_notebook_runs_in_this_interpreter_and_in_utf8(tmp_path):
+def made_locale(name: str, folder: pathlib.Path) -> dict[str, str]:
+    """The variables that set a locale, made in `folder` by localedef; skips where it lacks the sources."""
+    language, encoding = name.split(".")
+    made = subprocess.run(["localedef", "-i", language, "-f", encoding, folder / name], capture_output=True, text=True)
+    if made.returncode > 1 or not (folder / name).exists():
+        pytest.skip(f"localedef cannot make {name} here: {made.stderr.strip().splitlines()[-1]}")
+    return {"LOCPATH": str(folder), "LC_ALL": name}
+
+
+@pytest.mark.parametrize("locale", ["C", "en_US.ISO-8859-1"])
+def test_a_notebook_runs_in_this_interpreter_and_in_utf8(tmp_path, locale):
     """Whatever kernel called python3 comes first on JUPYTER_PATH, and in a locale that is not UTF-8."""
+    if locale != "C" and shutil.which("localedef") is None:
+        pytest.skip("no localedef to make a locale with")
+    language = {"LC_ALL": locale} if locale == "C" else made_locale(locale, tmp_path)
     other = {"argv": ["false", "{connection_file}"], "display_name": "Another Python", "language": "python"}
     (tmp_path / "kernels" / "python3").mkdir(parents=True)
     (tmp_path / "kernels" / "python3" / "kernel.json").write_text(json.dumps(other))
@@ -57,8 +73,8 @@ def test_a_notebook_runs_in_this_interpreter_and_in_utf8(tmp_path):
     notebook = {"cells": [cell], "metadata": metadata, "nbformat": 4, "nbformat_minor": 4}
     book.write_text(json.dumps(notebook), encoding="utf-8")
     environment = {
-        **os.environ, "JUPYTER_PATH": str(tmp_path), "PYTHONPATH": str(CHECKOUT), "LC_ALL": "C", "PYTHONUTF8": "0",
-        "PYTHONCOERCECLOCALE": "0", "HOME": "/nonexistent",
+        **os.environ, "JUPYTER_PATH": str(tmp_path), "PYTHONPATH": str(CHECKOUT), "PYTHONUTF8": "0",
+        "PYTHONCOERCECLOCALE": "0", "HOME": "/nonexistent", **language,
     }  # fmt: skip
     command = [sys.executable, "-m", "study.commands.execute", str(book), str(output)]
     command.append(json.dumps({"executable": sys.executable}))

@@ -43,9 +43,10 @@ def drawn(monkeypatch):
 
 @pytest.mark.parametrize("section", [*SECTIONS, None])
 @pytest.mark.parametrize("machine", ["cpu-2", "h200-x2"])
-def test_a_section_alone_has_its_figures_and_its_part_of_the_report(tmp_path, drawn, machine, section):
+def test_a_section_alone_has_its_figures_and_its_part_of_the_report(tmp_path, drawn, machine, section, capsys):
     store = alone(tmp_path, machine, *[section] if section else [])
     problems = report.build(store.root)
+    assert f"{machine}: {len(drawn)} figures drawn\n" in capsys.readouterr().out, "told machine by machine"
     assert all(section == "when_to_overlap" and "is missing" in problem for problem in problems), problems
     text = (store.root / "REPORT.md").read_text(encoding="utf-8")
     for name, spec in figures.FIGURES.items():

@@ -194,12 +194,12 @@ def test_slow_is_not_stuck_and_what_is_stuck_says_where(store, monkeypatch):
     with pytest.raises(
         launch.LaunchError, match="made no progress on any rank for 3 s, after 1 of 2 points"
     ) as stopped:
-        measure(store, sizes=[1, 2], seconds=5.0, hang_at=2)
+        measure(store, sizes=[1, 2], seconds=4.0, hang_at=2)
     assert time.monotonic() - begin < 120
     text = str(stopped.value)
     for rank in (0, 1):
         # The first point took longer than the bound, in steps; what the ranks were at is where the second hangs.
-        assert f"rank {rank}: step 53," in text and "size=2" in text
+        assert f"rank {rank}: step 43," in text and "size=2" in text
     assert text.count('File "tests/toy_program.py"') >= 2 and " in measure" in text
     assert "torch.distributed" not in text and "Traceback" not in text, "nothing of our own signal"
     assert len(list(store.journal_folder("here").glob("*.stacks"))) == 2
@@ -272,7 +272,7 @@ from study.sections import registry as sections
 from tests import toy
 sections.SECTIONS["toy"] = toy.SECTION
 store = Store(pathlib.Path(os.environ["MACO_ROOT"]))
-launch.measure(store, "here", toy.DATASET, toy.ToyParameters(sizes=[1, 2, 3], seconds=2.0), this_machine(), toy.RATES)
+launch.measure(store, "here", toy.DATASET, toy.ToyParameters(sizes=[1, 2, 3], seconds=1.6), this_machine(), toy.RATES)
 """
 
 
@@ -300,5 +300,5 @@ def test_nothing_survives_a_kill_and_the_next_run_resumes(store, tmp_path, victi
     while toy_processes(store) and time.monotonic() < deadline:
         time.sleep(0.2)
     assert not toy_processes(store)
-    asked = measure(store, sizes=[1, 2, 3], seconds=2.0)
+    asked = measure(store, sizes=[1, 2, 3], seconds=1.6)
     assert 1 not in asked and 3 in asked, "the first point is kept, the last one is measured"

@@ -1,5 +1,6 @@
 """Plans: all give the right result, "auto" settles on the faster one, on every rank the same, and errors are clear."""
 
+import dataclasses
 import functools
 import itertools
 import pathlib
@@ -103,8 +104,15 @@ def test_overlap_is_kept_only_where_it_beats_the_best_sequential_plan():
 
 def test_without_the_lead_only_where_that_is_faster_beyond_noise():
     lead, aside = Plan("maco_push_64", leads=True, urgent=False), Plan("maco_push_64")
-    for times, kept in {(90.0, 85.0): aside, (90.0, 89.5): lead, (90.0, 95.0): lead, (99.5, 98.0): aside}.items():
+    for times, kept in {(90.0, 85.0): aside, (90.0, 88.5): lead, (90.0, 95.0): lead, (99.5, 96.0): aside}.items():
         assert choose({sequential("cuda"): 100.0, lead: times[0], aside: times[1]}, "cuda") == kept
+
+
+def test_sms_are_reserved_only_where_that_is_faster_beyond_noise():
+    lead = Plan("nccl", urgent=False, leads=True)
+    reserved = dataclasses.replace(lead, leaves=12)
+    for times, kept in {(90.0, 89.5): lead, (90.0, 88.0): reserved}.items():
+        assert choose({sequential("cuda"): 100.0, lead: times[0], reserved: times[1]}, "cuda") == kept
 
 
 def test_for_a_graph_every_leading_plan_is_also_tried_with_the_roles_exchanged():

@@ -4,7 +4,8 @@
 
 Bytes of the all-reduce and n of the matmul are drawn evenly in their logarithms. The planner has the calls that it asks
 for. Then every plan is issued eagerly a few times, behind a backlog; the fastest of them, the planner's choice and the
-planner's own call are timed again, interleaved (`timing.interleave`).
+planner's own call are timed again: one by one, each behind the kernel that fills the tensor, as in somebody's code; and
+back to back (`timing.interleave`).
 """
 
 import argparse
@@ -17,7 +18,7 @@ import pathlib
 import random
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 import torch.distributed as dist
@@ -48,7 +49,7 @@ SETTLING = most_calls(len(comm.BACKENDS), True) + 1
 # that are issued behind one backlog, and how long that is for each run, which no host takes.
 FIRST_PART, SECOND_PART = 0.4, 0.25
 MOST_RUNS, TOGETHER, ISSUE_US = 3, 8, 500
-FINALISTS = 5
+FINALISTS, FINAL_RUNS = 5, 40
 TIMEOUT_S = 300.0
 
 
@@ -110,8 +111,30 @@ class Pair:
             raise RuntimeError(f'{self.key}: plan="auto" did not settle in {SETTLING} calls')
         return decision
 
+    def one_by_one(self, runs: Mapping[str, Callable[[], None]], num_rounds: int) -> dict[str, list[float]]:
+        """Times of each in µs on the slowest rank, in random order, each behind a kernel that fills the tensor anew."""
+        order = random.Random(len(runs))  # alike on every rank
+        asked = [name for _ in range(num_rounds) for name in order.sample(list(runs), len(runs))]
+        times: dict[str, list[float]] = {name: [] for name in runs}
+        for first in range(0, len(asked), TOGETHER):
+            marks = []
+            if self.device.type == "cuda":
+                torch.cuda._sleep(TOGETHER * ISSUE_US * SLEEP_CYCLES_PER_US)
+            for name in asked[first : first + TOGETHER]:
+                self.refill()
+                self.barrier()
+                begun = mark(self.device)
+                runs[name]()
+                marks.append((name, begun, mark(self.device)))
+            synchronize(self.device)
+            for name, begun, ended in marks:
+                times[name].append(elapsed_us(begun, ended))
+        every_rank = gather(list(times.values()), self.group)
+        slowest = [list(map(max, zip(*samples, strict=True))) for samples in zip(*every_rank, strict=True)]
+        return dict(zip(times, slowest, strict=True))
+
     def look(self, plans: Sequence[Plan], budget_s: float) -> dict[Plan, float]:
-        """The least of a few times of each plan, in µs on the slowest rank; the first runs make what they need."""
+        """The least of a few times of each plan; the first runs make what they need."""
         begin = time.perf_counter()
         for plan in plans:
             self.refill()
@@ -119,31 +142,19 @@ class Pair:
         synchronize(self.device)
         mean_us = max(gather((time.perf_counter() - begin) * 1e6 / len(plans), self.group))
         num_runs = max(1, min(MOST_RUNS, int(budget_s * 1e6 / (len(plans) * max(mean_us, ISSUE_US)))))
-        least: dict[Plan, float] = {}
-        for first in range(0, len(plans), TOGETHER):
-            some, marks = plans[first : first + TOGETHER], []
-            if self.device.type == "cuda":
-                torch.cuda._sleep(len(some) * num_runs * ISSUE_US * SLEEP_CYCLES_PER_US)
-            for plan in [plan for plan in some for _ in range(num_runs)]:
-                self.refill()
-                self.barrier()
-                begun = mark(self.device)
-                self.run(plan)
-                marks.append((plan, begun, mark(self.device)))
-            synchronize(self.device)
-            for plan, begun, ended in marks:
-                least[plan] = min(least.get(plan, math.inf), elapsed_us(begun, ended))
-        every_rank = gather(list(least.values()), self.group)
-        return dict(zip(least, map(max, zip(*every_rank, strict=True)), strict=True))
+        times = self.one_by_one({str(plan): functools.partial(self.run, plan) for plan in plans}, num_runs)
+        return {plan: min(times[str(plan)]) for plan in plans}
 
-    def compare(self, plans: Sequence[Plan], budget_s: float) -> tuple[float, dict[Plan, float]]:
-        """Medians in µs of the planner's own call and of the plans, interleaved."""
-        arms = [Arm("auto", self.run_auto, self.refill)]
-        arms += [Arm(str(plan), functools.partial(self.run, plan), self.refill) for plan in plans]
+    def compare(self, plans: Sequence[Plan], budget_s: float) -> tuple[dict[str, float], dict[str, float]]:
+        """Medians in µs of the planner's own call, "auto", and of the plans: one by one, and back to back, where each
+        call begins as the one before has joined its streams."""
+        runs = {"auto": self.run_auto, **{str(plan): functools.partial(self.run, plan) for plan in plans}}
+        fresh = {name: statistics.median(times) for name, times in self.one_by_one(runs, FINAL_RUNS).items()}
         timings = interleave(
-            arms, group=self.group, device=self.device, budget_s=budget_s, min_iterations=10, captured=False
-        )
-        return median_us(timings["auto"]), {plan: median_us(timings[str(plan)]) for plan in plans}
+            [Arm(name, run, self.refill) for name, run in runs.items()],
+            group=self.group, device=self.device, budget_s=budget_s, min_iterations=10, captured=False,
+        )  # fmt: skip
+        return fresh, {name: median_us(timing) for name, timing in timings.items()}
 
 
 def measured(pair: Pair, backends: Sequence[str], leaves: Sequence[int], budget_s: float) -> dict:
@@ -159,13 +170,14 @@ def measured(pair: Pair, backends: Sequence[str], leaves: Sequence[int], budget_
     looked = pair.look(plans, FIRST_PART * budget_s)
     finalists = sorted(looked, key=lambda plan: (looked[plan], str(plan)))[:FINALISTS]
     finalists += [decision.chosen] * (decision.chosen not in finalists)
-    auto_us, times_us = pair.compare(finalists, SECOND_PART * budget_s)
-    best = min(times_us, key=times_us.get)
+    fresh, back_to_back = pair.compare(finalists, SECOND_PART * budget_s)
+    chosen, auto_us, back_us = str(decision.chosen), fresh.pop("auto"), back_to_back.pop("auto")
+    best = min(fresh, key=fresh.get)
     return {
         "comm_bytes": pair.num_bytes, "matmul_n": pair.n, "num_ranks": pair.group.size(), "num_plans": len(plans),
-        "auto_us": auto_us, "chosen": str(decision.chosen), "best_us": times_us[best], "best": str(best),
-        "ratio": auto_us / times_us[best], "plan_ratio": times_us[decision.chosen] / times_us[best],
-        "finalists_us": {str(plan): us for plan, us in times_us.items()},
+        "auto_us": auto_us, "chosen": chosen, "best_us": fresh[best], "best": best, "ratio": auto_us / fresh[best],
+        "plan_ratio": fresh[chosen] / fresh[best], "back_to_back_ratio": back_us / min(back_to_back.values()),
+        "finalists_us": fresh, "back_to_back_us": back_to_back,
         "first_look_us": {str(plan): looked[plan] for plan in plans},
         "tried_us": {str(plan): us for plan, us in decision.measured_us.items()},
         "faults": {name: why for name, why in faults.items() if why},
@@ -180,6 +192,8 @@ def summary(rows: Sequence[dict]) -> dict:
         "num_pairs": len(rows),
         "median_ratio": statistics.median(row["ratio"] for row in rows),
         "worst_ratio": worst["ratio"],
+        "median_back_to_back_ratio": statistics.median(row["back_to_back_ratio"] for row in rows),
+        "worst_back_to_back_ratio": max(row["back_to_back_ratio"] for row in rows),
         "median_plan_ratio": statistics.median(row["plan_ratio"] for row in rows),
         "worst_plan_ratio": max(row["plan_ratio"] for row in rows),
         "worst": {name: worst[name] for name in ("comm_bytes", "matmul_n", "chosen", "best")},
@@ -207,10 +221,16 @@ def run(options: argparse.Namespace, device: torch.device, group: dist.ProcessGr
         found = {"seed": options.seed, "summary": summary(rows), "rows": rows}
         if group.rank() == 0:
             took = f"auto {row['auto_us']:.1f} µs ({row['chosen']}), best {row['best_us']:.1f} µs ({row['best']})"
-            print(f"{num_bytes} bytes, n = {n}: {took}, {row['ratio']:.3f}, {row['seconds']:.1f} s", flush=True)
+            print(
+                f"{num_bytes} bytes, n = {n}: {took}, {row['ratio']:.3f}, {row['seconds']:.1f} s",
+                flush=True,
+            )
+            print(f"    back to back {row['back_to_back_ratio']:.3f}", flush=True)
             options.out.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
     if group.rank() == 0:
-        print(f"median {found['summary']['median_ratio']:.3f}, worst {found['summary']['worst_ratio']:.3f}")
+        told = found["summary"]
+        print(f"median {told['median_ratio']:.3f}, worst {told['worst_ratio']:.3f}; back to back "
+              f"{told['median_back_to_back_ratio']:.3f}, {told['worst_back_to_back_ratio']:.3f}")  # fmt: skip
     return found
 
 

@@ -8,9 +8,9 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from maco_lib.machine import this_machine
 from maco_lib.overlap import model
 from study.commands import advise, doctor
+from study.harness.machine import this_machine
 from study.harness.spec import check_rows
 from study.sections.when_to_overlap import section
 

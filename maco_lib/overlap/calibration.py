@@ -22,14 +22,15 @@ import torch
 import torch.distributed as dist
 
 from maco_lib import state as states
-from maco_lib.machine import Machine, default_cache, this_machine
+from maco_lib.host import default_cache, installed_version
 from maco_lib.overlap import model
 from maco_lib.overlap.curve import Curve
 from maco_lib.overlap.measure import GRIDS, WHERE, Grid, measure
 from maco_lib.overlap.plan import Plan
 from maco_lib.state import State
 from maco_lib.timing import decided
-from maco_lib.versions import digest, installed_version
+from study.harness.machine import Machine, this_machine
+from study.harness.provenance import digest
 
 T = TypeVar("T")
 VERSION = 12  # raise it when what is measured, or how it is stored, changes

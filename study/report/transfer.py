@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from maco_lib.overlap.model import Stretch
-from maco_lib.stats import verdict
+from study.harness.stats import verdict
 from study.results.evidence import Evidence
 
 

@@ -7,8 +7,8 @@ import numpy as np
 import pandas as pd
 from pydantic import Field
 
-from maco_lib.machine import Machine
 from study.harness.forecast import TUNE_ARMS, TUNE_RUNS, is_cpu, sampled_s
+from study.harness.machine import Machine
 from study.harness.memory import BYTES_PER_ELEMENT, require, resolve_ranks, too_few_ranks
 from study.harness.rates import Rates
 from study.harness.spec import Dataset, Parameters, Point, Section, smaller

@@ -1,8 +1,7 @@
 """MACO: how much of the ideal gain does overlapping communication with computation really get, and by which technique?
 
     from maco_lib.overlap import overlap, start     run a computation and collectives side by side
-    from maco_lib.machine import this_machine       what this machine is
-    from maco_lib import stats, timing, comm        intervals and verdicts; timing primitives; the collectives
+    from maco_lib import comm, context, timing      the collectives; all that is kept of a group; timing primitives
 
 Importing this package loads nothing else, so tools that only read stored data never load torch.
 """

@@ -9,11 +9,10 @@ import sys
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
-from maco_lib.machine import default_cache, short_gpu_name, this_machine
-from maco_lib.versions import installed_version
+from maco_lib.host import installed_version, short_gpu_name
 
 # Oldest and first too new version by distribution, None where any does.
-PACKAGES = {"torch": ((2, 11), None), "numpy": (None, None), "scipy": (None, None), "nvidia-ml-py": (None, None)}
+PACKAGES = {"torch": ((2, 11), None), "numpy": (None, None), "nvidia-ml-py": (None, None)}
 INSTALL = "pip install it"
 PLANS = pathlib.Path(__file__).parent / "linear" / "tables"
 
@@ -30,12 +29,12 @@ class Check:
 
 def doctor() -> list[Check]:
     """Every check of the library on this machine, most basic first."""
+    gpus = gpu_names()
     return [
         check_python(),
         *(check_package(name, *versions, INSTALL) for name, versions in PACKAGES.items()),
-        *check_gpus(INSTALL),
-        check_plans(),
-        check_cache(),
+        *check_gpus(gpus),
+        check_plans(gpus),
     ]
 
 
@@ -78,46 +77,48 @@ def check_package(name: str, oldest: tuple[int, ...] | None, too_new: tuple[int,
     return Check(name, True, version)
 
 
-def check_gpus(remedy: str) -> Iterator[Check]:
-    """GPUs, driver, how the pairs are joined, NCCL; one check where there are no GPUs, which is no fault."""
-    machine = this_machine()
-    if machine.kind == "cpu":
-        yield Check("GPUs", True, f"none visible: {machine.num_devices} CPU cores measure over gloo")
+def gpu_names() -> list[str]:
+    """The GPUs this process may use, as the driver calls them."""
+    if installed_version("nvidia-ml-py") is None:
+        return []  # which is a finding of its own
+    import pynvml
+
+    from maco_lib import nvml
+
+    with nvml.session() as answers:
+        return [pynvml.nvmlDeviceGetName(handle) for handle in nvml.handles()] if answers else []
+
+
+def check_gpus(gpus: list[str]) -> Iterator[Check]:
+    """GPUs, whether all pairs have NVLink, NCCL; one check where there are no GPUs, which is no fault."""
+    if not gpus:
+        yield Check("GPUs", True, "none visible: ranks on CPUs sum over gloo")
         return
-    facts = machine.description
-    yield Check(
-        "GPUs",
-        True if machine.num_devices > 1 else None,
-        f"{', '.join(facts['gpus'])}; driver {facts['driver']}, CUDA {facts['cuda_driver']}",
-        "one GPU has no peer to communicate with",
-    )
-    slow = [f"GPUs {pair}: {level}" for pair, level in facts["topology"].items() if not level.startswith("NV")]
-    yield Check(
-        "topology",
-        None if slow else True,
-        "; ".join(slow) or f"NVLink between all pairs, {facts['link_limit_gb_per_s']} GB/s per direction",
-        "these pairs communicate over PCIe or the host; choose others with CUDA_VISIBLE_DEVICES if there are",
-    )
+    yield Check("GPUs", len(gpus) > 1 or None, ", ".join(gpus), "one GPU has no peer to communicate with")
+    if len(gpus) > 1:
+        from maco_lib.nvml import without_nvlink
+
+        apart = without_nvlink()
+        detail = f"GPUs {apart} are not known to be joined by it" if apart else "between all pairs"
+        yield Check("NVLink", not apart or None, detail, "choose others with CUDA_VISIBLE_DEVICES if there are")
+    yield from check_cuda_packages(INSTALL)
+
+
+def check_cuda_packages(remedy: str) -> Iterator[Check]:
+    """NCCL, and whether torch is built for GPUs."""
     versions = {name: installed_version(name) for name in ("nvidia-nccl-cu13", "nvidia-nccl-cu12")}
     nccl = ", ".join(f"{name} {version}" for name, version in versions.items() if version)
-    yield Check("NCCL", True if nccl else None, nccl or "no NCCL package (torch may bring its own)", remedy)
+    yield Check("NCCL", bool(nccl) or None, nccl or "no NCCL package (torch may bring its own)", remedy)
     torch = installed_version("torch") or ""
     yield Check("torch build", not torch.endswith("+cpu"), torch, "this torch cannot use the GPUs; " + remedy)
 
 
-def check_plans() -> Check:
+def check_plans(gpus: list[str]) -> Check:
     """Whether a table of plans is shipped for these GPUs."""
-    machine = this_machine()
-    if machine.kind == "cpu":
+    if not gpus:
         return Check("plans", True, "on CPUs: matmul, then gloo, until tune_linear has measured others")
-    gpus = {short_gpu_name(name) for name in machine.description["gpus"]}
+    models = {short_gpu_name(name) for name in gpus}
     known = sorted(path.stem for path in PLANS.glob("*.json"))
-    here = [name for name in known if name.rpartition("-x")[0] in gpus] if len(gpus) == 1 else []
+    here = [name for name in known if {name.rpartition("-x")[0]} == models]
     remedy = f"plans are shipped for {', '.join(known)}; tune_linear measures what is fastest here"
-    return Check("plans", bool(here) or None, ", ".join(here) or f"none for {', '.join(sorted(gpus))}", remedy)
-
-
-def check_cache() -> Check:
-    cache = default_cache()
-    remedy = "every process that overlaps by plan='auto' calibrates anew: set MACO_CACHE"
-    return Check("cache", True if cache else None, str(cache or "no home to keep one in"), remedy)
+    return Check("plans", bool(here) or None, ", ".join(here) or f"none for {', '.join(sorted(models))}", remedy)

@@ -58,7 +58,7 @@ def tell(problems: list[str]) -> int:
 
 def status_main(options: argparse.Namespace) -> int:
     """One line for each section of this host's folder, or a stored one; status 1 if one is failed or interrupted."""
-    from maco_lib.machine import this_machine
+    from study.harness.machine import this_machine
     from study.results.status import section_status
     from study.results.store import Store
     from study.sections.registry import SECTIONS

@@ -9,8 +9,8 @@ import tempfile
 
 import pandas as pd
 
-from maco_lib.machine import Machine
 from study.harness.files import CHECKOUT
+from study.harness.machine import Machine
 from study.results.store import Store
 from study.sections import registry as sections
 

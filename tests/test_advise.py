@@ -8,8 +8,8 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from maco_lib.machine import this_machine
 from study.commands import advise, doctor
+from study.harness.machine import this_machine
 from study.harness.spec import check_rows
 from study.sections.when_to_overlap import model, section
 

@@ -5,7 +5,7 @@ import pathlib
 
 import pytest
 
-from maco_lib import cgroup, machine
+from study.harness import cgroup, machine
 from study.results import launch
 
 
@@ -84,7 +84,7 @@ def test_cores_and_memory_have_one_source(host, monkeypatch):
 
 
 def test_nothing_else_counts_cores_or_memory():
-    root = pathlib.Path(machine.__file__).parents[1]
+    root = pathlib.Path(machine.__file__).parents[2]
     asking = {
         str(path.relative_to(root))
         for folder in ("maco_lib", "study")
@@ -93,4 +93,4 @@ def test_nothing_else_counts_cores_or_memory():
         if question in path.read_text(encoding="utf-8")
     }
     # The engines choose among the cores which ones, and take as many as there are.
-    assert asking == {"maco_lib/machine.py", "study/sections/inference/engines/engine.py"}
+    assert asking == {"study/harness/machine.py", "study/sections/inference/engines/engine.py"}

@@ -11,7 +11,7 @@ import sys
 import pandas as pd
 import pytest
 
-from maco_lib.machine import Machine, this_machine
+from study.harness.machine import Machine, this_machine
 from study.sections.inference import section as inference
 from study.sections.inference.checkpoint import KNOWN_MODELS, resolve, weight_bytes
 

@@ -16,9 +16,9 @@ from ranks import run_ranks
 from maco_lib import comm
 from maco_lib.kernels.decode_tiles import MAX_ROWS
 from maco_lib.linear.techniques.persistent_time import HOP_US, NORM, PersistentTime, fastest_tiling, side_by_side
-from maco_lib.machine import Machine
 from maco_lib.overlap import LinearPlan
 from study.drawing import looks, style
+from study.harness.machine import Machine
 from study.harness.spec import check_rows
 from study.report import figures, linear, linear_findings, linear_persistent, report
 from study.report import linear_targets as linear_promises

@@ -11,8 +11,8 @@ import types
 import pynvml
 import pytest
 
-from maco_lib import machine, nvml
-from study.harness import provenance, sampler
+from maco_lib import doctor, nvml
+from study.harness import machine, provenance, sampler
 from study.sections.environment.section import SECTION, points
 from study.sections.inference import checkpoint
 
@@ -117,6 +117,31 @@ def test_what_is_not_known_to_be_nvlink_is_none(monkeypatch, p2p, visible, apart
         nvml.without_nvlink.cache_clear()
 
 
+@pytest.mark.parametrize(
+    ("p2p", "visible", "told"),
+    [
+        (
+            pynvml.NVML_P2P_STATUS_OK, "0,1",
+            {"GPUs": (True, "NVIDIA H200, NVIDIA H200"), "NVLink": (True, "between all pairs"),
+             "plans": (True, "h200-x2, h200-x4")},
+        ),
+        (None, "0,1", {"NVLink": (None, "GPUs 0 and 1 are not known to be joined by it")}),
+        (None, "2", {"GPUs": (None, "NVIDIA H200")}),
+        (None, "", {"GPUs": (True, "none visible: ranks on CPUs sum over gloo")}),
+    ],
+)  # fmt: skip
+def test_the_librarys_doctor_tells_of_gpus_and_their_plans(monkeypatch, p2p, visible, told):
+    four_h200s(monkeypatch, 18, p2p)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    nvml.without_nvlink.cache_clear()
+    try:
+        checks = {check.name: (check.ok, check.detail) for check in doctor.doctor()}
+    finally:
+        nvml.without_nvlink.cache_clear()
+    assert {name: checks[name] for name in told} == told
+    assert ("NVLink" in checks) == ("," in visible)
+
+
 def test_this_machine_can_be_stored_and_stays_itself():
     first, second = machine.this_machine(), machine.this_machine()
     assert first == second
@@ -146,7 +171,7 @@ def test_a_user_without_a_home_or_an_account_needs_none(tmp_path, command):
     """HOME is unset; as root also a user id that has no account."""
     names = ("HOME", "XDG_STATE_HOME", "XDG_CACHE_HOME", "MACO_CACHE")
     environment = {name: value for name, value in os.environ.items() if name not in names}
-    environment |= {"PYTHONPATH": str(pathlib.Path(machine.__file__).parents[1]), "MACO_ROOT": str(tmp_path)}
+    environment |= {"PYTHONPATH": str(pathlib.Path(machine.__file__).parents[2]), "MACO_ROOT": str(tmp_path)}
     # A user id without an account has no home in the passwd file either: that is what is asked for here.
     program = (
         "import pwd, runpy, sys\n"
@@ -173,9 +198,9 @@ def test_without_a_home_nothing_is_kept(monkeypatch):
 def test_fewer_cores_make_another_machine():
     code = (
         "import os; os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})\n"
-        "from maco_lib.machine import this_machine; print(this_machine().name)"
+        "from study.harness.machine import this_machine; print(this_machine().name)"
     )
-    root = pathlib.Path(machine.__file__).parents[1]
+    root = pathlib.Path(machine.__file__).parents[2]
     environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(root)}
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "cpu-1"

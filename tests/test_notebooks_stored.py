@@ -12,10 +12,10 @@ import IPython.display
 import pandas as pd
 import pytest
 
-from maco_lib.machine import this_machine
 from study.commands import notebook
 from study.harness import rates
 from study.harness.files import CHECKOUT
+from study.harness.machine import this_machine
 from study.report import figures
 from study.results import evidence
 from study.results.store import Store

@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from ranks import run_ranks
 
-from maco_lib.machine import Machine
+from study.harness.machine import Machine
 from study.harness.spec import check_rows, point_key
 from study.results.launch import plan
 from study.sections.bandwidth import section as bandwidth

@@ -94,7 +94,7 @@ def test_what_reads_stored_data_never_imports_torch():
         for path in MODULES
         if path.relative_to(CHECKOUT).parts[0] == "study" and not measures(path)
     ]
-    names += ["maco_lib.machine", "maco_lib.stats", "study.__main__"]
+    names += ["maco_lib.host", "maco_lib.nvml", "maco_lib.doctor", "maco_lib.stats", "study.__main__"]
     program = f"""
 import importlib, sys
 for name in {names!r}:

@@ -14,11 +14,11 @@ import time
 
 import pytest
 
-from maco_lib.machine import this_machine
 from study.__main__ import main
 from study.commands import notebook, runner
 from study.harness import rates
 from study.harness.files import NOTEBOOK_FAILED
+from study.harness.machine import this_machine
 from study.harness.overrides import parse_overrides
 from study.results.status import section_status
 from study.results.store import Store

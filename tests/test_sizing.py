@@ -8,9 +8,9 @@ from dataclasses import replace
 import pytest
 import torch
 
-from maco_lib.machine import Machine, this_machine
 from maco_lib.stats import LEAST_SAMPLES, num_samples
 from maco_lib.timing import Arm, interleave
+from study.harness.machine import Machine, this_machine
 from study.harness.rates import Rates
 from study.harness.spec import PROFILES
 from study.results import sizing

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from maco_lib import stats
+from study.harness import stats
 
 POSITIVE = st.floats(0.1, 1e6, allow_nan=False)
 SAMPLES = st.lists(POSITIVE, min_size=1, max_size=60)

@@ -15,8 +15,8 @@ import psutil
 import pytest
 import stored
 
-from maco_lib.machine import this_machine
 from study.commands import derive
+from study.harness.machine import this_machine
 from study.harness.rows import aggregate, agree, as_csv
 from study.results import evidence, launch
 from study.results.status import Status, section_status
@@ -265,7 +265,7 @@ def toy_processes(store):
 
 RUN = """
 import os, pathlib
-from maco_lib.machine import this_machine
+from study.harness.machine import this_machine
 from study.results import launch
 from study.results.store import Store
 from study.sections import registry as sections

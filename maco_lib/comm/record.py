@@ -1,4 +1,4 @@
-"""The record of each collective: who holds what, bytes moved, bandwidths, limits, and the check of its result.
+"""The record of each collective: who holds what, bandwidths, and the check of its result.
 
 P is the number of ranks. S, the `bytes` of a collective, is the larger of a rank's two buffers, as in nccl-tests:
 
@@ -33,10 +33,6 @@ class Collective:
     def bus_factor(self, num_ranks: int) -> float:
         """busbw / algbw: the least bytes that cross each rank's link, over S."""
         return self.num_rounds * (num_ranks - 1) / num_ranks
-
-    def bytes_moved(self, num_bytes: int, num_ranks: int) -> float:
-        """Bytes that each rank has to send (and receive), at least."""
-        return self.bus_factor(num_ranks) * num_bytes
 
     def numels(self, numel: int, num_ranks: int) -> tuple[int, int]:
         """Elements of a rank's (source, result) when the larger has `numel`; ValueError if it does not divide."""
@@ -74,16 +70,6 @@ def algbw(num_bytes: float, seconds: float) -> float:
 def busbw(name: str, num_bytes: float, seconds: float, num_ranks: int) -> float:
     """Bus bandwidth in GB/s: algbw times the bus factor, comparable to the speed of a link at any number of ranks."""
     return algbw(num_bytes, seconds) * collective(name).bus_factor(num_ranks)
-
-
-def one_shot_limit_s(num_bytes: float, num_ranks: int, bytes_per_s: float) -> float:
-    """Least time of an all-reduce in which every rank reads every other rank's whole tensor: (P - 1) S / B."""
-    return (num_ranks - 1) * num_bytes / bytes_per_s
-
-
-def two_shot_limit_s(num_bytes: float, num_ranks: int, bytes_per_s: float) -> float:
-    """Least time of an all-reduce as reduce-scatter and all-gather: 2 (P - 1) S / (P B)."""
-    return 2 * (num_ranks - 1) * num_bytes / (num_ranks * bytes_per_s)
 
 
 @dataclass

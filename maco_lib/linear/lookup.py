@@ -117,6 +117,6 @@ class PlanTable:
 
 @functools.cache
 def shipped(gpu: str, num_ranks: int) -> PlanTable | None:
-    """The table for so many GPUs of that model, as `machine.short_gpu_name` calls it ("h200"), if there is one."""
+    """The table for so many GPUs of that model, as `host.short_gpu_name` calls it ("h200"), if there is one."""
     path = FOLDER / f"{gpu}-x{num_ranks}.json"
     return PlanTable.from_json(json.loads(path.read_text(encoding="utf-8"))) if path.exists() else None

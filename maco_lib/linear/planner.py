@@ -24,12 +24,12 @@ import torch.distributed as dist
 from maco_lib import comm
 from maco_lib import state as states
 from maco_lib.comm import DTYPES
+from maco_lib.host import short_gpu_name
 from maco_lib.linear.lookup import PlanTable, shipped
 from maco_lib.linear.measure import Shape, cuts
 from maco_lib.linear.plan import HOPPER, LinearPlan, candidates
 from maco_lib.linear.techniques.decode import LINES
 from maco_lib.linear.techniques.problem import workspace_address
-from maco_lib.machine import short_gpu_name
 from maco_lib.overlap.plan import DEFAULT_BACKEND, Decision, keep, record
 from maco_lib.overlap.validation import check_agreement, device_kinds, group_name, row_counts
 from maco_lib.state import State

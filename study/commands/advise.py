@@ -87,7 +87,7 @@ def machine_folder(store: "Store", wanted: str) -> str:
 
     Raises ValueError naming the folders that have the tables.
     """
-    from maco_lib.machine import this_machine
+    from study.harness.machine import this_machine
 
     def devices(name: str) -> tuple[bool, int]:
         entry = store.machine(name)

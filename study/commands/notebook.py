@@ -18,9 +18,9 @@ from typing import Any
 import pandas as pd
 from IPython.display import HTML, Image, Markdown, display
 
-from maco_lib.machine import Machine, this_machine
 from study.commands import derive
 from study.drawing.style import FORMATS, RC
+from study.harness.machine import Machine, this_machine
 from study.harness.markdown import code, verbatim
 from study.harness.spec import Derived, Section, SectionParameters
 from study.harness.supervise import die_with_parent

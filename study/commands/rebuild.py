@@ -2,7 +2,7 @@
 
 import sys
 
-from maco_lib.machine import num_cores
+from study.harness.machine import num_cores
 from study.report import figures, publish, report
 from study.results.status import COMPLETE
 from study.results.store import DataError, Store

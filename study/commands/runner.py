@@ -13,11 +13,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from maco_lib.machine import Machine, this_machine
 from study.commands.rebuild import write_report
 from study.drawing.style import FORMATS
 from study.harness.files import CHECKOUT, NOTEBOOK_FAILED
 from study.harness.journal import Tail
+from study.harness.machine import Machine, this_machine
 from study.harness.overrides import parse_overrides
 from study.harness.progress import View
 from study.harness.spec import PROFILES, Section, SectionParameters

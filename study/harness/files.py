@@ -23,6 +23,14 @@ def study_root() -> pathlib.Path:
     return pathlib.Path(os.environ.get("MACO_ROOT") or CHECKOUT)
 
 
+def default_cache() -> pathlib.Path | None:
+    """$MACO_CACHE, else ~/.cache/maco; None for a user without a home."""
+    try:
+        return pathlib.Path(os.environ.get("MACO_CACHE") or pathlib.Path.home() / ".cache" / "maco")
+    except RuntimeError:
+        return None
+
+
 def without_places(text: str) -> str:
     """`text` without where this machine keeps its files: the checkout, the interpreter, temporary files."""
     places = {f"{CHECKOUT}/": "", sys.prefix: "<python>", tempfile.gettempdir(): "<tmp>"}

@@ -1,6 +1,6 @@
 """Refuse sizes that cannot fit before anything is started."""
 
-from maco_lib.machine import Machine
+from study.harness.machine import Machine
 
 BYTES_PER_ELEMENT = {"bf16": 2, "fp16": 2, "fp32": 4}
 FILL = 0.8

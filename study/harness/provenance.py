@@ -1,6 +1,7 @@
 """Where a measurement came from: versions, settings, code, command, machine; nothing secret and no host name."""
 
 import datetime
+import hashlib
 import os
 import pathlib
 import platform
@@ -8,8 +9,8 @@ import subprocess
 import sys
 from typing import Any
 
-from maco_lib.machine import Machine, this_machine
-from maco_lib.versions import digest, installed_version
+from maco_lib.host import installed_version
+from study.harness.machine import Machine, this_machine
 
 # Distributions by the name they are installed under; two names for what CPU and CUDA builds call differently.
 PACKAGES = (
@@ -80,6 +81,15 @@ def source_digest(root: pathlib.Path) -> str:
     """SHA-256 over the sources of library and study, to tell whether the code moved since a table was written."""
     files = (path for folder in SOURCE_FOLDERS for path in (root / folder).rglob("*"))
     return digest(sorted(path for path in files if path.suffix in SOURCES), root)
+
+
+def digest(paths: list[pathlib.Path], root: pathlib.Path) -> str:
+    """SHA-256 over the names (relative to `root`) and contents of `paths`."""
+    total = hashlib.sha256()
+    for path in paths:
+        content = hashlib.sha256(path.read_bytes()).hexdigest()
+        total.update(f"{path.relative_to(root).as_posix()} {content}\n".encode())
+    return total.hexdigest()
 
 
 def git_state(root: pathlib.Path) -> dict[str, Any]:

@@ -10,7 +10,7 @@ import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 
-from maco_lib.machine import Machine
+from study.harness.machine import Machine
 
 PUBLISHED_DTYPE = "bf16"
 # Another type replaces the published one where it multiplies so many times as fast.

@@ -6,7 +6,7 @@ from typing import Any
 
 import pandas as pd
 
-from maco_lib import stats
+from study.harness import stats
 from study.harness.spec import Dataset
 
 FLOAT_FORMAT = "%.6g"

@@ -14,7 +14,7 @@ import pandas as pd
 import pandera.pandas as pa
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from maco_lib.machine import Machine
+from study.harness.machine import Machine
 from study.harness.rates import Rates
 
 PROFILES = ("smoke", "standard", "full")

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from maco_lib.stats import verdict
+from study.harness.stats import verdict
 from study.results.evidence import Evidence
 from study.sections.when_to_overlap.model import Stretch
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import pandas as pd
 
-from maco_lib.machine import Machine
+from study.harness.machine import Machine
 from study.harness.markdown import verbatim
 from study.results.status import COMPLETE, FAILED, RUNNING, UNAVAILABLE, recorded_parameters, stale_tables
 from study.results.store import DataError, Store

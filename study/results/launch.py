@@ -6,10 +6,10 @@ import subprocess
 import sys
 import time
 
-from maco_lib.machine import Machine, num_cores
 from study.harness.files import CHECKOUT, without_places, write_json
 from study.harness.journal import drop_torn_line
 from study.harness.locks import held
+from study.harness.machine import Machine, num_cores
 from study.harness.progress import Progress
 from study.harness.provenance import provenance
 from study.harness.rates import Rates

@@ -8,9 +8,9 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from maco_lib.machine import Machine
 from study.harness import rates as machine_rates
 from study.harness.files import write_json
+from study.harness.machine import Machine
 from study.harness.memory import resolve_ranks
 from study.harness.rates import Rates
 from study.harness.spec import Dataset, Point, Section, SectionParameters

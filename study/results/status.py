@@ -5,8 +5,8 @@ import hashlib
 from dataclasses import dataclass
 from typing import Any
 
-from maco_lib.machine import Machine
 from study.harness.files import CHECKOUT
+from study.harness.machine import Machine
 from study.harness.provenance import source_digest
 from study.harness.spec import Derived, Section, SectionParameters
 from study.results.launch import missing, plan, repeats

@@ -17,10 +17,10 @@ from typing import Any
 
 import pandas as pd
 
-from maco_lib.machine import Machine
 from study.harness import locks
 from study.harness.files import CHECKOUT, DataError, sha256, study_root, write_atomically, write_json
 from study.harness.journal import read_lines
+from study.harness.machine import Machine
 from study.harness.provenance import source_digest
 from study.harness.rows import aggregate, agree, as_csv, journal_frames, replacing
 from study.harness.spec import Dataset, Derived, check_rows

@@ -4,9 +4,9 @@ import math
 import random
 from typing import Any
 
-from maco_lib import comm, stats
+from maco_lib import comm
 from maco_lib.timing import Arm, Timing, decided, first_error, interleave
-from study.harness import worker
+from study.harness import stats, worker
 from study.harness.worker import Context, Result, samples_of
 
 

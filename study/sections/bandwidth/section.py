@@ -10,8 +10,8 @@ import pandera.pandas as pa
 from pydantic import Field
 from scipy.optimize import nnls
 
-from maco_lib.machine import Machine
 from study.harness.forecast import is_cpu, sampled_s
+from study.harness.machine import Machine
 from study.harness.memory import BYTES_PER_ELEMENT, require, resolve_ranks, too_few_ranks
 from study.harness.rates import Rates
 from study.harness.spec import Dataset, Derived, Parameters, Point, Section, smaller

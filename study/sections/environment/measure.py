@@ -10,9 +10,9 @@ from collections.abc import Callable
 import torch
 
 from maco_lib.comm import DTYPES
-from maco_lib.machine import this_machine
 from maco_lib.stats import median_interval
 from maco_lib.timing import Arm, interleave
+from study.harness.machine import this_machine
 from study.harness.worker import Context, Result, Samples, main
 from study.sections.environment.section import MIN_ITERATIONS
 

@@ -5,8 +5,8 @@ from typing import Literal
 import pandera.pandas as pa
 from pydantic import Field
 
-from maco_lib.machine import Machine
 from study.harness.forecast import sampled_s
+from study.harness.machine import Machine
 from study.harness.rates import Rates
 from study.harness.spec import Dataset, Point, Section, SectionParameters, smaller
 

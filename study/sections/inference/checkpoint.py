@@ -16,7 +16,7 @@ import tempfile
 from dataclasses import dataclass
 from typing import Literal
 
-from maco_lib.machine import default_cache
+from study.harness.files import default_cache
 from study.models import MODELS, ModelDimensions
 
 TINY = ModelDimensions("Qwen3-tiny", 256, 512, 2, 4, 2, 64, 32768, tied=True)

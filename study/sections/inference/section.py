@@ -9,8 +9,8 @@ import pandas as pd
 import pandera.pandas as pa
 from pydantic import Field, PositiveInt, field_validator
 
-from maco_lib.machine import Machine
 from study.harness.forecast import is_cpu
+from study.harness.machine import Machine
 from study.harness.rates import Rates
 from study.harness.spec import Dataset, Derived, Point, Section, SectionParameters, smaller
 from study.sections.inference.checkpoint import KNOWN_MODELS, check_model, weight_bytes

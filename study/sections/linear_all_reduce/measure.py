@@ -9,11 +9,10 @@ import functools
 import math
 from typing import Any
 
-from maco_lib import stats
 from maco_lib.kernels.tile_order import CTAS
 from maco_lib.linear.techniques.persistent_time import fastest_tiling
 from maco_lib.timing import Arm, Timing, first_error, interleave
-from study.harness import worker
+from study.harness import stats, worker
 from study.harness.worker import Context, Result, samples_of
 from study.sections.linear_all_reduce.arms import chunks_alone, described, run_of
 from study.sections.linear_all_reduce.methods import BASE, CHAIN, FEW_ROWS, IDEAL_BACKENDS, MATMUL, METHODS

@@ -16,9 +16,9 @@ from maco_lib import comm
 from maco_lib import context as contexts
 from maco_lib.overlap import linear_all_reduce, linear_all_reduce_norm, overlap
 from maco_lib.overlap.search import most_calls
-from maco_lib.stats import median_interval, paired_ratio
 from maco_lib.timing import SLEEP_CYCLES_PER_US, decided, first_error, gather, synchronize
 from study.harness import worker
+from study.harness.stats import median_interval, paired_ratio
 from study.harness.worker import Context, Result, Samples
 from study.sections.linear_all_reduce.methods import CHAIN, MATMUL, OVERLAP
 from study.sections.linear_all_reduce.problem import EPS, Problem

@@ -5,11 +5,10 @@ from typing import Any
 
 import torch
 
-from maco_lib import stats
 from maco_lib.linear.techniques import persistent
 from maco_lib.linear.techniques.problem import Problem as Call
 from maco_lib.timing import Timing, interleave
-from study.harness import worker
+from study.harness import stats, worker
 from study.harness.worker import Context, Result, samples_of
 from study.sections.linear_all_reduce.measure import of_one_run, sampled
 from study.sections.linear_all_reduce.problem import Outputs, Problem, Run

@@ -7,8 +7,8 @@ import numpy as np
 import pandas as pd
 from pydantic import Field
 
-from maco_lib.machine import Machine
 from study.harness.forecast import TUNE_ARMS, TUNE_RUNS, is_cpu, sampled_s
+from study.harness.machine import Machine
 from study.harness.memory import BYTES_PER_ELEMENT, require, resolve_ranks, too_few_ranks
 from study.harness.rates import Rates
 from study.harness.spec import Dataset, Parameters, Point, Section, smaller
@@ -330,7 +330,10 @@ SECTION = Section(
                     "host_cost_rows": [16], "host_cost_rounds": 10, "hand_over_rows": [2048], "hand_over_tiles": 10**6,
                     "strict_cost_rows": [4096],
                 },
-                {"rows": [16, 2048], "budget_s": 0.05, "num_repeats": 20, "num_calls": 100},
+                {
+                    "rows": [16, 2048], "budget_s": 0.05, "num_repeats": 20, "num_calls": 100, "hand_over_rows": [],
+                    "strict_cost_rows": [],
+                },
             ),
         },
         "standard": {

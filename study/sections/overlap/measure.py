@@ -3,10 +3,9 @@
 import math
 from typing import Any
 
-from maco_lib import stats
 from maco_lib.overlap.plan import Plan
 from maco_lib.timing import Arm, Timing, first_error, interleave
-from study.harness import worker
+from study.harness import stats, worker
 from study.harness.worker import Context, Result, samples_of
 from study.sections.overlap.methods import IDEAL_BACKENDS, METHODS, PUBLISHED, SWEEP, SWEEP_IDEAL_BACKENDS
 from study.sections.overlap.problem import Problem

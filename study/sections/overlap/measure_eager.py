@@ -8,10 +8,9 @@ import math
 from dataclasses import dataclass, replace
 from typing import Any
 
-from maco_lib import stats
 from maco_lib.overlap.plan import Plan
 from maco_lib.timing import Arm, Timing, interleave
-from study.harness import worker
+from study.harness import stats, worker
 from study.harness.worker import Context, Result, samples_of
 from study.sections.overlap.measure import planned
 from study.sections.overlap.problem import Problem

@@ -10,13 +10,12 @@ from typing import Any
 
 import torch
 
-from maco_lib import stats
 from maco_lib.comm import DTYPES
-from maco_lib.machine import num_cores
 from maco_lib.overlap import execute
 from maco_lib.overlap.sm_limit import leaving
 from maco_lib.timing import Arm, interleave
-from study.harness import worker
+from study.harness import stats, worker
+from study.harness.machine import num_cores
 from study.harness.rates import PUBLISHED_DTYPE
 from study.harness.worker import Context, Result, samples_of
 
@@ -80,14 +79,14 @@ def measure(point: dict[str, Any], context: Context) -> Result:
 
 def head_start() -> None:
     """A kernel of one CTA before the matmul: its time is taken off again."""
-    from maco_lib.kernels.hold import hold
+    from study.sections.overlap.hold import hold
 
     hold(1, HEAD_START_US)
 
 
 def held(matmul: Callable, num_sms: int, hold_us: float, device: torch.device) -> Callable[[], None]:
     """The matmul while CTAs of another kernel hold `num_sms` SMs for its first `hold_us`."""
-    from maco_lib.kernels.hold import hold
+    from study.sections.overlap.hold import hold
 
     side = execute.side_stream(device, execute.highest_priority())
 

@@ -7,9 +7,9 @@ import pandas as pd
 import pandera.pandas as pa
 from pydantic import Field
 
-from maco_lib import stats
-from maco_lib.machine import Machine
+from study.harness import stats
 from study.harness.forecast import TUNE_ARMS, TUNE_RUNS, is_cpu, sampled_s
+from study.harness.machine import Machine
 from study.harness.memory import resolve_ranks, too_few_ranks
 from study.harness.rates import Rates
 from study.harness.spec import Dataset, Parameters, Point, Section, smaller

@@ -2,7 +2,7 @@
 
 import pandera.pandas as pa
 
-from maco_lib.machine import Machine
+from study.harness.machine import Machine
 from study.harness.memory import BYTES_PER_ELEMENT, require, resolve_ranks
 from study.harness.spec import Parameters
 from study.sections.overlap.methods import METHODS, PUBLISHED, SWEEP

@@ -2,8 +2,8 @@
 
 import pandera.pandas as pa
 
-from maco_lib.machine import Machine
 from study.harness.forecast import is_cpu, sampled_s
+from study.harness.machine import Machine
 from study.harness.memory import too_few_ranks
 from study.harness.rates import PUBLISHED_DTYPE, Rates
 from study.harness.spec import Dataset, Point, SectionParameters

@@ -24,7 +24,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 import scipy.optimize
 
-from maco_lib.stats import verdict
+from study.harness.stats import verdict
 
 MAX_STRETCH = 10.0
 MIN_TRAINING_POINTS = 3

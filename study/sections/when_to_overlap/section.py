@@ -8,9 +8,9 @@ import pandas as pd
 import pandera.pandas as pa
 from pydantic import Field
 
-from maco_lib.stats import verdict
 from study.costs import AllReduceCost, MatmulCost
 from study.harness.spec import Derived, Section, SectionParameters
+from study.harness.stats import verdict
 from study.layers import ALL_REDUCES_PER_LAYER, layer_times_us
 from study.models import MODELS
 from study.sections.when_to_overlap import model

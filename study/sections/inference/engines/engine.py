@@ -5,7 +5,7 @@ import pathlib
 from dataclasses import dataclass
 from typing import Protocol
 
-from maco_lib.machine import num_cores
+from study.harness.machine import num_cores
 
 
 @dataclass(frozen=True)

@@ -12,10 +12,9 @@ import socket
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from maco_lib import cgroup, nvml
-
-BRANDS = {"nvidia", "tesla", "geforce", "quadro"}
-VARIANTS = {"ti", "super", "ada", "blackwell"}
+from maco_lib import nvml
+from maco_lib.host import short_gpu_name
+from study.harness import cgroup, gpus
 
 
 @dataclass(frozen=True)
@@ -39,12 +38,12 @@ def this_machine() -> Machine:
     """The machine this process runs on; GPUs are those that CUDA_VISIBLE_DEVICES leaves visible."""
     description = describe_host()
     with nvml.session() as answers:
-        gpus = nvml.handles() if answers else []
-        identity = host_identity(nvml.all_uuids() if answers else [], description["cpu"])
-        if gpus:
-            description = {**nvml.describe(gpus), **description}
+        handles = nvml.handles() if answers else []
+        identity = host_identity(gpus.all_uuids() if answers else [], description["cpu"])
+        if handles:
+            description = {**gpus.describe(handles), **description}
             name = machine_name(description["gpus"])
-            return Machine("cuda", len(gpus), name, identity, description["gpu_memory_bytes"], description)
+            return Machine("cuda", len(handles), name, identity, description["gpu_memory_bytes"], description)
     cores = description["cores"]
     return Machine("cpu", cores, f"cpu-{cores}", identity, description["ram_bytes"], description)
 
@@ -53,13 +52,6 @@ def machine_name(gpus: list[str]) -> str:
     """A folder name for a set of GPUs: ["NVIDIA H200", "NVIDIA H200"] -> "h200-x2"."""
     counts = collections.Counter(map(short_gpu_name, gpus))
     return "-".join(f"{name}-x{count}" for name, count in counts.items())
-
-
-def short_gpu_name(name: str) -> str:
-    """The model without brand, form factor and memory: "NVIDIA A100-SXM4-80GB" -> "a100"."""
-    words = [word for word in re.split(r"[^a-z0-9]+", name.lower()) if word and word not in BRANDS]
-    model = next((index for index, word in enumerate(words) if re.search(r"\d", word)), len(words) - 1)
-    return "-".join(words[: model + 1] + [word for word in words[model + 1 :] if word in VARIANTS]) or "gpu"
 
 
 def host_identity(gpu_uuids: list[str], cpu: str) -> str:
@@ -151,11 +143,3 @@ def container() -> str | None:
     if "KUBERNETES_SERVICE_HOST" in os.environ:
         return "kubernetes"
     return None
-
-
-def default_cache() -> pathlib.Path | None:
-    """$MACO_CACHE, else ~/.cache/maco; None for a user without a home."""
-    try:
-        return pathlib.Path(os.environ.get("MACO_CACHE") or pathlib.Path.home() / ".cache" / "maco")
-    except RuntimeError:
-        return None

@@ -59,7 +59,8 @@ def on_a_thread(problem: Problem, blocks: list[Block]) -> None:
         problem.multiply(block)
         works.append(problem.sum(block, async_op=True))
     for block, work in zip(blocks, works, strict=True):
-        work.wait()
+        if work is not None:
+            work.wait()
         problem.finish(block)
 
 

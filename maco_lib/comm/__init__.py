@@ -1,11 +1,12 @@
 """The collectives: what each is (`record`), and the backends that run it, one per file.
 
-Every module here that has a tuple `BACKENDS` is found, so that a backend is added by adding its file: an all-reduce of
-gloo's that is called "mine" is comm/mine.py with
+Every module here that has a tuple `BACKENDS` is found, so that a backend is added by adding its file: comm/mine.py with a
+class as `Backend` says, and
 
-    BACKENDS = (Mine("mine"),)  # PLACE = 4 beside it: where they come in lists; without one, behind those that have one
+    BACKENDS = (Mine("mine"),)
 
-A backend is what `Backend` says. Plans, planners and section 3 of the study then know it by its name.
+makes Plan("mine") and LinearPlan(backend="mine"), which planners try, and section 3 of the study measures. PLACE beside
+it is where the module's come in lists of backends; without one, behind those that have one.
 """
 
 import importlib

@@ -1,7 +1,7 @@
 """The collectives: what each is (`record`), and the backends that run it, one per file.
 
-Every module here that has a tuple `BACKENDS` is found, so that a backend is added by adding its file: comm/mine.py with a
-class as `Backend` says, and
+Every module here that has a tuple `BACKENDS` is found, so that a backend is added by adding its file: comm/mine.py with
+a class as `Backend` says, and
 
     BACKENDS = (Mine("mine"),)
 

@@ -11,8 +11,9 @@ from ranks import run_ranks
 
 from maco_lib.linear import planner as linear_auto
 from maco_lib.linear.lookup import shipped
-from maco_lib.linear.plan import TECHNIQUES, candidates
+from maco_lib.linear.plan import candidates
 from maco_lib.linear.planner import LinearPlanner, nearby
+from maco_lib.linear.techniques import techniques
 from maco_lib.linear.techniques.persistent_time import TILINGS
 from maco_lib.overlap import LinearPlan, RowParallelLinear, decisions, linear_all_reduce, tune_linear
 from maco_lib.overlap.plan import keep
@@ -25,7 +26,7 @@ GLOO, HALVES = LinearPlan(backend="gloo"), LinearPlan("chunked", "gloo", 2)
 
 
 def test_every_technique_is_a_candidate_on_gpus_and_fused_ones_nowhere_else():
-    assert {plan.technique for plan in candidates("cuda", ["nccl", "maco_push_64"])} == set(TECHNIQUES)
+    assert {plan.technique for plan in candidates("cuda", ["nccl", "maco_push_64"])} == set(techniques())
     assert {plan.technique for plan in candidates("cpu", ["gloo"])} == {"sequential", "chunked"}
 
 

@@ -383,8 +383,8 @@ def test_what_is_known_is_followed_in_graphs(cache):
 
 def backends_that_break(rank: int, num_ranks: int) -> None:
     """Whatever a backend stumbles over, it is left out: an error of the host's compiler is no RuntimeError."""
-    from maco_lib.linear import execute as linear
     from maco_lib.linear import measure as linear_measure
+    from maco_lib.linear.techniques import techniques
     from maco_lib.overlap import planner as auto
     from maco_lib.overlap import trust
 
@@ -396,7 +396,7 @@ def backends_that_break(rank: int, num_ranks: int) -> None:
     assert trust.fault("gloo", CPU, group, 64) == f"rank 0: gloo: {told}"
     assert auto.refusal("gloo", torch.ones(4), group) == told
     comm.all_reduce = sums
-    linear.RUN["chunked"] = broken
+    techniques()["chunked"] = dataclasses.replace(techniques()["chunked"], run=broken)
     plan = LinearPlan("chunked", num_chunks=2)
     fault = linear_measure.Shape(300, torch.ones(8, 4), group).fault(plan)
     assert fault == f"rank 0: {plan}: {told}"

@@ -20,6 +20,7 @@ from study.harness import rates
 from study.harness.files import NOTEBOOK_FAILED
 from study.harness.machine import this_machine
 from study.harness.overrides import parse_overrides
+from study.report import figures
 from study.results.status import section_status
 from study.results.store import Store
 from study.sections.registry import SECTIONS
@@ -62,7 +63,7 @@ def test_smoke_study_is_whole(study):
             rows = store.read(folder, dataset.name)
             assert len(rows) and (rows["error"] == "").all(), rows["error"].unique()
             assert set(store.launches(folder, dataset.name)["launch"]) <= set(record["launches"])
-        for figure in section.figures:
+        for figure in figures.of_section(section.name):
             for suffix in ("svg", "pdf", "png", "csv"):
                 assert (root / "figures" / folder / f"{figure}.{suffix}").stat().st_size > 0
         book = json.loads((root / "data" / folder / "executed" / section.notebook).read_text(encoding="utf-8"))
@@ -218,14 +219,14 @@ def test_a_section_is_tried_where_the_tables_of_a_failed_one_are_stored(sections
 
 
 def test_report_only_draws_what_is_asked_with_options_in_any_order(stored, monkeypatch):
-    from study.report import figures, publish, report
+    from study.report import publish, report
 
     drawn, built = [], []
     monkeypatch.setattr(figures, "write", lambda store, folder, name: drawn.append((folder, name)))
     monkeypatch.setattr(report, "build", lambda root, redraw=True, **_: built.append(redraw) or [])
     monkeypatch.setattr(publish, "build", lambda root: [])
     assert main(["run", "--only", "overlap", "--report-only", "--machine", "h200-x2"]) == 0
-    assert drawn == [("h200-x2", name) for name in SECTIONS["overlap"].figures] and built == [False]
+    assert drawn == [("h200-x2", name) for name in figures.of_section("overlap")] and built == [False]
     assert main(["run", "--report-only"]) == 0 and built == [False, True]
     drawn.clear()
     assert main(["run", "--report-only", "--only", "inference"]) == 0

@@ -1,50 +1,63 @@
 """The collectives: what each is (`record`), and the backends that run it, one per file.
 
-A backend has `name`, `needs`, `unavailable(collective, device, group) -> why or None` and
-`operation(collective, numel, dtype, device, group) -> Operation`, and for the caller's own tensor
-`all_reduce(tensor, group, async_op)`.
+Every module here that has a tuple `BACKENDS` is found, so that a backend is added by adding its file: comm/mine.py with
+a class as `Backend` says, and
+
+    BACKENDS = (Mine("mine"),)
+
+makes Plan("mine") and LinearPlan(backend="mine"), which planners try, and section 3 of the study measures. PLACE beside
+it is where the module's come in lists of backends; without one, behind those that have one.
 """
+
+import importlib
+import pkgutil
+from types import ModuleType
+from typing import Protocol
 
 import torch
 import torch.distributed as dist
 
 from maco_lib import state as states
-from maco_lib.comm.gloo import Gloo
-from maco_lib.comm.mailed import LL128, OneShotLines
-from maco_lib.comm.nccl import Nccl
-from maco_lib.comm.nccl_symmetric import NcclSymmetric, release
-from maco_lib.comm.one_shot import PullOneShot
+from maco_lib.comm.nccl_symmetric import release
 from maco_lib.comm.record import COLLECTIVES, DTYPES, Collective, Operation, Reference, algbw, busbw, check, collective
-from maco_lib.comm.staged import Staged
-from maco_lib.comm.symm_mem import OneShot, TwoShot
-from maco_lib.comm.symmetric import SymmetricAllReduce, symmetric_empty
-from maco_lib.comm.two_shot import PullTwoShot, PushTwoShot
-from maco_lib.comm.vllm_custom import VllmCustom
-
-BACKENDS = {
-    backend.name: backend
-    for backend in (
-        Nccl("nccl"),
-        Nccl("nccl_cta4", max_ctas=4),
-        Nccl("nccl_cta8", max_ctas=8),
-        NcclSymmetric("nccl_symmetric"),
-        OneShot("symm_mem_one_shot"),
-        TwoShot("symm_mem_two_shot"),
-        PullTwoShot("maco_pull_8", num_ctas=8),
-        PushTwoShot("maco_push_64", num_ctas=64),
-        PushTwoShot("maco_push_128", num_ctas=128),
-        Staged("maco_staged_8", num_ctas=8),
-        Staged("maco_staged_12", num_ctas=12),
-        OneShotLines("maco_ll"),
-        LL128("maco_ll128"),
-        PullOneShot("maco_one_shot_64"),
-        VllmCustom("vllm_custom"),
-        Gloo(),
-    )
-}
+from maco_lib.comm.symmetric import symmetric_empty
 
 
-Backend = Nccl | NcclSymmetric | Gloo | SymmetricAllReduce
+class Backend(Protocol):
+    """One way to run collectives. needs: what it takes, in words."""
+
+    name: str
+    needs: str
+
+    def unavailable(self, collective: str, device: torch.device, group: dist.ProcessGroup) -> str | None:
+        """Why it cannot run here, or None."""
+
+    def operation(
+        self, name: str, numel: int, dtype: torch.dtype, device: torch.device, group: dist.ProcessGroup
+    ) -> Operation:
+        """The collective on buffers of its own. Collective."""
+
+    def all_reduce(self, tensor: torch.Tensor, group: dist.ProcessGroup, async_op: bool = False) -> dist.Work | None:
+        """Sum contiguous `tensor` in place on the current stream."""
+
+
+def found() -> dict[str, Backend]:
+    """The backends of this package's modules by name; ValueError where two have the same."""
+    modules = [importlib.import_module(f"{__name__}.{entry.name}") for entry in pkgutil.iter_modules(__path__)]
+    backends: dict[str, Backend] = {}
+    for module in sorted((module for module in modules if hasattr(module, "BACKENDS")), key=place):
+        for entry in module.BACKENDS:
+            if entry.name in backends:
+                raise ValueError(f"{module.__name__} has a backend {entry.name!r}, which there is already")
+            backends[entry.name] = entry
+    return backends
+
+
+def place(module: ModuleType) -> tuple[float, str]:
+    return getattr(module, "PLACE", float("inf")), module.__name__
+
+
+BACKENDS = found()
 
 
 def backend(name: str) -> Backend:

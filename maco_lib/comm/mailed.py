@@ -79,3 +79,7 @@ class LL128(Mailed):
         from maco_lib.kernels.ll128 import ll128_sum
 
         return ll128_sum
+
+
+BACKENDS = (OneShotLines("maco_ll"), LL128("maco_ll128"))
+PLACE = 5

@@ -70,3 +70,7 @@ def new_group(state: State, max_ctas: int) -> dist.ProcessGroup:
     options.config.min_ctas = 1
     options.config.max_ctas = max_ctas
     return dist.new_group(dist.get_process_group_ranks(state.group), backend="nccl", pg_options=options)
+
+
+BACKENDS = (Nccl("nccl"), Nccl("nccl_cta4", max_ctas=4), Nccl("nccl_cta8", max_ctas=8))
+PLACE = 0

@@ -36,3 +36,7 @@ class Staged(SharedSum):
             launch = add_share(buffers[:-1], buffers[-1], *part, **how)
         shared.issue(launch, self.size(source))
         shared.give(region, source[begin:end])
+
+
+BACKENDS = (Staged("maco_staged_8", num_ctas=8), Staged("maco_staged_12", num_ctas=12))
+PLACE = 4

@@ -30,3 +30,7 @@ class TwoShot(SymmetricAllReduce):
 
     def reduce(self, region: Region, source: torch.Tensor, result: torch.Tensor, group: dist.ProcessGroup) -> None:
         torch.ops.symm_mem.two_shot_all_reduce_(source, "sum", group.group_name)
+
+
+BACKENDS = (OneShot("symm_mem_one_shot"), TwoShot("symm_mem_two_shot"))
+PLACE = 2

@@ -37,3 +37,11 @@ class PushTwoShot(SharedSum):
         return push_two_shot(
             buffers, inboxes, source.numel(), length, source.dtype, shared.at, num_ctas=self.num_ctas
         )  # fmt: skip
+
+
+BACKENDS = (
+    PullTwoShot("maco_pull_8", num_ctas=8),
+    PushTwoShot("maco_push_64", num_ctas=64),
+    PushTwoShot("maco_push_128", num_ctas=128),
+)
+PLACE = 3

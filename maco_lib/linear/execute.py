@@ -9,22 +9,15 @@ import torch.distributed as dist
 
 from maco_lib import state as states
 from maco_lib.comm import DTYPES
-from maco_lib.linear.plan import TECHNIQUES, LinearPlan
-from maco_lib.linear.techniques import chunked, decode, persistent, sequential
-from maco_lib.linear.techniques.persistent_time import parse_tiling
+from maco_lib.linear.plan import LinearPlan, technique
+from maco_lib.linear.techniques import sequential, techniques
 from maco_lib.linear.techniques.problem import Problem, flattened
 from maco_lib.overlap.plan import DEFAULT_BACKEND
 from maco_lib.overlap.validation import device_kinds, unavailable
 from maco_lib.state import State
 from maco_lib.turns import capturing
 
-RUN: dict[str, Callable[[Problem, LinearPlan], None]] = {
-    "sequential": lambda problem, plan: sequential.run(problem),
-    "chunked": lambda problem, plan: chunked.run(problem, plan.num_chunks),
-    "persistent": lambda problem, plan: persistent.run(problem, parse_tiling(plan.tiling)),
-    "decode": lambda problem, plan: decode.run(problem),
-}
-assert tuple(RUN) == TECHNIQUES
+techniques()  # imports them all now, not while torch.compile traces a call
 
 
 @dataclass(frozen=True)
@@ -53,7 +46,7 @@ class Call:
             return self.direct(x, weight, bias, residual)
         result = x.new_empty(self.shape)
         operands = flattened(x), weight, bias, residual if residual is None else flattened(residual), flattened(result)
-        RUN[self.plan.technique](Problem(*operands, self.backend_name, state.group), self.plan)
+        technique(self.plan.technique).run(Problem(*operands, self.backend_name, state.group), self.plan)
         return result
 
 

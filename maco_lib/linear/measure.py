@@ -10,10 +10,8 @@ from collections.abc import Sequence
 import torch
 import torch.distributed as dist
 
-from maco_lib.kernels.decode_tiles import MAX_ROWS
 from maco_lib.linear.execute import execute
 from maco_lib.linear.plan import LinearPlan
-from maco_lib.linear.techniques.chunked import cut
 from maco_lib.overlap.plan import DEFAULT_BACKEND
 from maco_lib.timing import MAX_REPEATS, Arm, first_error, interleave, median_us
 
@@ -62,10 +60,3 @@ class Shape:
         arms = [Arm(str(plan), lambda plan=plan: self.run(plan)) for plan in plans]
         timings = interleave([matmul, *arms], group=self.group, device=self.x.device, **options)
         return median_us(timings["matmul"]), {plan: median_us(timings[str(plan)]) for plan in plans}
-
-
-def cuts(plan: LinearPlan, num_rows: int) -> bool:
-    """Whether the plan is one for so many rows: they make as many chunks as it says, and are not too many for it."""
-    if plan.technique == "decode":
-        return num_rows <= MAX_ROWS
-    return plan.technique != "chunked" or len(cut(num_rows, plan.num_chunks)) == plan.num_chunks

@@ -1,26 +1,23 @@
-"""Plans of `linear_all_reduce`: the ways to multiply and sum, and their names. Without torch."""
+"""Plans of `linear_all_reduce`: the ways to multiply and sum, and their names. Without torch until one is made."""
 
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
-from maco_lib.linear.techniques.persistent_time import TILINGS, ascii_tiling
+from maco_lib.linear.techniques import techniques
+from maco_lib.linear.techniques.persistent_time import ascii_tiling
+from maco_lib.linear.techniques.technique import Technique
 
 AUTO = "auto"  # in place of a plan: the fastest one of this machine
-TECHNIQUES = ("sequential", "chunked", "persistent", "decode")
-HOPPER = ("persistent", "decode")  # kernels of ours multiply, and sum without a backend
-# What "chunked" is tried with: backends that leave the matmul its SMs, and numbers of chunks.
-LIGHT_BACKENDS = ("maco_staged_8", "maco_push_64", "gloo")
-NUM_CHUNKS = (2, 4, 8)
-FORMS = "sequential[:BACKEND], chunked:NUMBER[:BACKEND], persistent[:TILING], decode"
+ARGUMENTS = {"num_chunks": 1, "tiling": ""}  # of plans without one of their own
 
 
 @dataclass(frozen=True)
 class LinearPlan:
     """A way to run a matmul and the all-reduce of its result, for x (M, K) and weight (N, K).
 
-    technique: of `TECHNIQUES`, each a file of `linear.techniques`. backend: of `maco_lib.comm.BACKENDS`; "":
-    the device's default (NCCL or gloo), and the only value for "persistent" and "decode", which sum by themselves.
+    technique: each a file of `linear.techniques`. backend: of `maco_lib.comm.BACKENDS`; "": the device's default (NCCL
+    or gloo), and the only value for "persistent" and "decode", which sum by themselves.
     num_chunks: pieces of the rows, for "chunked" 2 or more; else 1. tiling: of "persistent", `str` of one of `TILINGS`,
     or "": that which is predicted to be the fastest (`persistent_time`). Raises ValueError naming what is wrong.
 
@@ -35,21 +32,17 @@ class LinearPlan:
     name: str = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
-        if self.technique not in TECHNIQUES:
-            raise ValueError(f"unknown technique {self.technique!r}; the techniques are {', '.join(TECHNIQUES)}")
-        if self.technique in HOPPER and self.backend:
+        way = technique(self.technique)
+        if self.backend and not way.takes_backend:
             raise ValueError(f"backend = {self.backend!r}: {self.technique} sums by itself, without a backend")
-        cuts = self.technique == "chunked"
-        if not isinstance(self.num_chunks, int) or self.num_chunks < 1 or cuts != (self.num_chunks > 1):
-            valid = "an int of 2 or more" if cuts else "1"
-            raise ValueError(f"num_chunks = {self.num_chunks!r}: for {self.technique} it is {valid}")
-        tilings = ["", *map(str, TILINGS)] if self.technique == "persistent" else [""]
-        if self.tiling not in tilings:
-            valid = ", ".join(map(repr, tilings))
-            raise ValueError(f"tiling = {self.tiling!r}: for {self.technique} it is {valid}")
-        number = str(self.num_chunks) if cuts else ""
-        name = ":".join(filter(None, (self.technique, number, self.backend, self.tiling)))
-        object.__setattr__(self, "name", name)
+        argument = ""
+        for place, default in ARGUMENTS.items():
+            value, own = getattr(self, place), way.argument is not None and way.argument.field == place
+            if not (way.argument.accepts(value) if own else value == default and type(value) is type(default)):
+                valid = way.argument.values if own else repr(default)
+                raise ValueError(f"{place} = {value!r}: for {self.technique} it is {valid}")
+            argument = str(value) if own else argument
+        object.__setattr__(self, "name", ":".join(filter(None, (self.technique, argument, self.backend))))
 
     def __str__(self) -> str:
         return self.name
@@ -60,21 +53,32 @@ class LinearPlan:
 
         Raises ValueError with the forms of a name, or what is wrong with a part of it.
         """
-        technique, *rest = _of_stored_words(name).split(":")
+        way, *rest = _of_stored_words(name).split(":")
+        argument = techniques()[way].argument if way in techniques() else None
         try:
-            if technique == "chunked":
-                return cls(technique, *rest[1:], num_chunks=int(rest[0]))
-            if technique == "persistent":
-                return cls(technique, tiling=":".join(rest))
-            return cls(technique, *rest)
+            if argument is None or not rest and argument.accepts(ARGUMENTS[argument.field]):
+                return cls(way, *rest)
+            return cls(way, *rest[1:], **{argument.field: argument.read(rest[0])})
         except (IndexError, TypeError, ValueError) as error:
-            why = f": {error}" if type(error) is ValueError and technique in TECHNIQUES else ""
-            raise ValueError(f"{name!r} is not the name of a plan{why}; names are {FORMS}") from None
+            why = f": {error}" if type(error) is ValueError and way in techniques() else ""
+            forms = ", ".join(one.form(one.argument and ARGUMENTS[one.argument.field]) for one in techniques().values())
+            raise ValueError(f"{name!r} is not the name of a plan{why}; names are {forms}") from None
+
+    def covers(self, num_rows: int) -> bool:
+        """Whether it is a plan for so many rows: "chunked" where they make as many chunks, "decode" up to its most."""
+        return technique(self.technique).covers(self, num_rows)
 
     @property
     def overlapped(self) -> bool:
         """Whether it communicates while it multiplies."""
         return self.technique != "sequential"
+
+
+def technique(name: str) -> Technique:
+    """The technique called `name`; raises ValueError with the valid names."""
+    if name not in techniques():
+        raise ValueError(f"unknown technique {name!r}; the techniques are {', '.join(techniques())}")
+    return techniques()[name]
 
 
 def _of_stored_words(text: str) -> str:
@@ -89,9 +93,4 @@ def _of_stored_words(text: str) -> str:
 def candidates(kind: str, backends: Iterable[str]) -> list[LinearPlan]:
     """The plans that "auto" chooses from on a `kind` of device ("cpu" or "cuda") with these backends."""
     backends = list(backends)
-    plans = [LinearPlan(backend=name) for name in backends]
-    plans += [LinearPlan("chunked", name, num) for name in backends if name in LIGHT_BACKENDS for num in NUM_CHUNKS]
-    if kind == "cuda":
-        plans += [LinearPlan("persistent", tiling=str(tiling)) for tiling in TILINGS]
-        plans += [LinearPlan("decode")]
-    return plans
+    return [LinearPlan.parse(name) for way in techniques().values() for name in way.candidates(kind, backends)]

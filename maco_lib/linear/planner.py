@@ -26,9 +26,8 @@ from maco_lib import state as states
 from maco_lib.comm import DTYPES
 from maco_lib.host import short_gpu_name
 from maco_lib.linear.lookup import PlanTable, shipped
-from maco_lib.linear.measure import Shape, cuts
-from maco_lib.linear.plan import HOPPER, LinearPlan, candidates
-from maco_lib.linear.techniques.decode import LINES
+from maco_lib.linear.measure import Shape
+from maco_lib.linear.plan import LinearPlan, candidates, technique
 from maco_lib.linear.techniques.problem import workspace_address
 from maco_lib.overlap.plan import DEFAULT_BACKEND, Decision, keep, record
 from maco_lib.overlap.validation import check_agreement, device_kinds, group_name, row_counts
@@ -38,7 +37,7 @@ from maco_lib.timing import gather
 # Calls that a capture can rely on, and plans that were looked up; beyond, the oldest are forgotten, so that changing
 # shapes take no more memory.
 MAX_PREPARED = 4096
-FUSED_DTYPES, FUSED_MULTIPLE = (torch.bfloat16, torch.float16), 8
+TABLE_DTYPES = (torch.bfloat16, torch.float16)  # that shipped tables are for
 
 
 @dataclass
@@ -75,7 +74,7 @@ class Layer:
 
 def nearby(tuned: Mapping[int, LinearPlan], num_rows: int) -> LinearPlan | None:
     """The plan for `num_rows`, not tuned itself, by those that are (see this module); None if none is that near."""
-    tuned = {m: plan for m, plan in tuned.items() if cuts(plan, num_rows)}
+    tuned = {m: plan for m, plan in tuned.items() if plan.covers(num_rows)}
     below = max((m for m in tuned if m < num_rows <= 2 * m), default=None)
     above = min((m for m in tuned if num_rows < m <= 2 * num_rows), default=None)
     sides = sorted((m for m in (below, above) if m), key=lambda m: abs(math.log(m / num_rows)))
@@ -124,9 +123,9 @@ class LinearPlanner:
         return [
             plan
             for plan in every
-            if cuts(plan, num_rows)
+            if plan.covers(num_rows)
             and (not plan.backend or sums(plan.backend, layer.dtype, num_bytes))
-            and (plan.technique not in HOPPER or fuses(layer) and LINES in self.backends)
+            and technique(plan.technique).suits(layer, self.backends)
         ]
 
     def decide(self, layer: Layer, num_rows: int, how: str) -> LinearDecision:
@@ -140,7 +139,7 @@ class LinearPlanner:
         """The table's plan for so many rows, or the default."""
         if num_rows not in layer.looked_up:
             chosen, gain = self.default, math.nan
-            if self.table is not None and layer.even and layer.dtype in FUSED_DTYPES:
+            if self.table is not None and layer.even and layer.dtype in TABLE_DTYPES:
                 # Without a tiling, as the table has it.
                 usable = {replace(plan, tiling="") for plan in self.plans(layer, num_rows)}
                 found = self.table.look_up(num_rows, layer.n, layer.k, usable.__contains__)
@@ -220,12 +219,6 @@ def sums(backend_name: str, dtype: torch.dtype, num_bytes: int) -> bool:
     except ValueError:
         return False
     return True
-
-
-def fuses(layer: Layer) -> bool:
-    """Whether our own matmuls are for weights like this, on every rank."""
-    aligned = layer.n % FUSED_MULTIPLE == 0 and layer.k % FUSED_MULTIPLE == 0
-    return layer.dtype in FUSED_DTYPES and aligned and layer.even
 
 
 def warn_unprepared(num_rows: int, weight: torch.Tensor, default: LinearPlan) -> None:

@@ -18,7 +18,7 @@ from study.results.store import Store
 from study.sections.linear_all_reduce.methods import MATMUL, METHODS
 
 TABLE = "linear_all_reduce"
-DEFAULT = LinearPlan(backend="nccl")
+DEFAULT = "sequential:nccl"
 
 
 def plan_of(row: pd.Series) -> LinearPlan | None:
@@ -63,7 +63,7 @@ def exported(store: Store) -> dict[str, str]:
         content = {
             "gpu": shape[1],
             "num_ranks": int(shape[2]),
-            "default": DEFAULT.name,
+            "default": DEFAULT,
             "source": f"data/{name}/{TABLE}.csv",
             "sha256": store.checksum(name, TABLE),
             "commits": sorted({facts["git"]["commit"][:7] for facts in launches}),

@@ -117,6 +117,7 @@ class Run:
         self.profile, self.parameters, self.sizes = profile, parameters, sizes
         self.forecast_s = 0.0
         self.reasons: dict[str, str] = {}
+        self.shown: list[str] = []
         self.undrawn: list[str] = []
         self.caveats: dict[str, str] = {}
         self.begun = time.monotonic()
@@ -232,6 +233,7 @@ class Run:
         Of another machine the figure that is stored is shown, and where there is none one that is not kept.
         """
         specification = figures.figure_spec(name)
+        self.shown.append(name)
         tables = [
             table for table in specification.tables if "." not in table
         ]  # the published study's are of no machine
@@ -252,7 +254,13 @@ class Run:
         display(Markdown(f"*{specification.caption}*"))
 
     def complete(self) -> None:
-        """The section's own verdict: every expected point stored, schemas pass, every declared figure drawn."""
+        """The section's own verdict: every expected point stored, schemas pass, every figure of it drawn.
+
+        The figures that the notebook has not shown are shown first.
+        """
+        for name in figures.of_section(self.section.name):
+            if name not in self.shown:
+                self.figure(name)
         if self.view_only:
             state = self.store.record(self.folder, self.section.name).get("verdict", {}).get("state", "missing")
             told = self.caveat(self.folder) or state
@@ -275,7 +283,7 @@ class Run:
         )
         problems += [
             f"figure {name}.{suffix} was not written"
-            for name in self.section.figures
+            for name in figures.of_section(self.section.name)
             for suffix in FORMATS
             if not (self.store.figures / self.folder / f"{name}.{suffix}").exists()
         ]

@@ -41,7 +41,7 @@ def report_only(store: Store, only: list[str], machine_name: str) -> list[str]:
             for entry in chosen:
                 if store.record(folder, entry.name).get("verdict", {}).get("state") != COMPLETE:
                     continue
-                for name in entry.figures:
+                for name in figures.of_section(entry.name):
                     try:
                         figures.write(store, folder, name)
                     except DataError as error:

@@ -21,6 +21,7 @@ from study.harness.machine import Machine, this_machine
 from study.harness.overrides import parse_overrides
 from study.harness.progress import View
 from study.harness.spec import PROFILES, Section, SectionParameters
+from study.report import figures
 from study.results.sizing import Sizes, asked_of, share_s
 from study.results.status import COMPLETE, FAILED, UNAVAILABLE, section_status
 from study.results.store import DataError, Store, utc_now
@@ -166,7 +167,8 @@ def tell_forecast(sizes: Sizes, jobs: list[Job], profile: str, force: bool) -> N
 
 
 def figures_exist(store: Store, folder: str, section: Section, state: str) -> bool:
-    paths = [store.figures / folder / f"{name}.{suffix}" for name in section.figures for suffix in FORMATS]
+    names = figures.of_section(section.name)
+    paths = [store.figures / folder / f"{name}.{suffix}" for name in names for suffix in FORMATS]
     return state == "unavailable" or all(path.exists() for path in paths)
 
 

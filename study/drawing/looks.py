@@ -1,6 +1,10 @@
-"""What every method, backend and arm is called and how it is drawn: one table of labels, colours and markers."""
+"""What every method, backend and arm is called and how it is drawn: one table of labels, colours and markers.
+
+What is not in it is called by its own name, and drawn in a colour and marker that nothing in it has.
+"""
 
 import re
+import zlib
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -110,12 +114,22 @@ LOOKS: dict[str, Look] = {
     "undecided": Look("undecided", GREY, "o"),
 }
 CTA_MARKERS = {1: "1", 2: "2", 4: "P", 8: "X", 16: "p", 24: "d", 32: "h"}
+# What others are called, which no Markdown or formula looks into.
+NAME = re.compile(r"[a-zA-Z0-9]+(_+[a-zA-Z0-9]+)*")
+# What is left, which no name above has.
+SPARE = [
+    (colour, marker)
+    for marker in "osD^v<>pPXhHd*8"
+    for colour in (BLUE, VERMILLION, GREEN, ORANGE, PURPLE, SKY, GREY)
+    if (colour, marker) not in {(look.colour, look.marker) for look in LOOKS.values()}
+]
 
 
 def look(name: str) -> Look:
     """The appearance of `name`, the same in every figure; `..._cta<N>` differs in its marker by N.
 
-    Raises ValueError with the valid names for one that is not in the table.
+    One that is not in the table has its name as its label, and of `SPARE` what follows from the name. Raises ValueError
+    on what is no name, as a table of others' making may hold.
     """
     if name in LOOKS:
         return LOOKS[name]
@@ -123,7 +137,9 @@ def look(name: str) -> Look:
     if family and family[1] in LOOKS:
         base, count = LOOKS[family[1]], int(family[2])
         return Look(base.label.format(n=count), base.colour, CTA_MARKERS.get(count, base.marker))
-    raise ValueError(f"no colour and marker for {name!r} in study/drawing/looks.py; it has {', '.join(LOOKS)}")
+    if not NAME.fullmatch(name):
+        raise ValueError(f"no label for {name!r}: a name is of letters and digits, with _ between them")
+    return Look(name, *SPARE[zlib.crc32(name.encode()) % len(SPARE)])
 
 
 def label_at(name: str, num_bytes: float) -> str:
@@ -135,12 +151,12 @@ def label_at(name: str, num_bytes: float) -> str:
 
 
 def ordered(names: Iterable[str]) -> list[str]:
-    """The names once each, in the order of LOOKS, CTA variants by their number."""
-    families = list(LOOKS)
+    """The names once each, in the order of LOOKS, CTA variants by their number; then those that are not in it."""
+    families = {name: number for number, name in enumerate(LOOKS)}
 
-    def place(name: str) -> tuple[int, int]:
-        look(name)
+    def place(name: str) -> tuple[int, int, str]:
         count = re.search(r"_cta(\d+)$", name)
-        return families.index(re.sub(r"_cta\d+$", "_cta", name)), int(count[1]) if count else 0
+        family = families.get(re.sub(r"_cta\d+$", "_cta", name), len(families))
+        return family, int(count[1]) if count else 0, name
 
     return sorted(set(names), key=place)

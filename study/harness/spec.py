@@ -1,4 +1,4 @@
-"""What a section of the study is, said once: its parameters, the points it measures, its tables and its figures.
+"""What a section of the study is, said once: its parameters, the points it measures and its tables.
 
 A section is declared in `study/sections/<name>/section.py` without importing torch; what measures it is a program of
 that folder.
@@ -117,7 +117,6 @@ class Section:
     dtypes: Mapping[str, str] = field(default_factory=dict)
     datasets: tuple[Dataset, ...] = ()
     derived: tuple[Derived, ...] = ()
-    figures: tuple[str, ...] = ()
     needs: tuple[str, ...] = field(default=())
 
     @property

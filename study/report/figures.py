@@ -1,155 +1,40 @@
 """The figures of the study: drawn from stored tables only, equal byte for byte for equal data."""
 
+import importlib
 import pathlib
+import pkgutil
 import traceback
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 
 import pandas as pd
 from matplotlib.figure import Figure
 
-from study.drawing import style, timeline
+from study import sections
+from study.drawing import style
+from study.drawing.figure import FigureSpec
 from study.published import tables as published
 from study.results.store import DataError, Store
-from study.sections.bandwidth import figures as bandwidth
-from study.sections.environment import figures as environment
-from study.sections.inference import figures as inference
-from study.sections.linear_all_reduce import figures as linear_all_reduce
-from study.sections.overlap import figure_sm_sharing as sm_sharing
-from study.sections.overlap import figure_techniques as techniques
-from study.sections.overlap import figures as overlap
-from study.sections.when_to_overlap import figures as when_to_overlap
-
-Draw = Callable[[Mapping[str, pd.DataFrame], str], tuple[Figure, pd.DataFrame]]
+from study.sections.registry import SECTIONS
 
 
-@dataclass(frozen=True)
-class FigureSpec:
-    """One figure: its section, and the tables it is drawn from ("published.X" is the published study's).
+def found() -> dict[str, FigureSpec]:
+    """Those of the sections' modules figure*.py (see `study.drawing.figure`), by name in the order of the report.
 
-    `optional` tables add to the figure where the machine has them.
+    Within a section by `place`, then those of figures.py before others; ValueError where two have the same name.
     """
+    specs: dict[str, FigureSpec] = {}
+    for section in SECTIONS:
+        package = importlib.import_module(f"{sections.__name__}.{section}")
+        names = [entry.name for entry in pkgutil.iter_modules(package.__path__) if entry.name.startswith("figure")]
+        names.sort(key=lambda name: (name != "figures", name))
+        own = [spec for name in names for spec in importlib.import_module(f"{package.__name__}.{name}").FIGURES]
+        for spec in sorted(own, key=lambda spec: spec.place):
+            if spec.name in specs:
+                raise ValueError(f"section {section} has a figure {spec.name!r}, which there is already")
+            specs[spec.name] = spec
+    return specs
 
-    name: str
-    section: str
-    tables: tuple[str, ...]
-    caption: str
-    draw: Draw
-    optional: tuple[str, ...] = ()
 
-
-FIGURES: dict[str, FigureSpec] = {
-    spec.name: spec
-    for spec in (
-        FigureSpec(
-            "environment_ceilings", "environment", ("environment",),
-            "Measured ceilings of this machine, against which everything else is judged.",
-            environment.ceilings,
-        ),
-        FigureSpec(
-            "overlap_published", "overlap", ("overlap", "published.overlap"),
-            "The four published configurations: time of every method with its 95 % interval and its speedup over the "
-            "sequential arm, in both protocols. Dashed: the ideal, max(T_comp, best T_comm).",
-            overlap.published_configurations,
-        ),
-        FigureSpec(
-            "overlap_techniques", "overlap", ("overlap", "published.overlap"),
-            "How near each technique comes to the ideal, max(T_comp, best T_comm), in the published configurations: "
-            "fraction of ideal in the device protocol, with the 95 % interval of the overlapped time; bold: the best.",
-            techniques.techniques,
-        ),
-        FigureSpec(
-            "overlap_sm_sharing", "overlap", ("sm_sharing",),
-            "A matmul's time when multiprocessors (on a CPU: cores) are taken from it, over its time alone: held by "
-            "another kernel for a part of that time, or for all of it by other means. Dotted: what counts as free.",
-            sm_sharing.slowdown,
-        ),
-        FigureSpec(
-            "overlap_synchronisation", "overlap", ("overlap", "published.overlap"),
-            "The published protocol's speedup in two parts: what comes from removing the host's wait between the two "
-            "sequential steps, and what comes from the overlap.",
-            overlap.synchronisation,
-        ),
-        FigureSpec(
-            "overlap_heatmap", "overlap", ("overlap",),
-            "Collective size × matmul size: the ideal speedup, the measured one, and the fraction of ideal reached.",
-            overlap.heatmap,
-        ),
-        FigureSpec(
-            "overlap_timeline", "overlap", ("overlap_timeline",),
-            "Profiler lanes of rank 0 on a common time axis, sequential above overlapped. Both sides are ready at the "
-            "same moment there, so either may begin first, on each rank for itself.",
-            timeline.overlap,
-        ),
-        FigureSpec(
-            "inference_latency", "inference", ("inference", "published.inference"),
-            "End-to-end latency of batch 1 per arm, split into time to first token and the remaining tokens; 95 % "
-            "interval of the sum. Diamonds: the published latencies, of other hardware.",
-            inference.latency,
-        ),
-        FigureSpec(
-            "inference_attribution", "inference", ("inference_attribution", "inference", "published.inference"),
-            "Two ways from transformers eager to vLLM at batch 1, step by step; the factors of a way multiply to the "
-            "whole. Compiled: static cache and torch.compile, with CUDA graphs on GPUs.",
-            inference.attribution,
-        ),
-        FigureSpec(
-            "inference_batch", "inference", ("inference",),
-            "Throughput and time per output token over batch size. Dashed: batch 1 scaled linearly.",
-            inference.batch,
-        ),
-        FigureSpec(
-            "bandwidth_busbw", "bandwidth", ("bandwidth",),
-            "All-reduce: time of small messages and bus bandwidth of large ones, per backend; below: bus bandwidth of "
-            "the other collectives. Lines across: the machine's limits.",
-            bandwidth.busbw, optional=("environment",),
-        ),
-        FigureSpec(
-            "bandwidth_published", "bandwidth", ("bandwidth", "published.bandwidth"),
-            "The published sizes: effective bandwidth (2 S / t), algbw and busbw, measured and published; lines: the "
-            "machine's limits of the busbw.",
-            bandwidth.published_sizes, optional=("environment",),
-        ),
-        FigureSpec(
-            "when_map", "when_to_overlap", ("when_to_overlap",),
-            "Where overlap helps, hurts, or is undecided, per method measured on the whole grid, and the border that "
-            "the model predicts.",
-            when_to_overlap.verdict_map,
-        ),
-        FigureSpec(
-            "when_prediction", "when_to_overlap", ("when_to_overlap",),
-            "Predicted over measured overlapped time with the interval of the prediction; filled: held out of the fit.",
-            when_to_overlap.prediction,
-        ),
-        FigureSpec(
-            "when_models", "when_to_overlap", ("model_shares",),
-            "Share of communication in a layer, and the predicted and ideal gain from overlapping it, per model.",
-            when_to_overlap.models,
-        ),
-        FigureSpec(
-            "linear_fraction", "linear_all_reduce", ("linear_all_reduce",),
-            "Matmul + all-reduce: max(T_matmul, best T_comm) over the time, the fastest method of each kind, with the "
-            "95 % interval of the time. Dashed: the fraction to be reached at many rows.",
-            linear_all_reduce.fraction,
-        ),
-        FigureSpec(
-            "linear_speedup", "linear_all_reduce", ("linear_all_reduce",),
-            "Matmul + all-reduce: speedup over the matmul and then the default all-reduce, the fastest method of each "
-            "kind.",
-            linear_all_reduce.speedup,
-        ),
-        FigureSpec(
-            "linear_chain", "linear_all_reduce", ("linear_all_reduce",),
-            "Matmul + all-reduce + residual + RMSNorm at few rows: time of one run, the weights not in the cache.",
-            linear_all_reduce.chain,
-        ),
-        FigureSpec(
-            "linear_timeline", "linear_all_reduce", ("linear_timeline",),
-            "Matmul + all-reduce: profiler lanes of rank 0 on a common time axis, technique above technique.",
-            timeline.linear,
-        ),
-    )
-}  # fmt: skip
+FIGURES = found()
 
 
 class FigureError(DataError):
@@ -161,6 +46,11 @@ def figure_spec(name: str) -> FigureSpec:
     if name not in FIGURES:
         raise ValueError(f"unknown figure {name!r}; the figures are {', '.join(FIGURES)}")
     return FIGURES[name]
+
+
+def of_section(section: str) -> list[str]:
+    """The names of its figures."""
+    return [name for name, spec in FIGURES.items() if spec.section == section]
 
 
 def draw(store: Store, machine_name: str, figure_name: str) -> tuple[Figure, pd.DataFrame]:

@@ -85,7 +85,8 @@ def render(root: pathlib.Path, machines: list[Evidence], shown: dict[str, dict[s
     )
     judged, store = {machine.name: judge(machine, root) for machine in machines}, Store(root)
     environment.filters["verbatim"] = verbatim
-    return environment.from_string(TEMPLATE.read_text(encoding="utf-8")).render(
+    template = TEMPLATE.read_text(encoding="utf-8")
+    return environment.from_string(template).render(
         root=root,
         address=address,
         machines=machines,
@@ -116,6 +117,7 @@ def render(root: pathlib.Path, machines: list[Evidence], shown: dict[str, dict[s
         states=states,
         caveats=caveats,
         picture=lambda machine, name: shown[machine.name].get(name, ""),
+        further=functools.partial(further, template),
         judged=judged,
         criteria=CRITERIA,
         printed=published.printed,
@@ -124,6 +126,11 @@ def render(root: pathlib.Path, machines: list[Evidence], shown: dict[str, dict[s
         measured=functools.partial(measured, store),
         replays=functools.partial(replays, store),
     )
+
+
+def further(template: str, section: str) -> list[str]:
+    """The section's figures that the template does not name."""
+    return [name for name in figures.of_section(section) if f'"{name}"' not in template]
 
 
 def attempt(problems: list[str], make: Callable[..., str], machine: Evidence, *arguments) -> str:

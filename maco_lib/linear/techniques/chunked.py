@@ -9,10 +9,14 @@ import torch
 
 from maco_lib.linear.techniques import sequential
 from maco_lib.linear.techniques.problem import EVERYTHING, Block, Problem
+from maco_lib.linear.techniques.technique import Argument, Technique
 from maco_lib.overlap.execute import highest_priority, side_stream
 
 # Chunks are of whole tiles of the matmul, but for the last: a tile that a cut goes through would be computed twice.
 TILE = 128
+# What it is tried with: backends that leave the matmul its SMs, and numbers of chunks.
+LIGHT_BACKENDS = ("maco_staged_8", "maco_push_64", "gloo")
+NUM_CHUNKS = (2, 4, 8)
 
 
 def cut(length: int, num_chunks: int) -> list[slice]:
@@ -55,5 +59,20 @@ def on_a_thread(problem: Problem, blocks: list[Block]) -> None:
         problem.multiply(block)
         works.append(problem.sum(block, async_op=True))
     for block, work in zip(blocks, works, strict=True):
-        work.wait()
+        if work is not None:
+            work.wait()
         problem.finish(block)
+
+
+def candidates(kind: str, backends: list[str]) -> list[str]:
+    return [f"chunked:{num}:{name}" for name in backends if name in LIGHT_BACKENDS for num in NUM_CHUNKS]
+
+
+TECHNIQUE = Technique(
+    "chunked",
+    lambda problem, plan: run(problem, plan.num_chunks),
+    candidates,
+    Argument("num_chunks", "NUMBER", lambda num: isinstance(num, int) and num > 1, "an int of 2 or more", read=int),
+    covers=lambda plan, num_rows: len(cut(num_rows, plan.num_chunks)) == plan.num_chunks,
+    place=1,
+)

@@ -10,12 +10,10 @@ import torch
 from maco_lib import state as states
 from maco_lib.comm.mailbox import Mailbox
 from maco_lib.kernels.decode_tiles import MAX_ROWS
-from maco_lib.linear.techniques.persistent import MULTIPLE, for_tma
+from maco_lib.linear.techniques.persistent import LINES, MULTIPLE, for_tma, suits
 from maco_lib.linear.techniques.problem import Problem
+from maco_lib.linear.techniques.technique import Technique
 from maco_lib.overlap import validation
-
-# What lets every rank write into the others' inboxes: it is there where ranks reach each other's memory.
-LINES = "maco_ll"
 
 
 def unsuited(num_rows: int, num_columns: int, dtype: torch.dtype, device: torch.device, num_ranks: int) -> str:
@@ -71,3 +69,14 @@ def run(problem: Problem) -> None:
     decode(x, weight, bias, box)
     take_sum(result, residual, box)
     state.turns.give()
+
+
+TECHNIQUE = Technique(
+    "decode",
+    lambda problem, plan: run(problem),
+    candidates=lambda kind, backends: ["decode"] if kind == "cuda" else [],
+    takes_backend=False,
+    covers=lambda plan, num_rows: num_rows <= MAX_ROWS,
+    suits=suits,
+    place=3,
+)

@@ -8,6 +8,9 @@ Its CTAs wait for those of the other ranks, and need all SMs: no other collectiv
 another stream. Those of this library take turns with it (`turns.Turns`); torch's own are the caller's to order.
 """
 
+from collections.abc import Collection
+from typing import Any
+
 import torch
 import torch.distributed as dist
 import torch.distributed._symmetric_memory as symmetric
@@ -17,13 +20,16 @@ from maco_lib.comm.symmetric import Memory, Region, unreachable
 from maco_lib.comm.watch import Watch
 from maco_lib.kernels.launch import Launches
 from maco_lib.kernels.tile_order import CTAS, ROWS, TileOrder
-from maco_lib.linear.techniques.persistent_time import TILINGS, Tiling, fastest_tiling, order_of
+from maco_lib.linear.techniques.persistent_time import TILINGS, Tiling, fastest_tiling, order_of, parse_tiling
 from maco_lib.linear.techniques.problem import Problem
+from maco_lib.linear.techniques.technique import Argument, Technique
 from maco_lib.state import State
 from maco_lib.timing import gather
 
 DTYPES = (torch.bfloat16, torch.float16)
 MULTIPLE = 8  # of N and K: TMA's rows are multiples of 16 bytes
+# The backend that is there where ranks reach each other's memory, and can write into the others' inboxes.
+LINES = "maco_ll"
 NUM_FLAGS = 2**20
 FLAGS_PER_TILE = 3 * CTAS
 # Rows of one launch: more are cut, so that there are few tables of tiles however M changes.
@@ -192,3 +198,25 @@ def divide(problem: Problem, tiling: Tiling | None) -> list[tuple[slice, int, Ti
         orders.append((rows, tiles.columns, order_of(*of_part, tiles, shared.num_ranks, shared.max_clusters)))
     # The first is the largest: the memory of all has its size with it.
     return [(*part, shared.schedule(part[2]), shared.addresses(part[2], part[1])) for part in orders]
+
+
+def suits(layer: Any, backends: Collection[str]) -> bool:
+    """Whether our own matmuls are for weights like this, on every rank, as `Technique.suits`."""
+    aligned = layer.n % MULTIPLE == 0 and layer.k % MULTIPLE == 0
+    return layer.dtype in DTYPES and aligned and layer.even and LINES in backends
+
+
+def candidates(kind: str, backends: list[str]) -> list[str]:
+    return [f"persistent:{tiling}" for tiling in TILINGS if kind == "cuda"]
+
+
+NAMES = ["", *map(str, TILINGS)]
+TECHNIQUE = Technique(
+    "persistent",
+    lambda problem, plan: run(problem, parse_tiling(plan.tiling)),
+    candidates,
+    Argument("tiling", "TILING", NAMES.__contains__, ", ".join(map(repr, NAMES))),
+    takes_backend=False,
+    suits=suits,
+    place=2,
+)

@@ -17,6 +17,7 @@ from maco_lib.comm.nccl_symmetric import NcclSymmetric
 from maco_lib.comm.symmetric import Memory, SymmetricAllReduce, whole
 from maco_lib.comm.vllm_custom import VllmCustom
 from maco_lib.linear.techniques.problem import EVERYTHING, Problem, Workspace, beside, flattened
+from maco_lib.linear.techniques.technique import Technique
 
 # (x, weight, bias, residual) -> result; x: (..., K), residual and result: (..., N).
 Bound = Callable[[torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor | None], torch.Tensor]
@@ -101,3 +102,10 @@ def in_workspace(backend: SymmetricAllReduce, state: states.State, shape: tuple[
         return result if len(shape) == 2 else result.view(shape)
 
     return call
+
+
+def candidates(kind: str, backends: list[str]) -> list[str]:
+    return [f"sequential:{name}" for name in backends]
+
+
+TECHNIQUE = Technique("sequential", lambda problem, plan: run(problem), candidates, place=0)

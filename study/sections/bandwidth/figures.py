@@ -8,6 +8,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
 from study.drawing import looks, style
+from study.drawing.figure import FigureSpec
 from study.published.tables import same_size
 from study.sections.environment import figures as environment
 
@@ -151,3 +152,19 @@ def published_sizes(tables: Mapping[str, pd.DataFrame], machine_name: str) -> tu
     axes[0].set_ylim(heights[-1] + 0.7, -0.7)
     columns = ["bytes", "backend", "time_us", *panels]
     return figure, pd.concat([table[columns], published.assign(backend="published")[columns]], ignore_index=True)
+
+
+FIGURES = (
+    FigureSpec(
+        "bandwidth_busbw", "bandwidth", ("bandwidth",),
+        "All-reduce: time of small messages and bus bandwidth of large ones, per backend; below: bus bandwidth of "
+        "the other collectives. Lines across: the machine's limits.",
+        busbw, optional=("environment",),
+    ),
+    FigureSpec(
+        "bandwidth_published", "bandwidth", ("bandwidth", "published.bandwidth"),
+        "The published sizes: effective bandwidth (2 S / t), algbw and busbw, measured and published; lines: the "
+        "machine's limits of the busbw.",
+        published_sizes, optional=("environment",),
+    ),
+)  # fmt: skip

@@ -15,7 +15,6 @@ from study.harness.machine import Machine
 from study.harness.memory import BYTES_PER_ELEMENT, require, resolve_ranks, too_few_ranks
 from study.harness.rates import Rates
 from study.harness.spec import Dataset, Derived, Parameters, Point, Section, smaller
-from study.sections.overlap.methods import IDEAL_BACKENDS
 
 KIB, MIB, GIB = 2**10, 2**20, 2**30
 PUBLISHED_BYTES = (8 * MIB, 32 * MIB, 64 * MIB)
@@ -161,8 +160,6 @@ FIT = Derived(
     inputs=("bandwidth",),
     compute=bandwidth_fit,
 )
-# Those of section 1, and two that are for other sizes, or for memory of another kind, than section 1's.
-EVERY = {"all_reduces": [*IDEAL_BACKENDS["cuda"], "maco_ll", "maco_ll128", "maco_one_shot_64"]}
 SECTION = Section(
     name="bandwidth",
     title="3. Communication bandwidth",
@@ -172,22 +169,21 @@ SECTION = Section(
         "smoke": {
             "cpu": [{"max_bytes": 128 * KIB, "budget_s": 0.02, "collectives": ["all_reduce", "all_gather"]}],
             "cuda": smaller(
-                {"max_bytes": 8 * MIB, "budget_s": 0.05, **EVERY},
+                {"max_bytes": 8 * MIB, "budget_s": 0.05},
                 {"max_bytes": 256 * KIB, "collectives": ["all_reduce", "all_gather"]},
             ),
         },
         "standard": {
             "cpu": smaller({"budget_s": 0.4}, {"budget_s": 0.1, "min_iterations": 5}, {"max_bytes": 2 * MIB}),
-            "cuda": smaller({"max_bytes": 256 * MIB, "budget_s": 0.1, **EVERY}, {"max_bytes": 64 * MIB}),
+            "cuda": smaller({"max_bytes": 256 * MIB, "budget_s": 0.1}, {"max_bytes": 64 * MIB}),
         },
         "full": {
             "cpu": [{"max_bytes": 64 * MIB, "budget_s": 1.0, "num_launches": 3}],
             # Smaller where a GPU's memory does not hold every backend's buffers.
-            "cuda": smaller({"max_bytes": GIB, "budget_s": 0.1, "num_launches": 3, **EVERY}, {"max_bytes": 256 * MIB}),
+            "cuda": smaller({"max_bytes": GIB, "budget_s": 0.1, "num_launches": 3}, {"max_bytes": 256 * MIB}),
         },
     },
     share={"cpu": 0.045, "cuda": 0.057},
     datasets=(BANDWIDTH,),
     derived=(FIT,),
-    figures=("bandwidth_busbw", "bandwidth_published"),
 )

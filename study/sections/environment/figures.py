@@ -7,6 +7,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from study.drawing import looks, style
+from study.drawing.figure import FigureSpec
 
 LIMIT_DASHES = {"link limit": (0, (6, 2)), "best peer copy": (0, (2, 1.5)), "memory copy": (0, (1, 1))}
 COPIES = {
@@ -108,3 +109,12 @@ def copies(axis: Axes, table: pd.DataFrame) -> None:
     axis.set_yticks(range(len(bars)), [label for label, _ in bars])
     axis.set_ylim(len(bars) - 0.5, -1.2 if len(limit) else -0.5)
     axis.set_xlabel("bandwidth (GB/s)")
+
+
+FIGURES = (
+    FigureSpec(
+        "environment_ceilings", "environment", ("environment",),
+        "Measured ceilings of this machine, against which everything else is judged.",
+        ceilings,
+    ),
+)  # fmt: skip

@@ -144,5 +144,4 @@ SECTION = Section(
     },
     share={"cpu": 0.035, "cuda": 0.02},
     datasets=(ENVIRONMENT,),
-    figures=("environment_ceilings",),
 )  # fmt: skip

@@ -7,6 +7,7 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from study.drawing import looks, style
+from study.drawing.figure import FigureSpec
 
 
 def batch_one(table: pd.DataFrame) -> pd.DataFrame:
@@ -130,3 +131,24 @@ def batch(tables: Mapping[str, pd.DataFrame], machine_name: str) -> tuple[Figure
     style.label_ends(axes[1], ends)
     columns = ["arm", "batch", "new_tokens", "e2e_ms", "e2e_lo_ms", "e2e_hi_ms", "tokens_per_s", "tpot_ms"]
     return figure, table[columns].replace(np.inf, np.nan)
+
+
+FIGURES = (
+    FigureSpec(
+        "inference_latency", "inference", ("inference", "published.inference"),
+        "End-to-end latency of batch 1 per arm, split into time to first token and the remaining tokens; 95 % "
+        "interval of the sum. Diamonds: the published latencies, of other hardware.",
+        latency,
+    ),
+    FigureSpec(
+        "inference_attribution", "inference", ("inference_attribution", "inference", "published.inference"),
+        "Two ways from transformers eager to vLLM at batch 1, step by step; the factors of a way multiply to the "
+        "whole. Compiled: static cache and torch.compile, with CUDA graphs on GPUs.",
+        attribution,
+    ),
+    FigureSpec(
+        "inference_batch", "inference", ("inference",),
+        "Throughput and time per output token over batch size. Dashed: batch 1 scaled linearly.",
+        batch,
+    ),
+)  # fmt: skip

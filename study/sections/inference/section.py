@@ -284,5 +284,4 @@ SECTION = Section(
     dtypes=DTYPES,
     datasets=(INFERENCE,),
     derived=(ATTRIBUTION,),
-    figures=("inference_latency", "inference_attribution", "inference_batch"),
 )

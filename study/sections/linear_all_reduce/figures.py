@@ -7,7 +7,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-from study.drawing import looks, style
+from study.drawing import looks, style, timeline
+from study.drawing.figure import FigureSpec
 from study.published.criteria import LINEAR_MANY_ROWS, LINEAR_TARGETS
 from study.sections.linear_all_reduce.methods import BASE, CHAIN, LAYERS, MATMUL
 
@@ -130,3 +131,29 @@ def panels(rows: pd.DataFrame, label: str, dress: Callable[[Axes], None]) -> Fig
 def numbers(rows: pd.DataFrame, column: str) -> pd.DataFrame:
     names = ["layer", "m", "n", "k", "tp", "line", "method", "time_us", "t_matmul_us", "t_comm_us", "ideal_us"]
     return rows[[*dict.fromkeys([*names, column]), "value", "low", "high"]].reset_index(drop=True)
+
+
+FIGURES = (
+    FigureSpec(
+        "linear_fraction", "linear_all_reduce", ("linear_all_reduce",),
+        "Matmul + all-reduce: max(T_matmul, best T_comm) over the time, the fastest method of each kind, with the "
+        "95 % interval of the time. Dashed: the fraction to be reached at many rows.",
+        fraction,
+    ),
+    FigureSpec(
+        "linear_speedup", "linear_all_reduce", ("linear_all_reduce",),
+        "Matmul + all-reduce: speedup over the matmul and then the default all-reduce, the fastest method of each "
+        "kind.",
+        speedup,
+    ),
+    FigureSpec(
+        "linear_chain", "linear_all_reduce", ("linear_all_reduce",),
+        "Matmul + all-reduce + residual + RMSNorm at few rows: time of one run, the weights not in the cache.",
+        chain,
+    ),
+    FigureSpec(
+        "linear_timeline", "linear_all_reduce", ("linear_timeline",),
+        "Matmul + all-reduce: profiler lanes of rank 0 on a common time axis, technique above technique.",
+        timeline.linear,
+    ),
+)  # fmt: skip

@@ -374,5 +374,4 @@ SECTION = Section(
     },
     share={"cpu": 0.1, "cuda": 0.163},
     datasets=(LINEAR, TIMELINE, ENDURANCE, HOST_COST, HAND_OVER, STRICT_COST),
-    figures=("linear_fraction", "linear_speedup", "linear_chain", "linear_timeline"),
 )  # fmt: skip

@@ -7,6 +7,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
 from study.drawing import looks, style
+from study.drawing.figure import FigureSpec
 from study.published.criteria import FREE_SLOWDOWN
 
 HELD = "held"
@@ -99,3 +100,13 @@ def slowdown(tables: Mapping[str, pd.DataFrame], machine_name: str) -> tuple[Fig
     columns = ["matmul_n", "technique", "num_sms", "hold_part", "t_alone_us", "t_comp_us", "slowdown", "slowdown_lo",
                "slowdown_hi"]  # fmt: skip
     return figure, data[columns]
+
+
+FIGURES = (
+    FigureSpec(
+        "overlap_sm_sharing", "overlap", ("sm_sharing",),
+        "A matmul's time when multiprocessors (on a CPU: cores) are taken from it, over its time alone: held by "
+        "another kernel for a part of that time, or for all of it by other means. Dotted: what counts as free.",
+        slowdown, place=2,
+    ),
+)  # fmt: skip

@@ -8,7 +8,8 @@ import pandas as pd
 import seaborn as sns
 from matplotlib.figure import Figure
 
-from study.drawing import looks, style
+from study.drawing import looks, style, timeline
+from study.drawing.figure import FigureSpec
 
 PROTOCOL_LABELS = {"published": "published protocol", "device": "device protocol"}
 
@@ -170,3 +171,30 @@ def heatmap(tables: Mapping[str, pd.DataFrame], machine_name: str) -> tuple[Figu
                 axis.set_yticklabels([])
             axis.set_title(title if value == "ideal_speedup" else f"{title}, {label}")
     return figure, grid[["shown", *cell, "method", "t_seq_us", "t_overlap_us", "ideal_us", *panels]]
+
+
+FIGURES = (
+    FigureSpec(
+        "overlap_published", "overlap", ("overlap", "published.overlap"),
+        "The four published configurations: time of every method with its 95 % interval and its speedup over the "
+        "sequential arm, in both protocols. Dashed: the ideal, max(T_comp, best T_comm).",
+        published_configurations, place=0,
+    ),
+    FigureSpec(
+        "overlap_synchronisation", "overlap", ("overlap", "published.overlap"),
+        "The published protocol's speedup in two parts: what comes from removing the host's wait between the two "
+        "sequential steps, and what comes from the overlap.",
+        synchronisation, place=3,
+    ),
+    FigureSpec(
+        "overlap_heatmap", "overlap", ("overlap",),
+        "Collective size × matmul size: the ideal speedup, the measured one, and the fraction of ideal reached.",
+        heatmap, place=4,
+    ),
+    FigureSpec(
+        "overlap_timeline", "overlap", ("overlap_timeline",),
+        "Profiler lanes of rank 0 on a common time axis, sequential above overlapped. Both sides are ready at the "
+        "same moment there, so either may begin first, on each rank for itself.",
+        timeline.overlap, place=5,
+    ),
+)  # fmt: skip

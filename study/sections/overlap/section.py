@@ -322,8 +322,4 @@ SECTION = Section(
     },
     share={"cpu": 0.2, "cuda": 0.23},
     datasets=(OVERLAP, TIMELINE, SM_SHARING, OVERLAP_EAGER),
-    figures=(
-        "overlap_published", "overlap_techniques", "overlap_synchronisation", "overlap_heatmap", "overlap_sm_sharing",
-        "overlap_timeline",
-    ),
 )  # fmt: skip

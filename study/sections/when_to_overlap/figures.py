@@ -9,6 +9,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
 from study.drawing import looks, style
+from study.drawing.figure import FigureSpec
 from study.sections.when_to_overlap.section import testable
 
 COLUMNS = 3
@@ -178,3 +179,23 @@ def models(tables: Mapping[str, pd.DataFrame], machine_name: str) -> tuple[Figur
     columns = ["model", "phase", "tp", "batch", "tokens", "comm_share", "gain", "gain_lo", "gain_hi", "ideal_gain",
                "extrapolated"]  # fmt: skip
     return figure, table[columns]
+
+
+FIGURES = (
+    FigureSpec(
+        "when_map", "when_to_overlap", ("when_to_overlap",),
+        "Where overlap helps, hurts, or is undecided, per method measured on the whole grid, and the border that "
+        "the model predicts.",
+        verdict_map,
+    ),
+    FigureSpec(
+        "when_prediction", "when_to_overlap", ("when_to_overlap",),
+        "Predicted over measured overlapped time with the interval of the prediction; filled: held out of the fit.",
+        prediction,
+    ),
+    FigureSpec(
+        "when_models", "when_to_overlap", ("model_shares",),
+        "Share of communication in a layer, and the predicted and ideal gain from overlapping it, per model.",
+        models,
+    ),
+)  # fmt: skip

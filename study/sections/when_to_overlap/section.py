@@ -251,6 +251,5 @@ SECTION = Section(
     },
     share={"cpu": 0.01, "cuda": 0.005},
     derived=(WHEN_TO_OVERLAP, MODEL_SHARES),
-    figures=("when_map", "when_prediction", "when_models"),
     needs=("environment", "overlap", "bandwidth"),
 )

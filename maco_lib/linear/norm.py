@@ -11,6 +11,7 @@ the same shapes; buffers and kernels are made then, by all ranks together.
 
 import math
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -40,6 +41,16 @@ SUM = "maco_ll128"
 WAY_US, BYTES_PER_US, IN_LINES, IN_LONG_LINES = 1.0, 350e3, 2.0, 16 / 15
 # What is saved where the matmul itself sends its product, in lines: a launch, and the way through memory.
 SENT_US = 3.0
+
+
+class Operands(NamedTuple):
+    """The tensors of a call, as of `linear_all_reduce_norm`."""
+
+    x: torch.Tensor
+    weight: torch.Tensor
+    residual: torch.Tensor
+    norm_weight: torch.Tensor
+    bias: torch.Tensor | None
 
 
 def linear_all_reduce_norm(
@@ -74,48 +85,44 @@ def linear_all_reduce_norm(
     gradients, and on a plan that cannot be followed here: here alone, but with `check` on every rank, and there also
     when the ranks disagree.
     """
-    key = None if check else calls.key_of("norm", plan, x, weight, residual, norm_weight, bias)
+    operands = Operands(x, weight, residual, norm_weight, bias)
+    key = None if check else calls.key_of("norm", plan, *operands)
     if known := calls.found(x, group, key):
         state, call = known
-        return call.run(state, x, weight, residual, norm_weight, eps, bias)
-    operands = {"x": x, "weight": weight, "residual": residual, "norm_weight": norm_weight, "bias": bias}
+        return call.run(state, operands, eps)
     if check:
         check_agreement(lambda: described(operands, eps, group, plan), group)
     of_group, name = require_call(operands, group, plan), plan if isinstance(plan, str) else plan.name
     if key is None or not of_group:
         return torch.ops.maco.linear_all_reduce_norm(x, weight, residual, norm_weight, eps, bias, of_group, name)
-    results, call = first_call(x, weight, residual, norm_weight, eps, bias, of_group, name)
+    results, call = first_call(operands, eps, of_group, name)
     if call is not None:
         states.of(group, x.device).calls.keep(key, call)
     return results
 
 
-def require_call(
-    operands: dict[str, torch.Tensor | None], group: dist.ProcessGroup | None, plan: LinearPlan | str
-) -> str:
+def require_call(operands: Operands, group: dist.ProcessGroup | None, plan: LinearPlan | str) -> str:
     """The name of the group for `operator`; ValueError on what it cannot be called with."""
-    require_operands(operands, ("bias",), "linear_all_reduce_norm")
+    require_operands(operands._asdict(), ("bias",), "linear_all_reduce_norm")
     if not isinstance(plan, LinearPlan) and plan not in ("auto", "fused"):
         raise ValueError(f"plan = {plan!r} is not a LinearPlan, 'auto' or 'fused'")
     return group_name(group, "linear_all_reduce_norm")
 
 
-def described(
-    operands: dict[str, torch.Tensor | None], eps: float, group: dist.ProcessGroup | None, plan: LinearPlan | str
-) -> str:
+def described(operands: Operands, eps: float, group: dist.ProcessGroup | None, plan: LinearPlan | str) -> str:
     """What is to be the same on every rank, in words; raises ValueError where this one refuses the call."""
     require_call(operands, group, plan)
-    shape, x = norm_shape(*operands.values()), operands["x"]
+    shape, x = norm_shape(operands), operands.x
     group = group or dist.group.WORLD
     usable_backend("" if isinstance(plan, str) else plan.backend, x.device, group)
-    if plan == "fused" and (why := unfusable(x, operands["weight"], group)):
+    if plan == "fused" and (why := unfusable(x, operands.weight, group)):
         raise ValueError(f"plan = 'fused': {why}")
-    given = f"{eps}, {'no ' if operands['bias'] is None else ''}bias; {plan}"
+    given = f"{eps}, {'no ' if operands.bias is None else ''}bias; {plan}"
     return f"linear_all_reduce_norm({given}) of {shape} {x.dtype}"
 
 
 def fake(x, weight, residual, norm_weight, eps, bias, group_name, plan):
-    shape = norm_shape(x, weight, residual, norm_weight, bias)
+    shape = norm_shape(Operands(x, weight, residual, norm_weight, bias))
     return x.new_empty(shape), x.new_empty(shape)
 
 
@@ -128,21 +135,13 @@ class Call:
     linear: LinearCall | None
     in_memory: bool | None = None
 
-    def run(
-        self,
-        state: states.State,
-        x: torch.Tensor,
-        weight: torch.Tensor,
-        residual: torch.Tensor,
-        norm_weight: torch.Tensor,
-        eps: float,
-        bias: torch.Tensor | None,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    def run(self, state: states.State, operands: Operands, eps: float) -> tuple[torch.Tensor, torch.Tensor]:
         """The call. Collective."""
         state.turns.check()
+        x, weight, residual, norm_weight, bias = operands
         rows, old = flattened(x), flattened(residual)
         if self.linear is None:
-            normed, total = fused(rows, weight, old, norm_weight, eps, bias, state, self.in_memory)
+            normed, total = fused(Operands(rows, weight, old, norm_weight, bias), eps, state, self.in_memory)
         else:
             normed, total = add_norm(self.linear.run(state, rows, weight, bias, None), old, norm_weight, eps)
         if len(self.shape) == 2:
@@ -161,24 +160,18 @@ def eager(
     plan: str,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """`linear_all_reduce_norm` with the group and the plan by their names ("" for a group of one)."""
-    return first_call(x, weight, residual, norm_weight, eps, bias, group_name, plan)[0]
+    return first_call(Operands(x, weight, residual, norm_weight, bias), eps, group_name, plan)[0]
 
 
 operator = custom_op("linear_all_reduce_norm", fake)(eager)
 
 
 def first_call(
-    x: torch.Tensor,
-    weight: torch.Tensor,
-    residual: torch.Tensor,
-    norm_weight: torch.Tensor,
-    eps: float,
-    bias: torch.Tensor | None,
-    group_name: str,
-    plan: str,
+    operands: Operands, eps: float, group_name: str, plan: str
 ) -> tuple[tuple[torch.Tensor, torch.Tensor], Call | None]:
     """The results, and what later calls like this one need not find out; None where there is nothing of the kind."""
-    shape = norm_shape(x, weight, residual, norm_weight, bias)
+    x, weight, residual, norm_weight, bias = operands
+    shape = norm_shape(operands)
     group = _resolve_process_group(group_name) if group_name else None
     if group is not None:
         usable_backend("", x.device, group)
@@ -190,21 +183,16 @@ def first_call(
         if not sends(rows, weight, num_ranks):
             in_memory = fastest_way(len(rows), len(weight) * x.itemsize, num_ranks)
         call = Call(shape, None, in_memory)
-        results = call.run(states.of(group, x.device), x, weight, residual, norm_weight, eps, bias)
+        results = call.run(states.of(group, x.device), operands, eps)
         return results, None if capturing(x.device) else call
     product, of_linear = op.first_call(flattened(x), weight, bias, None, group_name, plan)
     normed, total = add_norm(product, flattened(residual), norm_weight, eps)
     return (normed.view(shape), total.view(shape)), None if of_linear is None else Call(shape, of_linear)
 
 
-def norm_shape(
-    x: torch.Tensor,
-    weight: torch.Tensor,
-    residual: torch.Tensor,
-    norm_weight: torch.Tensor,
-    bias: torch.Tensor | None,
-) -> tuple[int, ...]:
+def norm_shape(operands: Operands) -> tuple[int, ...]:
     """The shape of both results; ValueError naming what does not fit."""
+    x, weight, residual, norm_weight, bias = operands
     shape = result_shape(x, weight, bias, residual)
     if tuple(norm_weight.shape) != shape[-1:]:
         raise ValueError(f"norm_weight has shape {tuple(norm_weight.shape)} instead of {shape[-1:]}")
@@ -261,21 +249,15 @@ def sends(x: torch.Tensor, weight: torch.Tensor, num_ranks: int) -> bool:
 
 
 def fused(
-    x: torch.Tensor,
-    weight: torch.Tensor,
-    residual: torch.Tensor,
-    norm_weight: torch.Tensor,
-    eps: float,
-    bias: torch.Tensor | None,
-    state: states.State,
-    one_shot: bool | None,
+    operands: Operands, eps: float, state: states.State, one_shot: bool | None
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """(normed, residual_out) of (M, K) x by a matmul and one kernel. Collective.
+    """(normed, residual_out), of x (M, K) and residual (M, N), by a matmul and one kernel. Collective.
 
     one_shot: of a sum of products in memory; None: the matmul is to send its own.
     """
     from maco_lib.kernels.sum_norm import sum_norm
 
+    x, weight, residual, norm_weight, bias = operands
     box = state.get(Mailbox).box
     own_bias = bias.contiguous() if bias is not None and box.rank == 0 else None
     product = None

@@ -280,8 +280,8 @@ def test_vllm_custom_on_every_gpu():
 @pytest.mark.parametrize(
     "make",
     [
-        lambda group: peers.peers(group, torch.device("cuda", 0)),
-        lambda group: mailbox.mailbox(group, torch.device("cuda", 0)),
+        lambda group: states.of(group, torch.device("cuda", 0)).get(peers.Peers),
+        lambda group: states.of(group, torch.device("cuda", 0)).get(mailbox.Mailbox),
         lambda group: nccl.limited_group(group, torch.device("cuda", 0), 4),
         lambda group: nccl_symmetric.memory(group, torch.device("cuda", 0), 16),
         lambda group: symmetric.memory(group, torch.device("cuda", 0)).allocate(64),

@@ -191,12 +191,13 @@ def test_few_bytes_go_in_one_shot_many_in_two_and_too_many_not_at_all():
 
 def kernels_are_right(rank: int, num_ranks: int) -> None:
     """Every kind of kernel, with rows that do not divide among the ranks, in any order, and 1000 times."""
-    from maco_lib.comm.mailbox import mailbox
+    from maco_lib import state as states
+    from maco_lib.comm.mailbox import Mailbox
     from maco_lib.kernels.inbox import has_room
     from maco_lib.kernels.sum_norm import sum_norm
 
     device = device_of(rank)
-    box = mailbox(dist.group.WORLD, device).box
+    box = states.of(dist.group.WORLD, device).get(Mailbox).box
     kinds = [{"one_shot": one} for one in (False, True)]
 
     def run(operands, how):

@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from ranks import run_ranks
 
+from maco_lib import state as states
 from maco_lib.kernels.tile_order import TileOrder
 from maco_lib.linear.techniques import persistent, techniques
 from maco_lib.linear.techniques.persistent_time import (
@@ -159,7 +160,7 @@ def fences(rank: int, num_ranks: int) -> None:
     example = Example(rank, 1024, 1024, 512, torch.bfloat16)
     first, result = example.run(), torch.empty(1024, 1024, dtype=torch.bfloat16, device=example.x.device)
     problem = Problem(example.x, example.weight, None, None, result, "", dist.group.WORLD)
-    launches = persistent.exchange(dist.group.WORLD, example.x.device).launches
+    launches = states.of(dist.group.WORLD, example.x.device).get(persistent.Exchange).launches
     before = len(launches)
     for strict in (True, False, True):
         result.fill_(torch.nan)

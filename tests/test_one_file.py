@@ -30,7 +30,6 @@ from maco_lib.comm.record import Operation
 @dataclass(frozen=True)
 class Toy:
     name: str = "toy"
-    needs: str = "CPU ranks"
 
     def unavailable(self, collective, device, group):
         return None if (collective, device.type) == ("all_reduce", "cpu") else "toy is an all-reduce of CPU ranks"

@@ -24,10 +24,9 @@ from maco_lib.comm.symmetric import symmetric_empty
 
 
 class Backend(Protocol):
-    """One way to run collectives. needs: what it takes, in words."""
+    """One way to run collectives."""
 
     name: str
-    needs: str
 
     def unavailable(self, collective: str, device: torch.device, group: dist.ProcessGroup) -> str | None:
         """Why it cannot run here, or None."""

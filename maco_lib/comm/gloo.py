@@ -15,8 +15,9 @@ from maco_lib.comm.record import Operation
 
 @dataclass(frozen=True)
 class Gloo:
+    """Needs CPU ranks and a process group with the gloo backend."""
+
     name: str = "gloo"
-    needs: str = "CPU ranks and a process group with the gloo backend"
 
     def unavailable(self, collective: str, device: torch.device, group: dist.ProcessGroup) -> str | None:
         """Why it cannot run here, or None."""

@@ -3,7 +3,6 @@
 import torch
 import torch.distributed as dist
 
-from maco_lib import state as states
 from maco_lib.comm.peers import Peers
 from maco_lib.comm.symmetric import require_no_capture
 from maco_lib.comm.watch import Watch
@@ -30,8 +29,3 @@ class Mailbox:
         # Nobody may write into an inbox that its owner has yet to clear.
         torch.cuda.synchronize(device)
         dist.barrier(state.group, device_ids=[device.index])
-
-
-def mailbox(group: dist.ProcessGroup, device: torch.device) -> Mailbox:
-    """The mailbox of `group`, made at the first call; RuntimeError if that is while a graph is captured."""
-    return states.of(group, device).get(Mailbox)

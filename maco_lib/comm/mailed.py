@@ -13,7 +13,8 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 
-from maco_lib.comm.mailbox import mailbox
+from maco_lib import state as states
+from maco_lib.comm.mailbox import Mailbox
 from maco_lib.comm.symmetric import ALIGNMENT, Region
 from maco_lib.comm.two_shot import PushTwoShot
 from maco_lib.kernels.inbox import LINE_DATA
@@ -29,7 +30,7 @@ class Mailed(PushTwoShot):
 
     def send(self, tensor: torch.Tensor, group: dist.ProcessGroup) -> None:
         """Sum `tensor` in place, through the mailbox."""
-        self.kernel()(tensor, mailbox(group, tensor.device).box)
+        self.kernel()(tensor, states.of(group, tensor.device).get(Mailbox).box)
 
     def kernel(self) -> Callable:
         raise NotImplementedError
@@ -63,8 +64,9 @@ class OneShotLines(Mailed):
 
 @dataclass(frozen=True)
 class LL128(Mailed):
+    """Needs Hopper GPUs of one host, joined by NVLink, bf16, fp16 or fp32."""
+
     max_bytes: int = 2**22
-    needs: str = "Hopper GPUs of one host, joined by NVLink, bf16, fp16 or fp32"
 
     def unavailable(self, collective: str, device: torch.device, group: dist.ProcessGroup) -> str | None:
         """Why it cannot run here, or None."""

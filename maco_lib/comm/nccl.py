@@ -21,11 +21,13 @@ from maco_lib.state import State
 
 @dataclass(frozen=True)
 class Nccl:
-    """`max_ctas`: None for the caller's group as it is, else the largest number of CTAs of a collective."""
+    """`max_ctas`: None for the caller's group as it is, else the largest number of CTAs of a collective.
+
+    Needs an NVIDIA GPU per rank and a process group with the NCCL backend.
+    """
 
     name: str
     max_ctas: int | None = None
-    needs: str = "an NVIDIA GPU per rank and a process group with the NCCL backend"
 
     def unavailable(self, collective: str, device: torch.device, group: dist.ProcessGroup) -> str | None:
         """Why it cannot run here, or None."""

@@ -131,11 +131,13 @@ def release(group: dist.ProcessGroup) -> None:
 
 @dataclass(frozen=True)
 class NcclSymmetric:
-    """`num_ctas`: of its kernels. NCCL's own model of the time would take about 5 on Hopper, above small sizes."""
+    """`num_ctas`: of its kernels. NCCL's own model of the time would take about 5 on Hopper, above small sizes.
+
+    Needs NVIDIA GPUs of one host that can access each other's memory, NCCL 2.27 or later, bf16, fp16 or fp32.
+    """
 
     name: str
     num_ctas: int = 16
-    needs: str = "NVIDIA GPUs of one host that can access each other's memory, NCCL 2.27 or later, bf16, fp16 or fp32"
 
     def unavailable(self, collective: str, device: torch.device, group: dist.ProcessGroup) -> str | None:
         """Why it cannot run here, or None."""

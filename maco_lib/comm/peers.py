@@ -97,17 +97,14 @@ class Peers:
         self.sum(own, own, 0, 0, torch.float32, "give", num_ctas=1, enter=False, leave=True)
 
 
-def peers(group: dist.ProcessGroup, device: torch.device) -> Peers:
-    """The peers of `group`, made at the first call; RuntimeError if that is while a graph is captured."""
-    return states.of(group, device).get(Peers)
-
-
 @dataclass(frozen=True)
 class SharedSum(SymmetricAllReduce):
-    """Base of our all-reduces. `num_ctas`: of their kernels."""
+    """Base of our all-reduces. `num_ctas`: of their kernels.
+
+    Needs GPUs of one host that can access each other's memory, Triton, bf16, fp16 or fp32.
+    """
 
     num_ctas: int = 8
-    needs: str = "GPUs of one host that can access each other's memory, Triton, bf16, fp16 or fp32"
     dtypes = (torch.bfloat16, torch.float16, torch.float32)
 
     def launch(self, region: Region, source: torch.Tensor, result: torch.Tensor, shared: Peers) -> Launch:
@@ -115,7 +112,7 @@ class SharedSum(SymmetricAllReduce):
         raise NotImplementedError
 
     def reduce(self, region: Region, source: torch.Tensor, result: torch.Tensor, group: dist.ProcessGroup) -> None:
-        shared = peers(group, source.device)
+        shared = states.of(group, source.device).get(Peers)
         key = self.name, source.data_ptr(), result.data_ptr(), source.numel(), source.dtype
         launch = shared.prepared.get(key)
         if launch is None:

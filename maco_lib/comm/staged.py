@@ -16,7 +16,8 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 
-from maco_lib.comm.peers import SharedSum, peers
+from maco_lib import state as states
+from maco_lib.comm.peers import Peers, SharedSum
 from maco_lib.comm.symmetric import Region
 
 
@@ -26,7 +27,7 @@ class Staged(SharedSum):
         from maco_lib.kernels.add_share import add_share
         from maco_lib.kernels.sum_shares import sum_shares
 
-        shared, dtype = peers(group, source.device), source.dtype
+        shared, dtype = states.of(group, source.device).get(Peers), source.dtype
         begin, end = shared.share(source.numel(), source.itemsize, shared.rank)
         buffers = shared.everywhere(region, source)
         part, how = (begin, end, dtype, shared.at), {"num_ctas": self.num_ctas}

@@ -15,9 +15,8 @@ from maco_lib.comm.symmetric import Region, SymmetricAllReduce
 
 @dataclass(frozen=True)
 class OneShot(SymmetricAllReduce):
-    """Out of place: the peers read the input to the end."""
+    """Out of place: the peers read the input to the end. Needs GPUs as TwoShot, bf16 or fp32."""
 
-    needs: str = "GPUs of one host that can access each other's memory, bf16 or fp32"
     in_place = False
 
     def reduce(self, region: Region, source: torch.Tensor, result: torch.Tensor, group: dist.ProcessGroup) -> None:
@@ -26,7 +25,7 @@ class OneShot(SymmetricAllReduce):
 
 @dataclass(frozen=True)
 class TwoShot(SymmetricAllReduce):
-    needs: str = "GPUs of one host that can access each other's memory, bf16 or fp32"
+    """In place. Needs GPUs of one host that can access each other's memory, bf16 or fp32."""
 
     def reduce(self, region: Region, source: torch.Tensor, result: torch.Tensor, group: dist.ProcessGroup) -> None:
         torch.ops.symm_mem.two_shot_all_reduce_(source, "sum", group.group_name)

@@ -112,16 +112,14 @@ class Signals:
         return self.sources[addresses]
 
 
-def signals(group: dist.ProcessGroup, device: torch.device, max_bytes: int) -> Signals:
-    return states.of(group, device).get(Signals, max_bytes)
-
-
 @dataclass(frozen=True)
 class VllmCustom(SymmetricAllReduce):
-    """`max_bytes`: the largest tensor; above 2 ranks, max_bytes / P of memory are kept for the sums of two-shot."""
+    """`max_bytes`: the largest tensor; above 2 ranks, max_bytes / P of memory are kept for the sums of two-shot.
+
+    Needs vLLM for CUDA, 2, 4, 6 or 8 GPUs of one host that can access each other's memory, bf16, fp16 or fp32.
+    """
 
     max_bytes: int = 2**30
-    needs: str = "vLLM for CUDA, 2, 4, 6 or 8 GPUs of one host that can access each other's memory, bf16, fp16 or fp32"
     dtypes = (torch.bfloat16, torch.float16, torch.float32)
     in_place = False
 
@@ -145,7 +143,7 @@ class VllmCustom(SymmetricAllReduce):
         operation = super().operation(name, numel, dtype, device, group)
         # Known before the first launch, which may be a captured one.
         region = memory(group, device).find(operation.source)
-        signals(group, device, self.max_bytes).source(region, operation.source)
+        states.of(group, device).get(Signals, self.max_bytes).source(region, operation.source)
         return operation
 
     def all_reduce(self, tensor: torch.Tensor, group: dist.ProcessGroup, async_op: bool = False) -> None:
@@ -154,7 +152,7 @@ class VllmCustom(SymmetricAllReduce):
         super().all_reduce(tensor, group)
 
     def reduce(self, region: Region, source: torch.Tensor, result: torch.Tensor, group: dist.ProcessGroup) -> None:
-        signals(group, source.device, self.max_bytes).source(region, source).sum(source, result)
+        states.of(group, source.device).get(Signals, self.max_bytes).source(region, source).sum(source, result)
 
 
 BACKENDS = (VllmCustom("vllm_custom"),)

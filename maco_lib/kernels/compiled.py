@@ -1,5 +1,7 @@
 """CUDA kernels of our own: compiled by NVRTC, which torch brings along."""
 
+import functools
+
 import torch
 from cuda.bindings import driver, nvrtc
 
@@ -55,8 +57,9 @@ def cubin(source: str, name: str) -> bytes:
     return binary
 
 
+@functools.cache
 def function(source: str, name: str, shared_bytes: int, device_index: int) -> object:
-    """The kernel `name` of the source, compiled and loaded; RuntimeError while a graph is captured."""
+    """The kernel `name` of the source, compiled and loaded once; RuntimeError while a graph is captured."""
     if torch.cuda.is_current_stream_capturing():
         raise RuntimeError(f"{name} cannot be compiled while a graph is captured: call before")
     with torch.cuda.device(device_index):

@@ -12,7 +12,6 @@ With a block for each row, residual and RMSNorm follow in the same kernel (see `
 """
 
 import ctypes
-import functools
 import pathlib
 from dataclasses import dataclass
 
@@ -50,12 +49,6 @@ class Constants:
         return compiled.defines(constants) + "".join(path.read_text(encoding="utf-8") for path in SOURCES)
 
 
-@functools.cache
-def kernel_of(constants: Constants, device_index: int) -> object:
-    """The kernel, compiled and loaded; RuntimeError while a graph is captured."""
-    return compiled.function(constants.source(), "ll128_kernel", 0, device_index)
-
-
 def launch(
     product: torch.Tensor, total: torch.Tensor, block_words: int, one_shot: bool, box: Box,
     residual: torch.Tensor | None = None, weight: torch.Tensor | None = None, normed: torch.Tensor | None = None,
@@ -85,7 +78,7 @@ def prepare(
     warps, passes = shape_of(block_words)
     num_ranks, num_blocks = len(box.inboxes), -(-num_words // block_words)
     constants = Constants(box.rank, num_ranks, dtype, warps, passes, one_shot, norm)
-    kernel = kernel_of(constants, box.device_index)
+    kernel = compiled.function(constants.source(), "ll128_kernel", 0, box.device_index)
     box.together(("ll128", dtype, warps, passes, one_shot, norm))
     places = [ctypes.c_uint64() for _ in range(5)]
     sizes = (block_words, num_words, -(-num_blocks // num_ranks))

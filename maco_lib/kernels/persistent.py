@@ -14,7 +14,6 @@ call for a type and tile.
 
 import ctypes
 import dataclasses
-import functools
 import os
 import pathlib
 from collections.abc import Callable, Hashable
@@ -99,12 +98,6 @@ def asked_strict() -> bool:
     return os.environ.get("MACO_STRICT", "0") != "0"
 
 
-@functools.cache
-def kernel_of(constants: Constants, device_index: int) -> object:
-    """The kernel, compiled and loaded; RuntimeError while a graph is captured."""
-    return compiled.function(constants.source(), "persistent_kernel", constants.shared_bytes, device_index)
-
-
 @dataclass(frozen=True)
 class Addresses:
     """Where tiles and flags lie, by rank; as in persistent.cu, `watch` as in patience.cuh."""
@@ -171,13 +164,14 @@ def persistent(
             bn, 2 if order.in_pairs else 1, rank, order.num_ranks, x.dtype, bias is not None, residual is not None,
             trace is not None, asked_strict() if strict is None else strict,
         )  # fmt: skip
-        kernel = kernel_of(constants, x.device.index)
+        source, shared_bytes = constants.source(), constants.shared_bytes
+        kernel = compiled.function(source, "persistent_kernel", shared_bytes, x.device.index)
         together(("persistent", dataclasses.replace(constants, rank=0)))
         tables = (schedule.work_begin, schedule.works, schedule.fetch_begin, schedule.fetches)
         sizes = map(ctypes.c_int32, (-(-x.shape[1] // BK), *result.shape))
         places, unset = [ctypes.c_uint64() for _ in range(3)], (ctypes.c_uint64 * 16)()
         launch = Launch(
-            int(kernel), order.num_clusters * CTAS, NUM_THREADS, constants.shared_bytes,
+            int(kernel), order.num_clusters * CTAS, NUM_THREADS, shared_bytes,
             [*[unset] * 4, addresses.packed(), *(ctypes.c_uint64(table.data_ptr()) for table in tables), *sizes,
              *places],
             x.device.index,

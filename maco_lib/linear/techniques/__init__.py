@@ -15,7 +15,7 @@ import pkgutil
 
 from maco_lib.linear.techniques.technique import Technique
 
-_FOUND: dict[str, Technique] = {}
+_FOUND: dict[str, Technique] = {}  # a dict, which torch.compile looks into; not into what functools.cache keeps
 
 
 def techniques() -> dict[str, Technique]:

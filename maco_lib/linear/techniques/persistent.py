@@ -16,7 +16,7 @@ import torch.distributed as dist
 import torch.distributed._symmetric_memory as symmetric
 
 from maco_lib import state as states
-from maco_lib.comm.symmetric import Memory, Region, unreachable
+from maco_lib.comm.symmetric import Memory, Region, require_no_capture, unreachable
 from maco_lib.comm.watch import Watch
 from maco_lib.kernels.launch import Launches
 from maco_lib.kernels.tile_order import CTAS, ROWS, TileOrder
@@ -34,20 +34,15 @@ NUM_FLAGS = 2**20
 FLAGS_PER_TILE = 3 * CTAS
 # Rows of one launch: more are cut, so that there are few tables of tiles however M changes.
 MAX_ROWS = 2**16
+BEFORE = "before with the same shape"
 NARROWEST = min(tiling.columns for tiling in TILINGS)
-
-
-def require_preparation(what: str) -> None:
-    """Raise RuntimeError while a graph is captured."""
-    if torch.cuda.is_current_stream_capturing():
-        raise RuntimeError(f"cannot make {what} while a graph is captured: call before with the same shape")
 
 
 class Exchange:
     """Where a group's ranks leave tiles and flags for each other. Made at the first call; collective."""
 
     def __init__(self, state: State):
-        require_preparation("a group's flags")
+        require_no_capture("make a group's flags", BEFORE)
         group, device = state.group, state.device
         self.state, self.device, self.rank, self.num_ranks = state, device, group.rank(), group.size()
         # The ranks compute the same tiles at a time, also on GPUs that differ.
@@ -70,7 +65,7 @@ class Exchange:
     def agree(self, n: int, k: int) -> None:
         """Raise ValueError unless all ranks have weights of the same shape; compared once for each. Collective."""
         if (n, k) not in self.weights:
-            require_preparation("an agreement on the weight")
+            require_no_capture("make an agreement on the weight", BEFORE)
             every = gather((n, k), self.state.group)
             if len(set(every)) > 1:
                 raise ValueError(f"technique 'persistent': the ranks' weights have different shapes: {every}")
@@ -80,7 +75,7 @@ class Exchange:
         """Addresses, by rank, of memory of at least `num_bytes`; collective when it has to grow."""
         area = self.areas.get(name)
         if area is None or area.base.nbytes < num_bytes:
-            require_preparation(f"{num_bytes} bytes for {name}")
+            require_no_capture(f"make {num_bytes} bytes for {name}", BEFORE)
             self.areas[name] = self.memory.grown(area, num_bytes)
             self.parts.clear()  # they say where the areas are
         return tuple(self.areas[name].addresses)
@@ -88,7 +83,7 @@ class Exchange:
     def inbox(self, num_bytes: int) -> int:
         """The address of this rank's own memory of at least `num_bytes`."""
         if not self.inboxes or self.inboxes[-1].nbytes < num_bytes:
-            require_preparation(f"an inbox of {num_bytes} bytes")
+            require_no_capture(f"make an inbox of {num_bytes} bytes", BEFORE)
             size = 1 << (num_bytes - 1).bit_length()
             self.inboxes.append(torch.empty(size, dtype=torch.uint8, device=self.device))
             self.parts.clear()
@@ -99,7 +94,7 @@ class Exchange:
         from maco_lib.kernels.persistent import Schedule
 
         if order not in self.schedules:
-            require_preparation("the table of tiles")
+            require_no_capture("make the table of tiles", BEFORE)
             self.schedules[order] = Schedule.of(order, self.rank, self.device)
         return self.schedules[order]
 
@@ -111,11 +106,6 @@ class Exchange:
         partials, sums = self.area("partials", num_bytes * self.num_ranks), self.area("sums", num_bytes)
         inbox = self.inbox(num_bytes * self.num_ranks)
         return Addresses(partials, sums, self.flags, inbox, num_bytes, self.watch.address)
-
-
-def exchange(group: dist.ProcessGroup, device: torch.device) -> Exchange:
-    """The exchange of `group`, made at the first call; RuntimeError if that is while a graph is captured."""
-    return states.of(group, device).get(Exchange)
 
 
 def misplaced(problem: Problem) -> str:
@@ -183,7 +173,7 @@ def divide(problem: Problem, tiling: Tiling | None) -> list[tuple[slice, int, Ti
     if why := misplaced(problem) or unreachable(problem.result.device, problem.group):
         raise ValueError(f"technique 'persistent': {why}")
     (num_rows, num_columns), k = problem.result.shape, problem.x.shape[1]
-    shared = exchange(problem.group, problem.result.device)
+    shared = states.of(problem.group, problem.result.device).get(Exchange)
     shared.agree(num_columns, k)
     # After that, so that no rank refuses alone.
     if why := misshapen(problem):

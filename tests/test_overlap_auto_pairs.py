@@ -4,6 +4,7 @@ import json
 import math
 import os
 import pathlib
+import statistics
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from maco_lib.overlap.plan import Plan, sequential
 from study.sections.overlap import measure_auto_pairs as experiment
 
 KIB = 2**10
+CHECKOUT = pathlib.Path(__file__).resolve().parents[1]
 
 
 def test_pairs_are_the_same_for_a_seed_and_even_in_the_logarithm():
@@ -55,3 +57,17 @@ def test_a_run_tells_what_was_chosen_and_what_was_best(tmp_path, monkeypatch):
         assert row["best_us"] == min(row["finalists_us"].values()) == row["finalists_us"][row["best"]]
         assert row["ratio"] == pytest.approx(row["auto_us"] / row["best_us"]) and row["plan_ratio"] >= 1
     assert found["summary"]["worst_ratio"] == max(row["ratio"] for row in found["rows"])
+
+
+def test_the_stages_find_what_is_nearly_the_best_of_all_that_was_measured():
+    """By the stored first look at every plan of 21 pairs on 2 H200s."""
+    losses = []
+    for row in json.loads((CHECKOUT / "data" / "auto_pairs" / "h200-x2.json").read_text())["rows"]:
+        times = row["first_look_us"]
+        backends = list(dict.fromkeys(name.split(",")[0] for name in times))
+        first = search.first_look("cuda", backends, True).plans
+        seen = {plan: times[str(plan)] for plan in first}
+        seen |= {plan: times[str(plan)] for plan in search.closer_look("cuda", seen, True).plans}
+        losses.append(min(seen[plan] for plan in search.final("cuda", seen).plans) / min(times.values()))
+        assert len(seen) < 0.15 * len(times)
+    assert statistics.median(losses) <= 1.02 and max(losses) <= 1.05, sorted(losses)[-5:]

@@ -4,8 +4,10 @@ import ast
 import json
 import pathlib
 import re
+import shutil
 import subprocess
 import sys
+import zipfile
 
 import pytest
 import yaml
@@ -161,3 +163,28 @@ def test_conda_environment_uses_the_cuda_lock():
     *packages, pip = environment["dependencies"]
     assert any(re.fullmatch(r"python=3\.1[123]", package) for package in packages) and "pip" in packages
     assert pip["pip"] == ["-r requirements/cuda.txt"], "pip takes nothing without a hash beside a lock with hashes"
+
+
+def test_what_is_installed_is_the_library_alone(tmp_path):
+    """`pip install .` in an environment that has nothing: no study, and what needs the checkout says so in a line."""
+    source = tmp_path / "source"
+    shutil.copytree(CHECKOUT / "maco_lib", source / "maco_lib", ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(CHECKOUT / name, source)
+    options = ["--no-deps", "--no-build-isolation", "--no-index", "-q", "-w", "out"]
+    build = [sys.executable, "-m", "pip", "wheel", *options, "."]
+    done = subprocess.run(build, cwd=source, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    (built,) = (source / "out").iterdir()
+    with zipfile.ZipFile(built) as wheel:
+        names = wheel.namelist()
+        metadata = wheel.read(next(name for name in names if name.endswith("METADATA"))).decode()
+        wheel.extractall(tmp_path / "site")
+    needs = re.findall(r"^Requires-Dist: (.*)$", metadata, re.MULTILINE)
+    assert needs == ["numpy", "nvidia-ml-py", "torch>=2.11"]
+    assert {name.split("/")[0] for name in names if "dist-info" not in name} == {"maco_lib"}
+    assert all(any(name.endswith(needed) for name in names) for needed in ("persistent.cu", "tables/h200-x2.json"))
+    program = f"import sys, runpy; sys.path.insert(0, {str(tmp_path / 'site')!r}); sys.argv = ['maco_lib', 'advise']; "
+    program += "runpy.run_module('maco_lib', run_name='__main__')"
+    done = subprocess.run([sys.executable, "-I", "-c", program], capture_output=True, text=True)
+    assert done.returncode == 2 and "python -m study advise, in a checkout" in done.stderr

@@ -34,7 +34,7 @@ STEPS = {
 # The starts of the engines and the compilation of COMPILED_LAYERS layers, by the time in which the ranks of another
 # section start: all are imports and Python, whose speed is the machine's. By launches on 2 cores and on 2 H200s.
 STARTS = {
-    "cpu": {"transformers_eager": (3, 0), "transformers_compiled": (6, 11), "vllm_eager": (11, 0), "vllm": (11, 10)},
+    "cpu": {"transformers_eager": (3, 0), "transformers_compiled": (6, 11), "vllm_eager": (11, 0), "vllm": (11, 16)},
     "cuda": {"transformers_eager": (1.5, 0), "transformers_compiled": (2, 7), "vllm_eager": (6, 0), "vllm": (6, 13)},
 }
 COMPILED_LAYERS = 28

@@ -56,6 +56,8 @@ def with_group(function, rank: int, num_ranks: int, backend: str, store: str) ->
         timeout=datetime.timedelta(seconds=30),
         device_id=torch.device("cuda", rank) if backend == "nccl" else None,
     )
+    if backend == "gloo":
+        dist.barrier()  # a rank that has done its part before the others have connected leaves them with an error
     try:
         function(rank, num_ranks)
     finally:

@@ -126,6 +126,7 @@ def registry(checkout):
     ]
     (checkout / "requirements" / "cpu.txt").write_text("".join(lines))
     (checkout / "study").mkdir()
+    (checkout / "study" / "__init__.py").touch()
     (checkout / "study" / "__main__.py").write_text("import sys, rest, torch; print(*sys.argv[1:])")
     return {"PIP_NO_INDEX": "1", "PIP_FIND_LINKS": str(folder), "PIP_CONFIG_FILE": os.devnull}
 
@@ -203,6 +204,7 @@ def test_environment_made_by_somebody_else_is_left_alone(checkout):
 
 def test_complete_environment_is_used_without_making_one(checkout):
     (checkout / "study").mkdir()
+    (checkout / "study" / "__init__.py").touch()  # a package, before which no other of that name comes
     (checkout / "study" / "__main__.py").write_text("import sys; print(sys.prefix, *sys.argv[1:])")
     path = f"{pathlib.Path(sys.executable).parent}:{os.environ['PATH']}"
     done = start(checkout, "--only", "overlap", "--report-only", PATH=path)

@@ -162,12 +162,12 @@ assert run.shown == figures.of_section("bandwidth") and run.undrawn == []
 """
 
 
-@pytest.fixture
-def copy(tmp_path) -> pathlib.Path:
-    """The code of the checkout, to add a file to."""
+def copy_of(code: pathlib.Path, path: str, added: str) -> pathlib.Path:
+    """The code of the checkout in a folder of its own, with one file more."""
     for package in ("maco_lib", "study"):
-        shutil.copytree(ROOT / package, tmp_path / "copy" / package)
-    return tmp_path / "copy"
+        shutil.copytree(ROOT / package, code / package)
+    (code / path).write_text(added)
+    return code
 
 
 def succeeds(copy: pathlib.Path, program: str, folder: pathlib.Path) -> None:
@@ -179,23 +179,16 @@ def succeeds(copy: pathlib.Path, program: str, folder: pathlib.Path) -> None:
     assert done.returncode == 0, done.stdout
 
 
-@pytest.mark.parametrize(
-    ("path", "added", "program"),
-    [
-        ("maco_lib/comm/toy.py", TOY_BACKEND, WITH_THE_BACKEND),
-        ("maco_lib/linear/techniques/toy.py", TOY_TECHNIQUE, WITH_THE_TECHNIQUE),
-    ],
-    ids=["backend", "technique"],
-)
-def test_one_file_adds_a(path, added, program, copy, tmp_path):
-    (copy / path).write_text(added)
-    succeeds(copy, ON_A_RANK + program, tmp_path)
-
-
-def test_one_file_adds_a_figure(copy, tmp_path):
-    (copy / "study/sections/bandwidth/figure_toy.py").write_text(TOY_FIGURE)
+@pytest.mark.slow
+def test_one_file_adds_a_backend_a_technique_or_a_figure(tmp_path):
+    """Each in a copy of its own, of which nothing else is changed."""
+    backend = copy_of(tmp_path / "backend", "maco_lib/comm/toy.py", TOY_BACKEND)
+    succeeds(backend, ON_A_RANK + WITH_THE_BACKEND, backend)
+    technique = copy_of(tmp_path / "technique", "maco_lib/linear/techniques/toy.py", TOY_TECHNIQUE)
+    succeeds(technique, ON_A_RANK + WITH_THE_TECHNIQUE, technique)
+    figure = copy_of(tmp_path / "figure", "study/sections/bandwidth/figure_toy.py", TOY_FIGURE)
     store = alone(tmp_path / "stored", "cpu-2", "bandwidth")
-    succeeds(copy, WITH_THE_FIGURE, store.root)
+    succeeds(figure, WITH_THE_FIGURE, store.root)
     assert (store.figures / "cpu-2" / "bandwidth_toy.png").stat().st_size > 0
     text = (store.root / "REPORT.md").read_text(encoding="utf-8")
     assert "![bandwidth_toy, cpu-2](figures/cpu-2/bandwidth_toy.png)\n\n*cpu-2: Times of everything.*" in text

@@ -108,6 +108,13 @@ def test_without_the_lead_only_where_that_is_faster_beyond_noise():
         assert choose({sequential("cuda"): 100.0, lead: times[0], aside: times[1]}, "cuda") == kept
 
 
+def test_in_a_graph_what_does_not_lead_is_kept_as_soon_as_it_is_faster_beyond_noise():
+    lead, aside = Plan("maco_push_64", leads=True, urgent=False), Plan("maco_push_64")
+    for aside_us, kept in ((88.5, aside), (89.5, lead)):
+        times = {sequential("cuda"): 100.0, lead: 90.0, aside: aside_us}
+        assert choose(times, "cuda", aside_margin=0.01) == kept and choose(times, "cuda") == lead
+
+
 def test_sms_are_reserved_only_where_that_is_faster_beyond_noise():
     lead = Plan("nccl", urgent=False, leads=True)
     reserved = dataclasses.replace(lead, leaves=12)

@@ -1,5 +1,6 @@
 """The README's example runs as printed, and what the README points at is there."""
 
+import json
 import pathlib
 import re
 import subprocess
@@ -32,3 +33,11 @@ def test_commands_are_those_of_the_command_line():
     done = subprocess.run([sys.executable, "-m", "study", "--help"], cwd=CHECKOUT, capture_output=True, text=True)
     (offered,) = re.findall(r"^  \{(.*)\}$", done.stdout, re.MULTILINE)
     assert described == offered.split(",")
+
+
+def test_what_the_planner_reaches_is_read_from_its_data():
+    summary = json.loads((CHECKOUT / "data" / "auto_pairs" / "h200-x2.json").read_text())["summary"]
+    text = " ".join(README.split())
+    assert f"at {summary['num_pairs']} pairs of sizes" in text
+    assert f"at worst {summary['worst_ratio']:.2f} times as slow as the best" in text
+    assert f"and {summary['worst_back_to_back_ratio']:.2f} times where calls follow" in text

@@ -75,9 +75,9 @@ def captured(plans: Iterable[Plan]) -> list[Plan]:
     return [replace(plan, leads=False, urgent=True) for plan in plans if plan.leads]
 
 
-def choose(measured: Mapping[Plan, float], kind: str) -> Plan:
+def choose(measured: Mapping[Plan, float], kind: str, aside_margin: float = ASIDE_MARGIN) -> Plan:
     """The plan to keep: overlapped, and with SMs reserved, only where that is faster by more than `MARGIN`; not leading
-    only where that is faster by more than `ASIDE_MARGIN`.
+    only where that is faster by more than `aside_margin`: in graphs, where side streams begin on time, `MARGIN`.
 
     `measured`: time of each, among them `sequential(kind)`; NaN or inf for one that could not be measured.
     """
@@ -87,7 +87,7 @@ def choose(measured: Mapping[Plan, float], kind: str) -> Plan:
         sequential(kind),
         lambda plan: (plan.overlapped, plan.leaves > 0),
     )
-    rivals = {plan: measured[plan] * (1 - MARGIN) / (1 - ASIDE_MARGIN) for plan in aside}
+    rivals = {plan: measured[plan] * (1 - MARGIN) / (1 - aside_margin) for plan in aside}
     return keep({kept: measured[kept], **rivals}, kept, lambda plan: plan.leaves > 0)
 
 

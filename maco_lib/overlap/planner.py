@@ -19,7 +19,7 @@ from maco_lib import comm
 from maco_lib import state as states
 from maco_lib.comm import symmetric
 from maco_lib.overlap import execute, search, sm_limit
-from maco_lib.overlap.plan import Decision, Plan, captured, choose, record, sequential
+from maco_lib.overlap.plan import MARGIN, Decision, Plan, captured, choose, record, sequential
 from maco_lib.overlap.trust import fault
 from maco_lib.overlap.validation import check_agreement, described, require_call
 from maco_lib.state import State
@@ -219,7 +219,8 @@ class Planner:
                 budget_s=budget_s,
                 min_iterations=10,
             )
-            decision.captured = choose({plan: median_us(timings[str(plan)]) for plan in plans}, self.device.type)
+            times_us = {plan: median_us(timings[str(plan)]) for plan in plans}
+            decision.captured = choose(times_us, self.device.type, aside_margin=MARGIN)
         refill(tensor, before)
         return decision
 
